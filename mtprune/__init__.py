@@ -1,0 +1,50 @@
+"""Pruning for multitask PyTorch networks: every task votes, no task is left behind.
+
+>>> import torch, mtprune
+>>> model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(8, 8), "left": torch.nn.Linear(8, 1),
+...                              "right": torch.nn.Linear(8, 1)})
+>>> def forward(model, x):
+...     hidden = model["trunk"](x).relu()
+...     return {"left": model["left"](hidden), "right": model["right"](hidden)}
+>>> pruner = mtprune.MultitaskPruner(
+...     model,
+...     task_losses={"left": lambda out, x: (out["left"] - 1).square().mean(),
+...                  "right": lambda out, x: out["right"].abs().mean()},
+...     shared_modules=[model["trunk"]],
+...     method=mtprune.Vote(sparsity=0.75),
+... )
+>>> report = pruner.prune([torch.randn(32, 8)], forward=forward, progress=False)
+>>> report.kept, report.sparsity
+(20, 0.75)
+"""
+
+from importlib.metadata import version as _version
+
+from mtprune import affinity, metrics, recipes, saliency, votes
+from mtprune.allocation import Erk, Floor
+from mtprune.granularity import Element
+from mtprune.methods import PerTaskKeep, Vote
+from mtprune.pruner import MultitaskPruner
+from mtprune.report import Report
+from mtprune.schedule import Cubic, Linear, OneShot, Regrow
+
+__version__ = _version("mtprune")
+
+__all__ = [
+    "Cubic",
+    "Element",
+    "Erk",
+    "Floor",
+    "Linear",
+    "MultitaskPruner",
+    "OneShot",
+    "PerTaskKeep",
+    "Regrow",
+    "Report",
+    "Vote",
+    "affinity",
+    "metrics",
+    "recipes",
+    "saliency",
+    "votes",
+]

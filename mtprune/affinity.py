@@ -1,0 +1,164 @@
+r"""Affinity: how alike the masks are that each task alone would want, against chance.
+
+The intersection over union of two masks is high wherever both are dense, whatever the tasks have
+to do with each other: independent masks of densities p and q have
+:math:`pq / (p + q - pq)`. Network architecture and layer density alone give a curve that falls
+with depth. So every figure here comes with its null, and a layer where sharing stops paying (a
+"watershed") is one whose *excess* over the null drops.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import nan, prod
+
+from torch import Tensor
+
+__all__ = ["Affinity", "LayerAffinity", "Watershed", "chance", "compare", "iou", "watershed"]
+
+
+@dataclass(frozen=True)
+class LayerAffinity:
+    """One layer's overlap.
+
+    Attributes:
+        name: The layer.
+        iou: Intersection over union of its masks; NaN if all are empty.
+        chance: What independent masks of the same densities would have.
+        densities: Share kept by each task.
+    """
+
+    name: str
+    iou: float
+    chance: float
+    densities: Mapping[str, float]
+
+    @property
+    def excess(self) -> float:
+        """The overlap beyond chance."""
+        return self.iou - self.chance
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """The overlap of several tasks' masks.
+
+    Attributes:
+        layers: The layers that all these tasks use, in order of position.
+        iou: Summed intersections over summed unions.
+        chance: The same, for independent masks of the same densities in every layer.
+    """
+
+    layers: tuple[LayerAffinity, ...]
+    iou: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Watershed:
+    """Where sharing stops paying.
+
+    Attributes:
+        before: Index of the last layer before the drop.
+        drop: How far the curve falls from there to the next layer.
+    """
+
+    before: int
+    drop: float
+
+
+def iou(masks: Sequence[Tensor]) -> float:
+    """Intersection over union of any number of masks; NaN if all are empty.
+
+    Example:
+        >>> import torch
+        >>> iou([torch.tensor([True, True, False]), torch.tensor([True, False, False])])
+        0.5
+    """
+    both, either = _overlap(masks)
+    return both / either if either else nan
+
+
+def chance(densities: Sequence[float]) -> float:
+    r"""Overlap of independent masks, :math:`\prod p_k / (1 - \prod (1 - p_k))`.
+
+    Example:
+        >>> round(chance([0.5, 0.5]), 4)
+        0.3333
+    """
+    either = 1.0 - prod(1.0 - p for p in densities)
+    return prod(densities) / either if either else nan
+
+
+def compare(task_masks: Mapping[str, Mapping[str, Tensor]]) -> Affinity:
+    """Compare the masks of several tasks on the layers that all of them use.
+
+    Args:
+        task_masks: ``pruner.task_masks``, or some of its tasks.
+
+    Raises:
+        ValueError: If there are fewer than two tasks, or no layer is used by all of them.
+    """
+    if len(task_masks) < 2:
+        raise ValueError(f"Affinity compares at least two tasks. Got {list(task_masks)}.")
+    first, *others = task_masks.values()
+    common = [name for name in first if all(name in masks for masks in others)]
+    if not common:
+        raise ValueError(f"No layer is used by all of the tasks {list(task_masks)}.")
+    layers = []
+    both = either = both_by_chance = either_by_chance = 0.0
+    for name in common:
+        masks = [masks[name] for masks in task_masks.values()]
+        densities = [float(mask.float().mean()) for mask in masks]
+        inside, around = _overlap(masks)
+        size = masks[0].numel()
+        both, either = both + inside, either + around
+        both_by_chance += size * prod(densities)
+        either_by_chance += size * (1.0 - prod(1.0 - p for p in densities))
+        layers.append(
+            LayerAffinity(
+                name=name,
+                iou=inside / around if around else nan,
+                chance=chance(densities),
+                densities=dict(zip(task_masks, densities, strict=True)),
+            )
+        )
+    return Affinity(
+        layers=tuple(layers),
+        iou=both / either if either else nan,
+        chance=both_by_chance / either_by_chance if either_by_chance else nan,
+    )
+
+
+def watershed(
+    curve: Sequence[float], null: Sequence[float] | None = None, *, least: float = 0.1
+) -> Watershed | None:
+    """The largest single drop of a curve of overlaps, or of its excess over a null.
+
+    Args:
+        curve: Overlap of each layer, in order of depth.
+        null: The same under no relation of the tasks: `LayerAffinity.chance`, or the curve that
+            permuted labels give. Without it the drop may be the architecture's own.
+        least: Drops below this are noise.
+
+    Returns:
+        Where it is, or None if no drop is as large as ``least``.
+
+    Example:
+        >>> watershed([0.9, 0.8, 0.3, 0.2])
+        Watershed(before=1, drop=0.5)
+    """
+    if null is not None and len(null) != len(curve):
+        raise ValueError(f"`null` must have {len(curve)} values, one per layer. Got {len(null)}.")
+    excess = curve if null is None else [c - n for c, n in zip(curve, null, strict=True)]
+    drops = [round(excess[i] - excess[i + 1], 12) for i in range(len(excess) - 1)]
+    if not drops or max(drops) < least:
+        return None
+    before = drops.index(max(drops))
+    return Watershed(before, drops[before])
+
+
+def _overlap(masks: Sequence[Tensor]) -> tuple[int, int]:
+    both, either = masks[0], masks[0]
+    for mask in masks[1:]:
+        both, either = both & mask, either | mask
+    return int(both.sum()), int(either.sum())

@@ -1,0 +1,381 @@
+"""Collecting: each task's saliency from the graph that is already there.
+
+One forward, the user's, and one autograd sweep per task. A hook on every weight consumes its
+gradient as it arrives, adds the saliency to the task's buffer and hands on an empty one, so that
+gradients of different tasks, or of all layers, are never alive together. ``.grad`` is not written,
+and random state and buffers are as before, also when a checkpointed forward is run again. Hooks
+exist only while a sweep runs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune import distributed
+from mtprune.components import Layer
+from mtprune.granularity import Granularity
+from mtprune.masking import Masking
+from mtprune.methods.base import JOINT
+from mtprune.saliency import Saliency, uses_gradient
+
+__all__ = ["Collector", "Evidence", "reachable", "untouched"]
+
+Sink = Callable[[int, Tensor], None]
+
+
+@dataclass
+class Evidence:
+    """What has been seen since the last update.
+
+    Attributes:
+        scores: For each voter, the summed saliency of each layer it reaches: flat float32.
+        counts: Observations of each task.
+        reached: For each task, bool ``[layers]``: some gradient was not zero.
+        walked: For each task, bool ``[layers]``: the autograd graph leads there.
+        finite: For each task, one flag per observation: the loss was finite.
+        discarded: Observations of each task that a `GradScaler` overflow made worthless.
+    """
+
+    scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    reached: dict[str, Tensor] = field(default_factory=dict)
+    walked: dict[str, Tensor] = field(default_factory=dict)
+    finite: dict[str, list[Tensor]] = field(default_factory=dict)
+    discarded: dict[str, int] = field(default_factory=dict)
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """As plain containers, with layers under their ``names``."""
+        return {
+            "scores": {
+                voter: {names[i]: score.clone() for i, score in scores.items()}
+                for voter, scores in self.scores.items()
+            },
+            "counts": dict(self.counts),
+            "reached": {task: flags.clone() for task, flags in self.reached.items()},
+            "walked": {task: flags.clone() for task, flags in self.walked.items()},
+            "finite": {task: torch.stack(flags) for task, flags in self.finite.items()},
+            "discarded": dict(self.discarded),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], layers: Sequence[Layer]) -> "Evidence":
+        """The inverse of `state_dict`, on the layers' devices."""
+        place = {layer.name: i for i, layer in enumerate(layers)}
+        return cls(
+            scores={
+                voter: {
+                    place[name]: score.to(layers[place[name]].parameter.device, copy=True)
+                    for name, score in scores.items()
+                }
+                for voter, scores in state["scores"].items()
+            },
+            counts=dict(state["counts"]),
+            reached={task: flags.cpu().clone() for task, flags in state["reached"].items()},
+            walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
+            finite={task: list(flags.unbind()) for task, flags in state["finite"].items()},
+            discarded=dict(state["discarded"]),
+        )
+
+    def problem(self, layers: Sequence[Layer]) -> str | None:
+        """Why this evidence cannot be used: what is not finite, and whose; None if all is."""
+        for task, flags in self.finite.items():
+            if not all(bool(flag) for flag in flags):
+                return (
+                    f"Loss of task '{task}' is not finite. Check the loss and its targets; "
+                    "masks are unchanged, and this evidence is dropped."
+                )
+        for voter, scores in self.scores.items():
+            for index, score in scores.items():
+                bad = int((~torch.isfinite(score)).sum())
+                if bad:
+                    whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
+                    return (
+                        f"Saliency of {whose} is not finite in '{layers[index].name}' "
+                        f"({bad} of {score.numel()}). Check the loss; masks are unchanged, and "
+                        "this evidence is dropped."
+                    )
+        return None
+
+
+class Collector:
+    """Turns losses into evidence.
+
+    Args:
+        model: The model, for its buffers.
+        layers: Its prunable layers.
+        masking: Where the masks are: saliency is that of the effective weight.
+        saliency: A function of weight and gradient.
+        granularity: Pools saliency over what is pruned as one.
+        disentangled: Score each loss apart from the others, or their sum.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        masking: Masking,
+        *,
+        saliency: Saliency,
+        granularity: Granularity,
+        disentangled: bool,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._masking = masking
+        self._saliency = saliency
+        self._granularity = granularity
+        self._disentangled = disentangled
+        self._data_free = not uses_gradient(saliency)
+        self.evidence = Evidence()
+
+    def reset(self) -> None:
+        """Forget all evidence."""
+        self.evidence = Evidence()
+
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        users: Mapping[str, Tensor] | None,
+        scale: float = 1.0,
+        guarded: bool = False,
+    ) -> None:
+        """One observation of each task in ``losses``.
+
+        Args:
+            losses: Scalar losses whose graphs are alive.
+            users: For each task, bool ``[layers]``, the layers it uses; None while that is unknown.
+            scale: Factor for the sweep, taken out of the gradients again.
+            guarded: Discard a task's observation if a gradient is not finite.
+        """
+        evidence = self.evidence
+        with untouched(self._model), self._dense_gradients():
+            valid = {}
+            for task, loss in losses.items():
+                targets = self._targets(task, loss, users)
+                if self._data_free and users is not None:
+                    good = True
+                elif self._disentangled or users is None:
+                    voter = task if self._disentangled and not self._data_free else None
+                    good = self._sweep(
+                        [(task, loss)], targets, voter, scale, guarded, users is None
+                    )
+                else:
+                    good = True
+                if good:
+                    valid[task] = loss
+                else:
+                    evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+            if valid and not self._disentangled and not self._data_free:
+                walked = [evidence.walked[task] for task in valid]
+                targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
+                good = self._sweep(list(valid.items()), targets, JOINT, scale, guarded, False)
+                if not good:
+                    valid = {}
+            for task, loss in valid.items():
+                evidence.counts[task] = evidence.counts.get(task, 0) + 1
+                evidence.finite.setdefault(task, []).append(torch.isfinite(loss.detach()).all())
+
+    def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
+        """The layers worth sweeping for a task; remembers where its graph leads."""
+        if users is not None:
+            self.evidence.walked[task] = users[task]
+            return [int(i) for i in users[task].nonzero().flatten()]
+        found = reachable(loss)
+        walked = torch.tensor([id(layer.parameter) in found for layer in self._layers])
+        walked = distributed.any_rank(walked.to(loss.device)).cpu()
+        before = self.evidence.walked.get(task)
+        self.evidence.walked[task] = walked if before is None else walked | before
+        return [int(i) for i in walked.nonzero().flatten()]
+
+    def _sweep(
+        self,
+        losses: Sequence[tuple[str, Tensor]],
+        targets: Sequence[int],
+        voter: str | None,
+        scale: float,
+        guarded: bool,
+        probe: bool,
+    ) -> bool:
+        """One pass over the graph of the summed losses; whether its gradients could be used."""
+        evidence = self.evidence
+        loss = losses[0][1]
+        for _, other in losses[1:]:
+            loss = loss + other
+        if scale != 1.0:
+            loss = loss * scale
+        touched: list[tuple[int, Tensor]] = []
+
+        def sink(index: int, grad: Tensor) -> None:
+            grad = grad.detach().to(torch.float32)
+            if scale != 1.0:
+                grad = grad / scale
+            if probe:
+                touched.append((index, grad.any()))
+            if voter is not None:
+                self._score(voter, index, grad)
+
+        parameters = [self._layers[i].parameter for i in targets]
+        if not parameters:
+            pass
+        elif guarded or distributed.world() > 1:
+            if not _sweep_whole(loss, targets, parameters, sink, guarded):
+                return False
+        else:
+            _sweep_streaming(loss, targets, parameters, sink)
+        if probe:
+            [(task, _)] = losses
+            hit = evidence.reached.setdefault(
+                task, torch.zeros(len(self._layers), dtype=torch.bool)
+            )
+            if touched:
+                flags = torch.stack([flag.to(loss.device) for _, flag in touched]).cpu()
+                hit[[i for i, _ in touched]] |= flags
+        return True
+
+    def _score(self, voter: str, index: int, grad: Tensor) -> None:
+        """Add a layer's saliency to a voter's buffer."""
+        layer = self._layers[index]
+        weight = layer.parameter.detach().to(torch.float32)
+        mask = self._masking.mask(layer)
+        if mask is not None:
+            weight = weight * mask
+        score = self._saliency(weight, grad)
+        if not isinstance(score, Tensor) or score.shape != weight.shape:
+            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"The saliency of '{layer.name}' must have the weight's shape "
+                f"{tuple(weight.shape)}. Got {got}."
+            )
+        flat = self._granularity.pool(score)
+        buffers = self.evidence.scores.setdefault(voter, {})
+        if index not in buffers:
+            buffers[index] = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+        buffers[index] += flat
+
+    @contextmanager
+    def _dense_gradients(self) -> Iterator[None]:
+        """Let the gradient of masked weights through, so that growth can see them."""
+        self._masking.gate.dense = True
+        try:
+            yield
+        finally:
+            self._masking.gate.dense = False
+
+
+def reachable(loss: Tensor) -> set[int]:
+    """The ids of all leaf tensors to which the autograd graph of a loss leads."""
+    found: set[int] = set()
+    seen = set()
+    stack = [loss.grad_fn] if loss.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _sweep_streaming(
+    loss: Tensor, targets: Sequence[int], parameters: Sequence[Tensor], sink: Sink
+) -> None:
+    """Feed each gradient to ``sink`` as it arrives; none outlives its hook."""
+    stubs: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    handles = []
+
+    def consume(index: int) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            sink(index, grad.to_dense() if grad.is_sparse else grad)
+            # One zero, seen as many: autograd keeps a number instead of a gradient.
+            stub = stubs.setdefault((grad.dtype, grad.device), grad.new_zeros(()).to_dense())
+            return stub.expand(grad.shape)
+
+        return hook
+
+    try:
+        for index, parameter in zip(targets, parameters, strict=True):
+            handles.append(parameter.register_hook(consume(index)))
+        _grad(loss, parameters)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sweep_whole(
+    loss: Tensor,
+    targets: Sequence[int],
+    parameters: Sequence[Tensor],
+    sink: Sink,
+    guarded: bool,
+) -> bool:
+    """All gradients at once, averaged over ranks in a fixed order; False if one is not finite."""
+    grads = [
+        torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
+        for p, g in zip(parameters, _grad(loss, parameters), strict=True)
+    ]
+    for grad in grads:
+        distributed.mean_(grad)
+    if guarded and not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        return False
+    for index, grad in zip(targets, grads, strict=True):
+        sink(index, grad)
+    return True
+
+
+_ADVICE = {
+    "a second time": "Call observe() before backward(): the graph of this loss is gone.",
+    "modified by an inplace operation": (
+        "Call observe() before optimizer.step(): the weights have changed since the forward."
+    ),
+    "use_reentrant=True": (
+        "Reentrant activation checkpointing cannot be observed. Use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    ),
+    "donated buffer": (
+        "This compiled graph frees its buffers after one backward. Set "
+        "torch._functorch.config.donated_buffer = False before compiling."
+    ),
+}
+
+
+def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        for symptom, advice in _ADVICE.items():
+            if symptom in str(error):
+                raise RuntimeError(advice) from error
+        raise
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave buffers and random state as they were, whatever runs inside."""
+    kept = list(_buffers(model))
+    random = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, copy in kept:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+        torch.set_rng_state(random)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _buffers(model: nn.Module) -> Iterable[tuple[Tensor, int, Tensor]]:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            ours = name.endswith("_mask") and name[:-5] + "_orig" in module._parameters
+            if buffer is not None and not ours:
+                yield buffer, buffer._version, buffer.clone()

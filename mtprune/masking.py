@@ -1,0 +1,361 @@
+"""Masking: how masks take hold of a model, and how they let go.
+
+Two back-ends, one engine. ``"prune"`` installs real ``torch.nn.utils.prune`` state
+(``weight_orig``, ``weight_mask``, ``prune.is_pruned``); ``"inplace"`` keeps bool masks beside the
+model and zeroes weights after every optimizer step. This is the only file that touches
+``torch.nn.utils.prune``, whose traps are all handled here:
+
+* Repeated pruning through its functions stacks masks that only shrink. Ours is installed once,
+  and its buffer is rewritten.
+* It leaves a graph tensor on the module, so that ``deepcopy`` fails and a module read without
+  being called (``MultiheadAttention`` reads ``out_proj.weight``) sees a stale weight. After each
+  forward we put the Parameter itself there: it holds exact zeros, because it is masked after
+  every optimizer step, so that whoever reads it reads the masked weight and can train it.
+* It moves the weight behind the bias in ``_parameters``, so that a positional optimizer state is
+  swapped silently. The order is restored.
+* Its product's gradient is zero at pruned weights, which hides what should grow. Ours lets the
+  dense gradient pass while `Gate.dense` is set, that is, inside ``observe``.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from mtprune.components import Layer
+
+__all__ = ["BACKENDS", "Gate", "Masking", "accept_pruned_keys", "make_masking", "pack", "unpack"]
+
+
+class Gate:
+    """Whether the gradient of masked weights passes through undiminished."""
+
+    def __init__(self) -> None:
+        self.dense = False
+
+
+class Masking(Protocol):
+    """What the pruner asks of a back-end. Masks are bool, shaped like their layer."""
+
+    gate: Gate
+
+    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+        """Make the masks hold, for the first time or anew; pruned weights become exactly 0."""
+        ...
+
+    def mask(self, layer: Layer) -> Tensor | None:
+        """The mask of a layer, on its device, or None if it has none."""
+        ...
+
+    def enforce(self) -> None:
+        """Zero pruned weights that an optimizer step has moved."""
+        ...
+
+    def remove(self) -> None:
+        """Bake the zeros in and leave plain modules."""
+        ...
+
+
+class InplaceMasking:
+    """Bool masks beside the model; weights are zeroed in place. Parameter names never change."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self._layers: list[Layer] = []
+        self._masks: dict[str, Tensor] = {}
+
+    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+        """See `Masking`."""
+        self._layers = list(layers)
+        for layer, mask in zip(layers, masks, strict=True):
+            held = self.mask(layer)
+            if held is None:
+                self._masks[layer.name] = mask.clone()
+            else:
+                held.copy_(mask)
+        _zero_(self._layers, masks)
+
+    def mask(self, layer: Layer) -> Tensor | None:
+        """See `Masking`."""
+        mask = self._masks.get(layer.name)
+        device = layer.parameter.device
+        if mask is not None and mask.device != device:  # the model has moved since
+            mask = self._masks[layer.name] = mask.to(device)
+        return mask
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """See `Masking`."""
+        for layer in self._layers:
+            mask = self.mask(layer)
+            if mask is not None:
+                layer.parameter.mul_(mask)
+
+    def remove(self) -> None:
+        """See `Masking`."""
+        _zero_(self._layers, [self._masks[layer.name] for layer in self._layers])
+        self._layers = []
+        self._masks = {}
+
+
+class PruneMasking:
+    """Masks as ``torch.nn.utils.prune`` keeps them: ``weight_orig`` and ``weight_mask``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gate = Gate()
+        self._layers: list[Layer] = []
+        self._handles: list[RemovableHandle] = []
+        self._attention = {
+            module.out_proj: module
+            for module in model.modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+
+    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+        """See `Masking`."""
+        self._layers = list(layers)
+        for layer, mask in zip(layers, masks, strict=True):
+            held = self.mask(layer)
+            if held is None:
+                self._install(layer, mask.clone())
+            else:
+                held.copy_(mask)
+        _zero_(self._layers, masks)
+
+    def mask(self, layer: Layer) -> Tensor | None:
+        """See `Masking`."""
+        module, attribute = layer.places[0]
+        return module._buffers.get(attribute + "_mask")
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """See `Masking`."""
+        for layer in self._layers:
+            mask = self.mask(layer)
+            if mask is not None:
+                layer.parameter.mul_(mask)
+
+    def remove(self) -> None:
+        """See `Masking`."""
+        masks = [mask for layer in self._layers if (mask := self.mask(layer)) is not None]
+        _zero_(self._layers, masks)
+        for layer in self._layers:
+            for module, attribute in layer.places:
+                order = [_plain(name, attribute) for name in module._parameters]
+                prune.remove(module, attribute)
+                _reorder(module, order)
+                _expose(module, attribute)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._layers = []
+
+    def _install(self, layer: Layer, mask: Tensor) -> None:
+        for module, attribute in layer.places:
+            order = list(module._parameters)
+            with torch.no_grad():
+                MaskedWeight.apply(module, attribute, mask, self.gate)
+            # One tensor for all uses of a tied weight: one mask, never two that disagree.
+            module._buffers[attribute + "_mask"] = mask
+            _reorder(module, [n + "_orig" if n == attribute else n for n in order])
+            release = _Release(attribute)
+            release(module)
+            self._handles.append(module.register_forward_hook(release, always_call=True))
+            parent = self._attention.get(module)
+            if parent is not None:
+                refresh = _FromParent(MaskedWeight.of(module, attribute))
+                self._handles.append(parent.register_forward_pre_hook(refresh))
+                expose = _FromParent(release)
+                self._handles.append(parent.register_forward_hook(expose, always_call=True))
+
+
+class MaskedWeight(prune.BasePruningMethod):
+    """A ``torch.nn.utils.prune`` method whose mask is given, and whose gradient can be dense."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, mask: Tensor, gate: Gate) -> None:
+        self.gate = gate
+        self._given: Tensor | None = mask
+
+    @classmethod
+    @override
+    def apply(cls, module: nn.Module, name: str, mask: Tensor, gate: Gate) -> Any:
+        """Install on one attribute of a module."""
+        method = super().apply(module, name, mask=mask, gate=gate)
+        method._given = None  # it lives on as the module's buffer
+        return method
+
+    @staticmethod
+    def of(module: nn.Module, attribute: str) -> "MaskedWeight":
+        """The method installed on an attribute."""
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, MaskedWeight) and hook._tensor_name == attribute:
+                return hook
+        raise LookupError(attribute)
+
+    @override
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The mask that was given."""
+        if self._given is None:
+            raise RuntimeError("MaskedWeight is installed by a pruner and holds one mask.")
+        return self._given
+
+    @override
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """The effective weight."""
+        mask = getattr(module, self._tensor_name + "_mask")
+        return _masked(getattr(module, self._tensor_name + "_orig"), mask, self.gate)
+
+
+class _Product(torch.autograd.Function):
+    """``weight * mask``, whose backward masks the gradient unless the gate is dense."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, ctx.gate = inputs
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return (grad if ctx.gate.dense else grad * mask), None, None
+
+
+def _masked(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
+    result: Tensor = _Product.apply(weight, mask, gate)
+    return result
+
+
+class _Release:
+    """Forward hook: put the Parameter itself where the product of this forward was."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        _expose(module, self.attribute)
+
+
+class _FromParent:
+    """A hook of ``MultiheadAttention`` on behalf of its ``out_proj``, which is never called."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, *args: object) -> None:
+        self.hook(module.out_proj, None)
+
+
+def _expose(module: nn.Module, attribute: str) -> None:
+    """Make a plain attribute read as the Parameter behind it, without registering it twice."""
+    parameter = module._parameters.get(attribute + "_orig")
+    if parameter is None:
+        parameter = module._parameters[attribute]
+        module.__dict__.pop(attribute, None)
+    else:
+        module.__dict__[attribute] = parameter
+    names = getattr(module, "_flat_weights_names", None)
+    if names is not None and attribute in names:  # RNNs read their weights from a list
+        module._flat_weights[names.index(attribute)] = parameter  # type: ignore[index, operator]
+
+
+def _reorder(module: nn.Module, order: Sequence[str]) -> None:
+    held = dict(module._parameters)
+    module._parameters.clear()
+    for name in order:
+        module._parameters[name] = held.pop(name)
+    module._parameters.update(held)
+
+
+def _plain(name: str, attribute: str) -> str:
+    return attribute if name == attribute + "_orig" else name
+
+
+@torch.no_grad()
+def _zero_(layers: Iterable[Layer], masks: Iterable[Tensor]) -> None:
+    """Exact zeros at pruned weights, whatever stands there: inf * 0 would be NaN."""
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.parameter.masked_fill_(~mask, 0.0)
+
+
+BACKENDS = ("prune", "inplace")
+
+
+def make_masking(backend: str, model: nn.Module) -> Masking:
+    """The back-end of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if backend == "prune":
+        return PruneMasking(model)
+    if backend == "inplace":
+        return InplaceMasking()
+    raise ValueError(f"`backend` must be one of {BACKENDS}. Got {backend!r}.")
+
+
+class _PrunedKeys:
+    """Load hook: take a checkpoint with or without ``_orig``/``_mask``, whatever we have now."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+        plain, orig = prefix + self.attribute, prefix + self.attribute + "_orig"
+        mask = prefix + self.attribute + "_mask"
+        if self.attribute in module._parameters:
+            if orig in state:
+                state[plain] = state.pop(orig)
+            state.pop(mask, None)
+        else:
+            if plain in state:
+                state[orig] = state.pop(plain)
+            if orig in state:
+                state.setdefault(mask, module._buffers[self.attribute + "_mask"])
+
+
+def accept_pruned_keys(layers: Iterable[Layer]) -> list[RemovableHandle]:
+    """Let the layers' modules load checkpoints saved before, during or after pruning."""
+    return [
+        module.register_load_state_dict_pre_hook(_PrunedKeys(attribute))
+        for layer in layers
+        for module, attribute in layer.places
+    ]
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, uint8 ``[ceil(n / 8)]``, row-major, lowest bit first.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = mask.reshape(-1)
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    bits = torch.zeros(len(padded), dtype=torch.uint8, device=mask.device)
+    for i in range(8):
+        bits |= padded[:, i] << i
+    return bits
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of that shape whose `pack` is ``bits``.
+
+    Example:
+        >>> unpack(torch.tensor([5], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = ((bits.unsqueeze(1) >> shifts) & 1).bool().view(-1)
+    return flat[: torch.Size(shape).numel()].view(shape).clone()

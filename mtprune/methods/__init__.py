@@ -1,0 +1,6 @@
+"""Methods: the ways masks come about. Each is a frozen value; the pruner holds all state."""
+
+from mtprune.methods.base import Ballot, Decision, Method, describe
+from mtprune.methods.vote import PerTaskKeep, Vote
+
+__all__ = ["Ballot", "Decision", "Method", "PerTaskKeep", "Vote", "describe"]

@@ -1,0 +1,116 @@
+"""What a method is: what it wants to see, and how it turns that into masks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mtprune.granularity import Granularity
+from mtprune.saliency import Saliency
+from mtprune.schedule import Schedule
+
+__all__ = ["JOINT", "Ballot", "Decision", "Method", "describe"]
+
+JOINT = "(all tasks)"
+"""The one voter when the sum of the losses is scored instead of each loss."""
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """All that a decision depends on, layer by layer in order of position.
+
+    Attributes:
+        shapes: The layers' shapes.
+        components: The component of each layer.
+        scores: ``{voter: [n]}`` for each layer: flat float32 saliencies.
+        masks: What is kept now, flat bool ``[n]``.
+        weights: The effective weights, flat ``[n]``.
+        generator: The pruner's own source of randomness.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    components: Sequence[str]
+    scores: Sequence[Mapping[str, Tensor]]
+    masks: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    generator: torch.Generator
+
+    @property
+    def total(self) -> int:
+        """How many weights there are."""
+        return sum(mask.numel() for mask in self.masks)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided at an update.
+
+    Attributes:
+        masks: What is kept from now on, flat bool ``[n]`` for each layer.
+        alone: For each voter and each layer it uses, what that voter alone would keep.
+    """
+
+    masks: Sequence[Tensor]
+    alone: Mapping[str, Mapping[int, Tensor]]
+
+
+class Method(Protocol):
+    """What the pruner asks of a method."""
+
+    @property
+    def sparsity(self) -> Any:
+        """Share of zeros in the end."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """When masks change."""
+        ...
+
+    @property
+    def saliency(self) -> Saliency:
+        """What is accumulated at every observation."""
+        ...
+
+    @property
+    def disentangled(self) -> bool:
+        """Whether every loss is scored apart from the others."""
+        ...
+
+    @property
+    def observations(self) -> int | Literal["auto"]:
+        """How many observations of every task an update needs."""
+        ...
+
+    @property
+    def granularity(self) -> Granularity:
+        """What is pruned as one."""
+        ...
+
+    @property
+    def regrows(self) -> bool:
+        """Whether a pruned weight can come back."""
+        ...
+
+    def decide(self, ballot: Ballot, step: int) -> Decision:
+        """The masks of the update of ``step``."""
+        ...
+
+
+def describe(value: object) -> str:
+    """A method, or a part of one, as a string that is the same in every process."""
+    if isinstance(value, partial):
+        inner = [describe(value.func), *(describe(a) for a in value.args)]
+        inner += [f"{k}={describe(v)}" for k, v in sorted(value.keywords.items())]
+        return f"partial({', '.join(inner)})"
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = (f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in sorted(value.items())) + "}"
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return repr(value)

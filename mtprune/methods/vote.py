@@ -1,0 +1,240 @@
+"""`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtprune import saliency as saliencies
+from mtprune import votes
+from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
+from mtprune.granularity import Element, Granularity
+from mtprune.methods.base import Ballot, Decision
+from mtprune.saliency import Saliency
+from mtprune.schedule import OneShot, Regrow, Schedule
+from mtprune.selection import Quota, select
+
+__all__ = ["PerTaskKeep", "Vote"]
+
+
+@dataclass(frozen=True)
+class PerTaskKeep:
+    """The published rule of DiSparse, in place of a sparsity: for comparison.
+
+    Every task keeps the top ``int(ratio * N_k)`` of the weights it uses, then the vote merges the
+    tasks' masks. The sparsity that results depends on the data; allocation does not apply.
+
+    Attributes:
+        ratio: Share of its weights each task keeps, in (0, 1].
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"`ratio` must be in (0, 1]. Got {self.ratio!r}.")
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Prune by a vote of the tasks, to an exact sparsity.
+
+    Attributes:
+        sparsity: Share of zeros among the pruned layers' weights, in [0, 1), or `PerTaskKeep`.
+        saliency: A function of weight and gradient (`mtprune.saliency`).
+        vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
+        schedule: When masks change (`mtprune.schedule`).
+        granularity: What is pruned as one (`mtprune.granularity`).
+        allocation: How the budget is spread over layers (`mtprune.allocation`).
+        priority: Factor on a task's guaranteed share; tasks not named count 1.
+        observations: How many observations of every task an update needs, or ``"auto"``: at least
+            4, until the masks no longer change.
+        disentangled: Score every loss on its own. False scores their sum in one sweep: the joint
+            baseline.
+        min_keep: The least a layer keeps as long as the budget has as much for each.
+
+    Example:
+        >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
+        0.9
+    """
+
+    sparsity: float | PerTaskKeep
+    saliency: Saliency = saliencies.taylor
+    vote: votes.Vote = votes.unanimous
+    schedule: Schedule = field(default_factory=OneShot)
+    granularity: Granularity = field(default_factory=Element)
+    allocation: Allocation = "floor"
+    priority: Mapping[str, float] = field(default_factory=dict)
+    observations: int | Literal["auto"] = 1
+    disentangled: bool = True
+    min_keep: int = 1
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not isinstance(self.sparsity, PerTaskKeep):
+            check_sparsity("sparsity", self.sparsity)
+        for name in ("saliency", "vote"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a function. Got {getattr(self, name)!r}.")
+        saliencies.uses_gradient(self.saliency)
+        if not (hasattr(self.schedule, "next_update") and hasattr(self.schedule, "progress")):
+            raise TypeError(
+                f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
+                f"Got {self.schedule!r}."
+            )
+        _check_allocation(self.allocation)
+        for task, factor in self.priority.items():
+            if not 0.0 < factor < float("inf"):
+                raise ValueError(f"`priority` of task '{task}' must be positive. Got {factor!r}.")
+        auto = self.observations == "auto"
+        if not auto and (not _is_whole(self.observations) or int(self.observations) < 1):
+            raise ValueError(
+                f"`observations` must be at least 1, or 'auto'. Got {self.observations!r}."
+            )
+        if not _is_whole(self.min_keep) or self.min_keep < 0:
+            raise ValueError(f"`min_keep` must be a whole number. Got {self.min_keep!r}.")
+        if self.regrows and (self.allocation == "global" or isinstance(self.sparsity, PerTaskKeep)):
+            raise ValueError(
+                "Regrow keeps the number of weights of every layer, so it needs an allocation that "
+                "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
+            )
+
+    @property
+    def regrows(self) -> bool:
+        """Whether a pruned weight can come back."""
+        return isinstance(self.schedule, Regrow)
+
+    def decide(self, ballot: Ballot, step: int) -> Decision:
+        """The masks of the update of ``step``."""
+        if isinstance(self.sparsity, PerTaskKeep):
+            return self._per_task(ballot, self.sparsity.ratio)
+        zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
+        keep = ballot.total - zeros
+        if isinstance(self.schedule, Regrow):
+            masks = self._exchange(ballot, keep, self.schedule, step)
+        else:
+            masks = self._shrink(ballot, keep, self.schedule.progress(step))
+        share = 1 - self.sparsity * self.schedule.progress(step)
+        return Decision(masks, self._alone(ballot, lambda n: round(share * n)))
+
+    def _shrink(self, ballot: Ballot, keep: int, progress: float) -> list[Tensor]:
+        allocation = self.allocation
+        if isinstance(allocation, Mapping):
+            allocation = {name: s * progress for name, s in allocation.items()}
+        upper = [int(mask.sum()) for mask in ballot.masks]
+        plan = quotas(
+            allocation, ballot.shapes, ballot.components, keep, upper, min_keep=self.min_keep
+        )
+        return select(ballot.scores, self.vote, plan, eligible=ballot.masks, priority=self.priority)
+
+    def _exchange(self, ballot: Ballot, keep: int, schedule: Regrow, step: int) -> list[Tensor]:
+        """Random masks at first; then drop by magnitude and grow by vote, layer by layer."""
+        if step == 0:
+            counts = self._layer_counts(ballot, keep)
+            draws = [
+                saliencies.random(w, generator=ballot.generator).float() for w in ballot.weights
+            ]
+            return _best_of_each(draws, counts)
+        counts = [int(mask.sum()) for mask in ballot.masks]
+        fraction = schedule.fraction_at(step)
+        drop = [
+            min(round(fraction * n), mask.numel() - n)
+            for n, mask in zip(counts, ballot.masks, strict=True)
+        ]
+        survivors = _best_of_each(
+            [w.abs().float() for w in ballot.weights],
+            [n - d for n, d in zip(counts, drop, strict=True)],
+            eligible=ballot.masks,
+        )
+        grown = select(
+            ballot.scores,
+            self.vote,
+            [Quota((layer,), n, (n,)) for layer, n in enumerate(drop)],
+            eligible=[~mask for mask in survivors],
+            priority=self.priority,
+        )
+        return [old | new for old, new in zip(survivors, grown, strict=True)]
+
+    def _layer_counts(self, ballot: Ballot, keep: int) -> list[int]:
+        """How many weights each layer keeps for the whole of sparse training."""
+        of = self.allocation
+        upper = [prod(shape) for shape in ballot.shapes]
+        if isinstance(of, Mapping):
+            plan = quotas(of, ballot.shapes, ballot.components, keep, upper, self.min_keep)
+            counts = [0] * len(upper)
+            for quota in plan:
+                inside = [ballot.shapes[i] for i in quota.layers]
+                most = [upper[i] for i in quota.layers]
+                spread = layer_counts("uniform", inside, quota.keep, most, self.min_keep)
+                for layer, count in zip(quota.layers, spread, strict=True):
+                    counts[layer] = count
+            return counts
+        if of == "floor":
+            of = Floor()
+        of = of.of if isinstance(of, Floor) else of
+        return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
+
+    def _per_task(self, ballot: Ballot, ratio: float) -> Decision:
+        alone = self._alone(ballot, lambda n: int(ratio * n))
+        masks = []
+        for layer, voters in enumerate(ballot.scores):
+            wishes = torch.stack([alone[task][layer] for task in voters])
+            masks.append((self.vote(wishes.to(torch.float64)) >= 0.5) & ballot.masks[layer])
+        return Decision(masks, alone)
+
+    def _alone(self, ballot: Ballot, keep: Callable[[int], int]) -> dict[str, dict[int, Tensor]]:
+        """What each voter would keep if it were the only one."""
+        result: dict[str, dict[int, Tensor]] = {}
+        for task in dict.fromkeys(task for voters in ballot.scores for task in voters):
+            layers = [i for i, voters in enumerate(ballot.scores) if task in voters]
+            own = [{task: ballot.scores[i][task]} for i in layers]
+            size = sum(ballot.masks[i].numel() for i in layers)
+            quota = Quota(tuple(range(len(layers))), keep(size), (0,) * len(layers))
+            kept = select(own, votes.unanimous, [quota])
+            result[task] = dict(zip(layers, kept, strict=True))
+        return result
+
+
+def check_sparsity(name: str, value: object) -> None:
+    """Refuse what is not a share of zeros in [0, 1).
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number in [0, 1). Got {value!r}.")
+    if not 0.0 <= value < 1.0:
+        hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
+        raise ValueError(f"`{name}` must be in [0, 1). Got {value!r}.{hint}")
+
+
+def _check_allocation(allocation: object) -> None:
+    if isinstance(allocation, Mapping):
+        for component, sparsity in allocation.items():
+            check_sparsity(f"allocation[{component!r}]", sparsity)
+    elif isinstance(allocation, str):
+        if allocation not in NAMES:
+            raise ValueError(f"`allocation` must be one of {NAMES}. Got {allocation!r}.")
+    elif not isinstance(allocation, (Erk, Floor)):
+        raise TypeError(
+            f"`allocation` must be one of {NAMES}, Erk(...), Floor(...) or a mapping "
+            f"component -> sparsity. Got {allocation!r}."
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _best_of_each(
+    scores: Sequence[Tensor], counts: Sequence[int], eligible: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The ``counts`` highest scores of every layer on its own, flat bool masks."""
+    plan = [Quota((layer,), count, (count,)) for layer, count in enumerate(counts)]
+    ballots = [{"": layer} for layer in scores]
+    return select(ballots, votes.unanimous, plan, eligible=eligible)

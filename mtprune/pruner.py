@@ -1,0 +1,555 @@
+"""`MultitaskPruner`: state, and the order of calls. No mathematics."""
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune import distributed
+from mtprune.clock import Clock
+from mtprune.collect import Collector, Evidence, untouched
+from mtprune.components import Layer, Spec, declare, find_layers, unwrap
+from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
+from mtprune.methods import Decision, Method, Vote
+from mtprune.methods.base import JOINT, describe
+from mtprune.optimizers import follow, raw, restart_
+from mtprune.poll import poll
+from mtprune.report import Count, Facts, Report, count, make_report
+from mtprune.saliency import uses_gradient
+from mtprune.stability import Stability
+from mtprune.tasks import LossFunction, compute, given, parse, scalar
+from mtprune.usage import Usage, Users
+
+__all__ = ["MultitaskPruner"]
+
+_LIVE: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[MultitaskPruner]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class MultitaskPruner:
+    """Prunes a model for several tasks while you train it.
+
+    Args:
+        model: Any module. Compiled and DDP-wrapped models are looked into.
+        task_losses: ``{name: loss(outputs, batch)}``, each a scalar tensor; or just the names, when
+            you compute the losses and hand them to `observe_losses`.
+        shared_modules: What the tasks share: modules, parameters, names or globs, a callable on the
+            model, a mapping component -> any of these, or ``"auto"``: what at least two tasks are
+            seen to use.
+        method: How masks come about.
+        optimizer: If given, masks hold after each of its steps, and its real steps are counted;
+            otherwise calls of `step`. Regrowth needs it.
+        include: Embeddings and bare Parameters to prune too.
+        exclude: What not to prune.
+        backend: ``"prune"`` (``torch.nn.utils.prune`` state) or ``"inplace"`` (masks beside the
+            model: faster, and parameter names stay).
+        seed: Of the pruner's own generator; the global one is never touched.
+
+    Example:
+        >>> model = nn.ModuleDict({"trunk": nn.Linear(4, 8), "a": nn.Linear(8, 1),
+        ...                        "b": nn.Linear(8, 1)})
+        >>> pruner = MultitaskPruner(model, ["a", "b"], "trunk", method=Vote(sparsity=0.5))
+        >>> hidden = model["trunk"](torch.randn(16, 4)).relu()
+        >>> losses = {t: model[t](hidden).square().mean() for t in ("a", "b")}
+        >>> _ = pruner.observe_losses(losses)
+        >>> pruner.step(), pruner.sparsity
+        (True, 0.5)
+        >>> pruner.finalize()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task_losses: Mapping[str, LossFunction] | Sequence[str],
+        shared_modules: Spec = "auto",
+        *,
+        method: Method | None = None,
+        optimizer: Any = None,
+        include: Spec = (),
+        exclude: Spec = (),
+        backend: str = "prune",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
+        self._model = unwrap(model)
+        alive = _LIVE.get(self._model)
+        if alive is not None and alive() is not None:
+            raise ValueError(
+                "This model already has a live pruner. Call its finalize() before building another."
+            )
+        self._method: Method = Vote(sparsity=0.9) if method is None else method
+        self._losses = parse(task_losses)
+        self._layers = find_layers(self._model, include, exclude)
+        if not self._layers:
+            raise ValueError("The model has nothing prunable.")
+        declared = declare(self._model, self._layers, shared_modules)
+        self._usage = Usage(self._layers, self._losses, declared)
+        self._usage.check_names(self._method)
+        self._optimizer = None if optimizer is None else raw(optimizer, self._layers)
+        if self._method.regrows and self._optimizer is None:
+            raise ValueError(
+                "Regrowth resets the optimizer's state of weights that come back. "
+                "Pass optimizer=... to the pruner."
+            )
+        self._masking = make_masking(backend, self._model)
+        self._clock = Clock(self._method.schedule, catch_up=self._method.regrows)
+        self._stability = Stability()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._collector = Collector(
+            self._model,
+            self._layers,
+            self._masking,
+            saliency=self._method.saliency,
+            granularity=self._method.granularity,
+            disentangled=self._method.disentangled,
+        )
+        self._alone: dict[str, dict[str, Tensor]] | None = {}
+        self._facts = Facts()
+        self._singly = False  # batches that hold only some tasks have been seen
+        self._final: dict[str, Tensor] | None = None
+        handles = accept_pruned_keys(self._layers)
+        if self._optimizer is not None:
+            handles.append(follow(self._optimizer, self))
+        self._release = weakref.finalize(self, _remove, handles)
+        _LIVE[self._model] = weakref.ref(self)
+
+    # What a training loop calls.
+
+    def observe(
+        self,
+        outputs: object,
+        batch: object,
+        *,
+        tasks: Collection[str] | None = None,
+        scaler: Any = None,
+    ) -> dict[str, Any]:
+        """Compute the tasks' losses, and collect their saliency when an update is near.
+
+        Call it between the forward and the backward pass. It costs one extra autograd sweep per
+        task when masks are about to change, and nothing otherwise.
+
+        Args:
+            outputs: What the model returned; handed to the losses as it is.
+            batch: The batch; likewise.
+            tasks: The tasks this batch is for; all of them unless given.
+            scaler: Your ``GradScaler``, if you train in float16.
+
+        Returns:
+            ``{task: loss}``, untouched: yours to weigh and to call ``backward`` on.
+        """
+        self._check_alive("observe")
+        losses = compute(self._losses, outputs, batch, tasks)
+        self._collect(losses, scaler, strict=True)
+        return losses
+
+    def observe_losses(self, losses: Any, *, scaler: Any = None) -> Any:
+        """`observe`, for losses you computed.
+
+        Args:
+            losses: A mapping task -> loss (keys that are no task, such as ``"total"``, are
+                ignored; a task that is missing, or whose loss has no graph, sits this one out), or
+                a sequence or 1-D tensor in the declared order. A list of tensors is summed.
+            scaler: Your ``GradScaler``, if you train in float16.
+
+        Returns:
+            ``losses``, untouched.
+        """
+        self._check_alive("observe_losses")
+        self._collect(given(self._losses, losses), scaler, strict=False)
+        return losses
+
+    def step(self) -> bool:
+        """Change the masks if an update is due; a cheap no-op otherwise.
+
+        Call it after ``optimizer.step()``.
+
+        Returns:
+            Whether masks changed.
+
+        Raises:
+            RuntimeError: If an update is due but nothing, or for too long not every task, has been
+                observed; or if a loss or saliency is not finite. Masks are unchanged.
+        """
+        self._check_alive("step")
+        if self._optimizer is None:
+            self._clock.step += 1
+            self._masking.enforce()
+        update = self._clock.due()
+        if update is None:
+            return False
+        evidence = self._collector.evidence
+        if not (evidence.counts or evidence.discarded or self._facts.observations):
+            raise RuntimeError(
+                f"Step {update} is due but nothing has been observed. Call "
+                "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
+            )
+        if self._lacking():
+            self._raise_if_late(update)
+            return False
+        return self._settled() and self._update(update)
+
+    def prune(
+        self,
+        batches: Iterable[Any],
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        progress: bool = True,
+    ) -> Report:
+        """Prune once, to the final sparsity, from batches instead of a training loop.
+
+        The model runs in the mode it is in; its buffers and the random state are left as they were.
+
+        Args:
+            batches: As many as the method's ``observations`` are used; fewer are used as they are.
+            forward: ``forward(model, batch)`` -> outputs; ``model(batch)`` unless given.
+            progress: Show a progress bar, if tqdm is installed.
+        """
+        self._check_alive("prune")
+        if self._method.regrows:
+            raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
+        run = forward if forward is not None else _call
+        with untouched(self._model), torch.enable_grad():
+            for batch in _bar(batches, progress):
+                losses = compute(self._losses, run(self._model, batch), batch, None)
+                self._collect(losses, None, strict=True, always=True)
+                if not self._lacking() and self._settled():
+                    break
+        unseen = [t for t in self._losses if not self._collector.evidence.counts.get(t)]
+        if unseen:
+            raise RuntimeError(
+                f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
+            )
+        final = self._clock.next
+        while final is not None and (later := self._method.schedule.next_update(final)) is not None:
+            final = later
+        if final is None:
+            raise RuntimeError("All updates of the schedule have been made already.")
+        self._update(final)
+        return self.report()
+
+    def weigh(self, losses: Mapping[str, Any]) -> Tensor:
+        """The weighted total of the losses: their plain sum, unless the method weighs tasks."""
+        devices = {layer.parameter.device for layer in self._layers}
+        parts = [scalar(name, loss, devices) for name, loss in losses.items()]
+        found = [part for part in parts if part is not None]
+        if not found:
+            raise ValueError(f"None of the losses {list(losses)} carries a gradient.")
+        return torch.stack(found).sum()
+
+    def finalize(self) -> None:
+        """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
+
+        Masks, sparsity and report stay readable.
+        """
+        if self._final is None:
+            self._final = self.masks
+            self._masking.remove()
+            self._collector.reset()
+            self._release()
+            _LIVE.pop(self._model, None)
+
+    # What there is to read.
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """``{parameter name: mask}``, True = keep; names as before pruning."""
+        if self._final is not None:
+            return dict(self._final)
+        return {layer.name: self._mask(layer).clone() for _, layer in self._usage.active()}
+
+    @property
+    def task_masks(self) -> dict[str, dict[str, Tensor]]:
+        """``{task: {parameter name: mask}}``: what each task alone would keep of what it uses.
+
+        From the scores of the last update; all True before the first.
+
+        Raises:
+            RuntimeError: After loading a checkpoint, which does not hold them, until an update.
+        """
+        if self._alone is None:
+            raise RuntimeError(
+                "Checkpoints do not hold task masks; they are there again after the next update."
+            )
+        shapes = {layer.name: layer.shape for layer in self._layers}
+        if not self._alone:
+            everything = {layer.name: torch.ones_like(self._mask(layer)) for layer in self._layers}
+            return {task: dict(everything) for task in self._losses}
+        return {
+            task: {name: unpack(bits, shapes[name]) for name, bits in masks.items()}
+            for task, masks in self._alone.items()
+        }
+
+    @property
+    def sparsity(self) -> float:
+        """The exact share of pruned weights among those the pruner prunes."""
+        masks = self.masks.values()
+        total = sum(mask.numel() for mask in masks)
+        return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
+
+    def report(self) -> Report:
+        """What was pruned at the last update, and for whom."""
+        facts = self._facts
+        return make_report(
+            facts.counts or [self._untold(layer) for layer in self._layers],
+            step=self._clock.done if facts.counts else None,
+            tasks=list(self._losses),
+            observations=facts.observations,
+            stable=facts.stable,
+            discarded=facts.discarded,
+            left_alone=self._usage.left_alone(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on in a new process: tensors, numbers, strings, containers."""
+        active = [layer for _, layer in self._usage.active()]
+        held = {layer.name: self._masking.mask(layer) for layer in active}
+        names = [layer.name for layer in self._layers]
+        return {
+            "version": 1,
+            "tasks": list(self._losses),
+            "method": describe(self._method),
+            "shapes": {layer.name: list(layer.shape) for layer in self._layers},
+            "step": self._clock.step,
+            "done": self._clock.done,
+            "singly": self._singly,
+            "users": None if self._usage.settled is None else dict(self._usage.settled),
+            "masks": {name: pack(mask) for name, mask in held.items() if mask is not None},
+            "facts": self._facts.state_dict(),
+            "evidence": self._collector.evidence.state_dict(names),
+            "stability": self._stability.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: before or after the model's and optimizer's.
+
+        Raises:
+            ValueError: If it belongs to other tasks, layers or another method; nothing is changed.
+        """
+        self._check_alive("load_state_dict")
+        if "tasks" not in state:
+            raise ValueError("This is not a state_dict of a MultitaskPruner.")
+        shapes = {layer.name: list(layer.shape) for layer in self._layers}
+        for key, mine in (
+            ("version", 1),
+            ("tasks", list(self._losses)),
+            ("shapes", shapes),
+            ("method", describe(self._method)),
+        ):
+            if state[key] != mine:
+                raise ValueError(
+                    f"This checkpoint is of a pruner with other {key}: {_difference(state[key], mine)}"
+                )
+        users = state["users"]
+        settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
+        self._usage.settled = settled
+        self._clock.step, self._clock.done = state["step"], state["done"]
+        self._singly = state["singly"]
+        self._facts = Facts.from_state_dict(state["facts"])
+        self._collector.evidence = Evidence.from_state_dict(state["evidence"], self._layers)
+        self._stability = Stability()
+        self._stability.load_state_dict(state["stability"])
+        self._generator.set_state(state["generator"].cpu())
+        self._alone = None if state["masks"] else {}
+        active = [layer for _, layer in self._usage.active() if layer.name in state["masks"]]
+        masks = [unpack(state["masks"][x.name].to(x.parameter.device), x.shape) for x in active]
+        if active:
+            self._masking.install(active, masks)
+        else:
+            self._masking.remove()
+
+    # How an update comes about.
+
+    def _after_optimizer_step(self) -> None:
+        self._clock.step += 1
+        self._masking.enforce()
+
+    def _collect(
+        self, losses: Mapping[str, Any], scaler: Any, *, strict: bool, always: bool = False
+    ) -> None:
+        """Check the losses, and let the collector see those that are wanted now."""
+        devices = {layer.parameter.device for layer in self._layers}
+        scalars = {name: scalar(name, loss, devices) for name, loss in losses.items()}
+        if not torch.is_grad_enabled():
+            return
+        present = {name: loss for name, loss in scalars.items() if loss is not None}
+        if not (always or self._clock.near(self._lead(present))):
+            return
+        for name in losses:
+            if strict and name not in present:
+                raise ValueError(
+                    f"Loss of task '{name}' carries no gradient. Was it computed from detached "
+                    "outputs, or under torch.no_grad()?"
+                )
+        wanted = present
+        if not self._automatic:
+            lacking = self._lacking()
+            wanted = {name: loss for name, loss in present.items() if name in lacking}
+        if wanted:
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._collector.add(wanted, self._usage.settled, scale, guarded=scaler is not None)
+
+    def _lead(self, present: Collection[str]) -> int:
+        """How many steps before an update to begin observing."""
+        self._singly = self._singly or len(present) < len(self._losses)
+        wanted = self._method.observations
+        batches = 4 if wanted == "auto" else wanted
+        return batches * len(self._losses) if self._singly else batches
+
+    @property
+    def _automatic(self) -> bool:
+        """Whether observations go on until masks are stable."""
+        return self._method.observations == "auto" and uses_gradient(self._method.saliency)
+
+    def _lacking(self) -> list[str]:
+        """The tasks that must be observed again before an update can be made."""
+        evidence = self._collector.evidence
+        wanted = self._method.observations
+        lacking = []
+        for task in self._losses:
+            seen = evidence.counts.get(task, 0)
+            needed = 1 if wanted == "auto" else wanted
+            if seen and not self._usage.is_clear(evidence, task):
+                needed = max(needed, 2)
+            if seen < needed:
+                lacking.append(task)
+        return lacking
+
+    def _settled(self) -> bool:
+        """Whether more observations would no longer change the masks."""
+        if not self._automatic:
+            return True
+        least = min(self._collector.evidence.counts.values())
+
+        def masks() -> Sequence[Tensor]:
+            self._check_evidence()
+            users = self._usage.now(self._collector.evidence)
+            return self._decide(users, self._clock.due() or 0)[1].masks
+
+        return self._stability.enough(least, masks)
+
+    def _check_evidence(self) -> None:
+        problem = self._collector.evidence.problem(self._layers)
+        if problem is not None:
+            self._forget()
+            raise RuntimeError(problem)
+
+    def _forget(self) -> None:
+        self._collector.reset()
+        self._stability = Stability()
+
+    def _update(self, step: int) -> bool:
+        """Make the update of ``step`` from the evidence; whether masks changed."""
+        self._check_evidence()
+        try:
+            self._usage.settle(self._collector.evidence)
+        except RuntimeError:
+            self._forget()
+            raise
+        users = self._usage.now(self._collector.evidence)
+        layers, decision = self._decide(users, step)
+        masks = [
+            self._method.granularity.spread(mask, layer.parameter)
+            for layer, mask in zip(layers, decision.masks, strict=True)
+        ]
+        distributed.check_equal(masks)
+        before = [self._mask(layer).clone() for layer in layers]
+        if self._optimizer is not None:
+            for layer, old, new in zip(layers, before, masks, strict=True):
+                restart_(self._optimizer, layer, new & ~old)
+        self._masking.install(layers, masks)
+        self._record(users, layers, decision)
+        self._forget()
+        self._clock.done = step
+        return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
+
+    def _decide(self, users: Users, step: int) -> tuple[list[Layer], Decision]:
+        """The layers that are pruned, and what the method decides about them."""
+        active = self._usage.active(users)
+        masks = [self._mask(layer) for _, layer in active]
+        components = self._usage.components(users)
+        evidence = self._collector.evidence
+        ballot = poll(self._method, evidence, users, active, masks, components, self._generator)
+        return [layer for _, layer in active], self._method.decide(ballot, step)
+
+    def _record(self, users: Users, layers: Sequence[Layer], decision: Decision) -> None:
+        """Keep what the report needs after the evidence is gone."""
+        components = self._usage.components(users)
+        counts = []
+        alone: dict[str, dict[str, Tensor]] = {task: {} for task in users}
+        for place, layer in enumerate(layers):
+            voters = {task: JOINT if JOINT in decision.alone else task for task in users}
+            wishes = {
+                task: decision.alone[voter][place]
+                for task, voter in voters.items()
+                if self._usage.uses(task, layer)
+            }
+            for task, wish in wishes.items():
+                alone[task][layer.name] = pack(wish)
+            counts.append(count(layer.name, components[layer.name], decision.masks[place], wishes))
+        evidence = self._collector.evidence
+        self._alone = alone
+        self._facts = Facts(
+            counts=tuple(counts),
+            observations=dict(evidence.counts),
+            stable=bool(self._stability.stable) if self._automatic else None,
+            discarded=dict(evidence.discarded),
+        )
+
+    def _untold(self, layer: Layer) -> Count:
+        """A layer before the first update."""
+        size = layer.parameter.numel()
+        return Count(layer.name, "", size, size, {}, size)
+
+    def _mask(self, layer: Layer) -> Tensor:
+        mask = self._masking.mask(layer)
+        if mask is None:
+            return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+        return mask
+
+    def _check_alive(self, call: str) -> None:
+        if self._final is not None:
+            raise RuntimeError(
+                f"{call}() was called after finalize(). Build a new MultitaskPruner to go on."
+            )
+
+    def _raise_if_late(self, update: int) -> None:
+        counts = self._collector.evidence.counts
+        unseen = [task for task in self._losses if not counts.get(task)]
+        if unseen and self._clock.overdue():
+            names = ", ".join(f"'{task}'" for task in unseen)
+            raise RuntimeError(
+                f"Step {update} is due but task {names} has not been observed since step "
+                f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
+            )
+
+
+def _difference(theirs: object, mine: object) -> str:
+    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
+        theirs = {k: v for k, v in theirs.items() if mine.get(k) != v} or sorted(theirs)
+        mine = {k: mine.get(k) for k in theirs} if isinstance(theirs, dict) else sorted(mine)
+    return f"it has {theirs}, this one {mine}."
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    bar: Iterable[Any] = tqdm(batches, desc="observing", leave=False)
+    return bar

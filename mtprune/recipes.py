@@ -1,0 +1,185 @@
+"""Recipes: published methods and baselines by name. Each returns a `Method`.
+
+A recipe has the published allocation, so that it can stand for its paper in a comparison. For your
+own models `Vote(sparsity=...)`, with a floor under every layer, is the better start.
+"""
+
+from typing import Literal
+
+from mtprune import saliency, votes
+from mtprune.allocation import Erk
+from mtprune.methods import Vote
+from mtprune.schedule import Cubic, OneShot, Regrow, Schedule
+
+__all__ = [
+    "disparse_dynamic",
+    "disparse_pretrained",
+    "disparse_static",
+    "gradual_magnitude",
+    "magnitude",
+    "random",
+    "rigl",
+    "set_",
+    "snip",
+]
+
+Observations = int | Literal["auto"]
+
+
+def disparse_static(sparsity: float, *, observations: Observations = 1) -> Vote:
+    """DiSparse, static: score a network at initialisation, prune it once, train it.
+
+    Sun et al., "DiSparse: disentangled sparsification for multitask model compression", CVPR 2022.
+    The sparsity is exact, where the original needs a hand-tuned ratio for each data set; the
+    network that is scored is the one that is trained, where the original draws another for scoring.
+
+    Args:
+        sparsity: Share of zeros.
+        observations: Batches to score on; the paper uses 50. ``"auto"`` stops when masks are stable.
+    """
+    return Vote(sparsity, saliency=saliency.snip, allocation="global", observations=observations)
+
+
+def disparse_pretrained(
+    sparsity: float,
+    *,
+    schedule: Schedule | None = None,
+    observations: Observations = 1,
+) -> Vote:
+    """DiSparse, pretrained: score a trained network, prune once or gradually, fine-tune.
+
+    Sun et al., CVPR 2022, with the first-order score ``|w * g|``.
+
+    Args:
+        sparsity: Share of zeros.
+        schedule: When to prune; at once unless given.
+        observations: Batches to score on before each update.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.taylor,
+        allocation="global",
+        schedule=schedule or OneShot(),
+        observations=observations,
+    )
+
+
+def disparse_dynamic(sparsity: float, *, every: int, end: int, fraction: float = 0.5) -> Vote:
+    """DiSparse, dynamic: train sparsely from random masks, drop by magnitude, grow by vote.
+
+    Sun et al., CVPR 2022. Densities are ERK with power 0.9, as in the original code. Every layer
+    is on its budget after every update, where the original overshoots between updates; gradients
+    are those of the masked network, and weights that come back start at zero.
+
+    Args:
+        sparsity: Share of zeros, at all times.
+        every: Steps between updates.
+        end: Step from which masks stay; the paper uses three quarters of the run.
+        fraction: Share of each layer's weights exchanged at first.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.gradient,
+        allocation=Erk(0.9),
+        schedule=Regrow(every=every, end=end, fraction=fraction),
+    )
+
+
+def snip(sparsity: float, *, observations: Observations = 1) -> Vote:
+    """SNIP: connection sensitivity of the summed losses, at initialisation.
+
+    Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019.
+
+    Args:
+        sparsity: Share of zeros.
+        observations: Batches to score on.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.snip,
+        allocation="global",
+        observations=observations,
+        disentangled=False,
+    )
+
+
+def rigl(sparsity: float, *, every: int, end: int, fraction: float = 0.3) -> Vote:
+    """RigL: sparse training, growth by the gradient of the summed losses.
+
+    Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020.
+
+    Args:
+        sparsity: Share of zeros, at all times.
+        every: Steps between updates.
+        end: Step from which masks stay.
+        fraction: Share of each layer's weights exchanged at first.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.gradient,
+        allocation="erk",
+        schedule=Regrow(every=every, end=end, fraction=fraction),
+        disentangled=False,
+    )
+
+
+def set_(sparsity: float, *, every: int, end: int, fraction: float = 0.3) -> Vote:
+    """SET: sparse training, growth at random.
+
+    Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+    connectivity inspired by network science", Nature Communications 2018.
+
+    Args:
+        sparsity: Share of zeros, at all times.
+        every: Steps between updates.
+        end: Step from which masks stay.
+        fraction: Share of each layer's weights exchanged at first.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.random,
+        allocation="erk",
+        schedule=Regrow(every=every, end=end, fraction=fraction),
+        disentangled=False,
+    )
+
+
+def magnitude(sparsity: float) -> Vote:
+    """The smallest weights of the whole network, at once.
+
+    Han et al., "Learning both weights and connections for efficient neural networks", NIPS 2015.
+
+    Args:
+        sparsity: Share of zeros.
+    """
+    return Vote(sparsity, saliency=saliency.magnitude, allocation="global", disentangled=False)
+
+
+def gradual_magnitude(sparsity: float, *, begin: int, end: int, every: int) -> Vote:
+    """The smallest weights of the whole network, ever more of them.
+
+    Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
+    compression", 2017.
+
+    Args:
+        sparsity: Share of zeros in the end.
+        begin: Step of the first update.
+        end: Step of the last update.
+        every: Steps between updates.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.magnitude,
+        allocation="global",
+        schedule=Cubic(begin=begin, end=end, every=every),
+        disentangled=False,
+    )
+
+
+def random(sparsity: float) -> Vote:
+    """Weights at random, at once.
+
+    Args:
+        sparsity: Share of zeros.
+    """
+    return Vote(sparsity, saliency=saliency.random, allocation="global", disentangled=False)

@@ -1,0 +1,250 @@
+"""Reports: frozen facts after the fact. They print as a table and are data."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Count", "Facts", "Report", "Row", "count", "make_report"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What an update decided about one layer.
+
+    Attributes:
+        name: The layer.
+        component: Its component.
+        parameters: How many weights it has.
+        kept: How many of them are kept.
+        wanted: For each task that uses it, how many of the kept ones that task alone would keep.
+        unanimous: How many of the kept ones each of these tasks alone would keep.
+    """
+
+    name: str
+    component: str
+    parameters: int
+    kept: int
+    wanted: Mapping[str, int]
+    unanimous: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is remembered of an update after its evidence is gone.
+
+    Attributes:
+        counts: One for each pruned layer.
+        observations: Observations of each task behind it.
+        stable: See `Report`.
+        discarded: See `Report`.
+    """
+
+    counts: tuple[Count, ...] = ()
+    observations: Mapping[str, int] = field(default_factory=dict)
+    stable: bool | None = None
+    discarded: Mapping[str, int] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return {**asdict(self), "counts": [asdict(c) for c in self.counts]}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Facts":
+        """The inverse of `state_dict`."""
+        return cls(**{**state, "counts": tuple(Count(**c) for c in state["counts"])})
+
+
+def count(name: str, component: str, mask: Tensor, alone: Mapping[str, Tensor]) -> Count:
+    """Count one layer.
+
+    Args:
+        name: The layer.
+        component: Its component.
+        mask: What is kept, flat bool.
+        alone: For each task that uses it, what that task alone would keep, flat bool.
+    """
+    every = mask
+    for wish in alone.values():
+        every = every & wish
+    return Count(
+        name=name,
+        component=component,
+        parameters=mask.numel(),
+        kept=int(mask.sum()),
+        wanted={task: int((mask & wish).sum()) for task, wish in alone.items()},
+        unanimous=int(every.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A component or a layer in a report.
+
+    Attributes:
+        name: The component or layer.
+        parameters: How many weights it has.
+        kept: How many of them the masks keep. A weight that is zero by itself counts as kept.
+        sparsity: Share pruned.
+        tasks: The tasks that use it.
+        want: For each of these, the share of the kept weights that this task alone would keep.
+        unanimity: The share of the kept weights that every one of these alone would keep.
+    """
+
+    name: str
+    parameters: int
+    kept: int
+    sparsity: float
+    tasks: tuple[str, ...]
+    want: Mapping[str, float]
+    unanimity: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was pruned, for whom.
+
+    Attributes:
+        step: The step of the last update, or None before the first.
+        tasks: All tasks.
+        parameters: How many weights the pruner prunes among.
+        kept: How many of them are kept.
+        sparsity: Share pruned.
+        components: One row each.
+        layers: One row each.
+        head_share: Share of all these weights that is private to one task.
+        observations: Observations of each task behind the last update.
+        stable: Whether ``observations="auto"`` stopped because masks no longer changed; None if
+            the number was given.
+        discarded: Observations thrown away because a scaled gradient overflowed.
+        left_alone: Prunable layers that are not pruned, and why.
+    """
+
+    step: int | None
+    tasks: tuple[str, ...]
+    parameters: int
+    kept: int
+    sparsity: float
+    components: tuple[Row, ...]
+    layers: tuple[Row, ...]
+    head_share: float
+    observations: Mapping[str, int]
+    stable: bool | None
+    discarded: Mapping[str, int]
+    left_alone: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain containers, numbers and strings."""
+        return asdict(self)
+
+    def table(self, layers: bool = False) -> str:
+        """The report as text, with a row per component, or per layer."""
+        if self.step is None:
+            return (
+                f"Nothing pruned yet: {self.parameters:,} weights in {len(self.layers)} layers, "
+                f"{len(self.tasks)} tasks."
+            )
+        rows = self.layers if layers else self.components
+        head = ["layer" if layers else "component", "weights", "kept", "sparsity"]
+        head += [f"want {task}" for task in self.tasks] + ["unanimity"]
+        body = [_cells(row, self.tasks) for row in rows]
+        total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
+        body.append(total + [""] * (len(head) - len(total)))
+        return "\n".join([*_columns([head, *body]), *self._notes()])
+
+    def __str__(self) -> str:
+        """The table of components."""
+        return self.table()
+
+    def _notes(self) -> list[str]:
+        notes = [f"{self.head_share:.1%} of the weights are private to one task."]
+        if self.observations:
+            least, most = min(self.observations.values()), max(self.observations.values())
+            count = str(least) if least == most else f"{least} to {most}"
+            until = {True: ", until masks were stable", False: ", masks not stable yet"}
+            notes.append(
+                f"Update of step {self.step}, {count} observation(s) per task"
+                + (until[self.stable] if self.stable is not None else "")
+                + "."
+            )
+        if any(row.name == "undeclared" for row in self.components):
+            notes.append("'undeclared': used by several tasks, but not in `shared_modules`.")
+        if self.discarded:
+            notes.append(f"Discarded because a scaled gradient overflowed: {dict(self.discarded)}.")
+        notes += [f"Left alone: {name} ({why})." for name, why in self.left_alone.items()]
+        return notes
+
+
+def make_report(
+    counts: Sequence[Count],
+    *,
+    step: int | None,
+    tasks: Sequence[str],
+    observations: Mapping[str, int],
+    stable: bool | None,
+    discarded: Mapping[str, int],
+    left_alone: Mapping[str, str],
+) -> Report:
+    """The report behind an update's counts, layer by layer in order of position."""
+    parameters = sum(c.parameters for c in counts)
+    kept = sum(c.kept for c in counts)
+    names = list(dict.fromkeys(c.component for c in counts))
+    names.sort(key=lambda name: name in tasks)  # shared first, then each task's own
+    private = sum(c.parameters for c in counts if c.component in tasks)
+    return Report(
+        step=step,
+        tasks=tuple(tasks),
+        parameters=parameters,
+        kept=kept,
+        sparsity=_share(parameters - kept, parameters),
+        components=tuple(
+            _row(name, [c for c in counts if c.component == name], tasks) for name in names
+        ),
+        layers=tuple(_row(c.name, [c], tasks) for c in counts),
+        head_share=_share(private, parameters),
+        observations=dict(observations),
+        stable=stable,
+        discarded=dict(discarded),
+        left_alone=dict(left_alone),
+    )
+
+
+def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
+    parameters = sum(c.parameters for c in counts)
+    kept = sum(c.kept for c in counts)
+    using = tuple(task for task in tasks if any(task in c.wanted for c in counts))
+    want = {}
+    for task in using:
+        seen = [c for c in counts if task in c.wanted]
+        want[task] = _share(sum(c.wanted[task] for c in seen), sum(c.kept for c in seen))
+    return Row(
+        name=name,
+        parameters=parameters,
+        kept=kept,
+        sparsity=_share(parameters - kept, parameters),
+        tasks=using,
+        want=want,
+        unanimity=_share(sum(c.unanimous for c in counts), kept),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _cells(row: Row, tasks: Iterable[str]) -> list[str]:
+    want = [f"{row.want[task]:.1%}" if task in row.want else "-" for task in tasks]
+    counts = [f"{row.parameters:,}", f"{row.kept:,}", f"{row.sparsity:.2%}"]
+    return [row.name, *counts, *want, f"{row.unanimity:.1%}"]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

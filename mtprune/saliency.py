@@ -1,0 +1,134 @@
+"""Saliency: how much one task needs each weight.
+
+A saliency is a function of a weight and its gradient, elementwise, and only the order of its
+values counts. It is called once per observation with the effective weight (zero where masked) and
+the dense gradient of one task's loss, both float32, and its results are summed over observations.
+A new one is a function of a line or two, passed in::
+
+    def energy(weight, grad):
+        return (weight * grad).square()
+
+A saliency whose ``grad`` has a default looks at no data: it is asked once, when masks are made,
+with the weights as they are then. One that takes ``generator`` draws from the pruner's own.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Saliency",
+    "fisher",
+    "gradient",
+    "magnitude",
+    "movement",
+    "random",
+    "snip",
+    "takes_generator",
+    "taylor",
+    "uses_gradient",
+]
+
+Saliency = Callable[..., Tensor]
+
+
+def taylor(weight: Tensor, grad: Tensor) -> Tensor:
+    """First-order change of the loss when a weight is removed, ``|w * g|``.
+
+    Args:
+        weight: The effective weight ``w``, any shape.
+        grad: The gradient ``g`` of one task's loss, same shape.
+
+    Returns:
+        The saliency, same shape.
+
+    Example:
+        >>> taylor(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]))
+        tensor([1., 3.])
+    """
+    return (weight * grad).abs()
+
+
+def snip(weight: Tensor, grad: Tensor) -> Tensor:
+    """Connection sensitivity, ``|w * g|``: `taylor`, under the name it has at initialisation.
+
+    Lee et al., "SNIP: Single-shot network pruning based on connection sensitivity", ICLR 2019.
+    """
+    return taylor(weight, grad)
+
+
+def fisher(weight: Tensor, grad: Tensor) -> Tensor:
+    """Diagonal of the empirical Fisher as a cost of removal, ``(w * g)^2``.
+
+    Over several observations squares are summed, so rare large effects weigh more than in `taylor`.
+
+    Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018.
+    """
+    return (weight * grad).square()
+
+
+def gradient(weight: Tensor, grad: Tensor) -> Tensor:
+    """Size of the gradient, ``|g|``: defined where the weight is masked, so made for growth.
+
+    Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020.
+    """
+    return grad.abs()
+
+
+def movement(weight: Tensor, grad: Tensor) -> Tensor:
+    """How fast a weight moves away from zero, ``-w * g``: signed, summed over observations.
+
+    Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning", NeurIPS 2020.
+    """
+    return -weight * grad
+
+
+def magnitude(weight: Tensor, grad: Tensor | None = None) -> Tensor:
+    """Size of the weight itself, ``|w|``: needs no data and is the same for every task.
+
+    Example:
+        >>> magnitude(torch.tensor([2.0, -3.0]))
+        tensor([2., 3.])
+    """
+    return weight.abs()
+
+
+def random(
+    weight: Tensor, grad: Tensor | None = None, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """A uniform draw in [0, 1) for every weight: the baseline every method must beat."""
+    # Drawn on the generator's own device, so that masks do not depend on where the model lives.
+    device = weight.device if generator is None else generator.device
+    return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
+
+
+def uses_gradient(saliency: Saliency) -> bool:
+    """Whether ``saliency`` must be called with a gradient, that is, needs observations.
+
+    Raises:
+        ValueError: If it cannot be called as ``saliency(weight, grad)``.
+    """
+    try:
+        parameters = list(inspect.signature(saliency).parameters.values())
+    except (TypeError, ValueError):  # builtins such as torch.mul have no signature
+        return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    if len(positional) < 2:
+        raise ValueError(
+            "`saliency` must be a function of (weight, grad). "
+            f"Got {getattr(saliency, '__name__', saliency)!s} with {len(positional)} positional "
+            "argument(s)."
+        )
+    return positional[1].default is inspect.Parameter.empty
+
+
+def takes_generator(saliency: Saliency) -> bool:
+    """Whether ``saliency`` draws random numbers through a ``generator`` keyword."""
+    try:
+        return "generator" in inspect.signature(saliency).parameters
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,184 @@
+"""Schedules: when masks change, and how far along we are.
+
+A schedule is a frozen value with two questions. ``next_update(after)`` is the first step later
+than ``after`` at which masks change, or ``None`` when all is done. ``progress(step)`` is the share
+of the final sparsity that is due at an update. Steps are optimizer steps, counted from 0.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Cubic", "Linear", "OneShot", "Regrow", "Schedule"]
+
+
+class Schedule(Protocol):
+    """What the pruner asks of a schedule."""
+
+    def next_update(self, after: int) -> int | None:
+        """The first update later than step ``after`` (-1: the very first), or None."""
+        ...
+
+    def progress(self, step: int) -> float:
+        """The share of the final sparsity due at the update of ``step``, in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """All at once, at one step.
+
+    Attributes:
+        at: The step of the only update; 0 is before training has changed anything.
+
+    Example:
+        >>> OneShot().next_update(-1), OneShot().next_update(0)
+        (0, None)
+    """
+
+    at: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _whole("at", self.at, least=0)
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        return self.at if after < self.at else None
+
+    def progress(self, step: int) -> float:
+        """See `Schedule`."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Sparsity grows in equal parts from ``begin`` to ``end``; masks only shrink.
+
+    Attributes:
+        begin: Step of the first update, at which nothing is pruned yet.
+        end: Step of the last update, which is always made.
+        every: Steps between updates.
+
+    Example:
+        >>> schedule = Linear(begin=10, end=30, every=10)
+        >>> [schedule.progress(step) for step in (10, 20, 30)]
+        [0.0, 0.5, 1.0]
+    """
+
+    begin: int
+    end: int
+    every: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _interval(self.begin, self.end, self.every)
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        if after < self.begin:
+            return self.begin
+        step = self.begin + ((after - self.begin) // self.every + 1) * self.every
+        return min(step, self.end) if after < self.end else None
+
+    def progress(self, step: int) -> float:
+        """See `Schedule`."""
+        return _fraction(step, self.begin, self.end)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Fast at first, then ever slower: ``1 - (1 - t)^3`` of the way at time ``t`` in [0, 1].
+
+    Zhu & Gupta, "To prune, or not to prune", 2017. Masks only shrink.
+
+    Attributes:
+        begin: Step of the first update, at which nothing is pruned yet.
+        end: Step of the last update, which is always made.
+        every: Steps between updates.
+
+    Example:
+        >>> Cubic(begin=0, end=100, every=10).progress(50)
+        0.875
+    """
+
+    begin: int
+    end: int
+    every: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _interval(self.begin, self.end, self.every)
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        return Linear(self.begin, self.end, self.every).next_update(after)
+
+    def progress(self, step: int) -> float:
+        """See `Schedule`."""
+        return 1.0 - (1.0 - _fraction(step, self.begin, self.end)) ** 3
+
+
+@dataclass(frozen=True)
+class Regrow:
+    """Sparse training at constant sparsity: drop and grow, ever fewer weights.
+
+    The first update (step 0) draws random masks; those at ``every``, ``2 * every``, ... below
+    ``end`` exchange ``fraction_at(step)`` of the kept weights of every layer.
+
+    Attributes:
+        every: Steps between updates.
+        end: Step from which masks stay as they are.
+        fraction: Share of a layer's kept weights exchanged at first; falls to 0 at ``end`` by a
+            cosine.
+
+    Example:
+        >>> Regrow(every=10, end=100, fraction=0.5).fraction_at(50)
+        0.25
+    """
+
+    every: int
+    end: int
+    fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _whole("every", self.every, least=1)
+        _whole("end", self.end, least=1)
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"`fraction` must be in (0, 1]. Got {self.fraction!r}.")
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        if after < 0:
+            return 0
+        step = (after // self.every + 1) * self.every
+        return step if step < self.end else None
+
+    def progress(self, step: int) -> float:
+        """See `Schedule`."""
+        return 1.0
+
+    def fraction_at(self, step: int) -> float:
+        """Share of every layer's kept weights to exchange at the update of ``step``."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * min(step / self.end, 1.0)))
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number, at least {least}. Got {value!r}.")
+
+
+def _interval(begin: int, end: int, every: int) -> None:
+    _whole("begin", begin, least=0)
+    _whole("end", end, least=0)
+    _whole("every", every, least=1)
+    if end < begin:
+        raise ValueError(
+            f"The schedule ends before it begins: `begin` is {begin}, `end` is {end}. "
+            "Both are optimizer steps counted from 0."
+        )
+
+
+def _fraction(step: int, begin: int, end: int) -> float:
+    return 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))

@@ -1,0 +1,172 @@
+"""Usage: which task uses which layer, as seen in gradients.
+
+The autograd graph alone does not tell: losses taken from a stack, or from a compiled model, lead
+to every head. A task uses a layer if some gradient of its loss there was not zero. One observation
+is enough where the graph says the same; where it does not, a second one is asked for. At the first
+update the answer is settled, for good.
+"""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtprune.collect import Evidence
+from mtprune.components import SHARED, UNDECLARED, Declared, Layer, assign
+
+__all__ = ["Usage", "Users"]
+
+Users = Mapping[str, Tensor]
+"""For each task, bool ``[layers]``: what it uses."""
+
+
+class Usage:
+    """Who uses what: unknown, then settled.
+
+    Args:
+        layers: All prunable layers.
+        tasks: All tasks.
+        declared: What the user declared shared.
+
+    Attributes:
+        settled: What each task uses, or None while that is unknown.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], tasks: Collection[str], declared: Sequence[Declared]
+    ) -> None:
+        self._layers = layers
+        self._tasks = list(tasks)
+        self._declared = declared
+        self.settled: dict[str, Tensor] | None = None
+
+    def is_clear(self, evidence: Evidence, task: str) -> bool:
+        """Whether graph and gradients agree on what an observed task uses."""
+        if self.settled is not None:
+            return True
+        return torch.equal(evidence.walked[task], self._reached(evidence, task))
+
+    def now(self, evidence: Evidence) -> dict[str, Tensor]:
+        """What each task uses, as far as the evidence goes."""
+        if self.settled is not None:
+            return self.settled
+        return {task: self._reached(evidence, task) for task in self._tasks}
+
+    def settle(self, evidence: Evidence) -> None:
+        """Settle for good what each task uses.
+
+        Raises:
+            RuntimeError: If a module that was declared shared is not.
+
+        Warns:
+            UserWarning: If the graph leads where no gradient did.
+        """
+        if self.settled is not None:
+            return
+        reached = self.now(evidence)
+        walked = {task: evidence.walked[task] for task in self._tasks}
+        hidden = self._check_declared(reached, walked)
+        led = torch.stack(list(walked.values())).any(0)
+        seen = torch.stack(list(reached.values())).any(0)
+        if not bool(seen.any()):
+            raise RuntimeError(
+                "No task has a non-zero gradient in any prunable layer. Are the outputs detached, "
+                "or all weights frozen or zero?"
+            )
+        hidden += [f"'{self._layers[i].name}'" for i in (led & ~seen).nonzero().flatten().tolist()]
+        self.settled = reached
+        if hidden:
+            warnings.warn(
+                f"The autograd graph leads to {', '.join(hidden)}, but no gradient there was other "
+                "than zero, so these do not take part. A zero-initialised head hides the trunk at "
+                "step 0: let the schedule begin a few steps later.",
+                stacklevel=5,
+            )
+
+    def active(self, users: Users | None = None) -> list[tuple[int, Layer]]:
+        """The layers that are pruned: all candidates until it is known who uses what."""
+        users = self.settled if users is None else users
+        if users is None:
+            return list(enumerate(self._layers))
+        used = torch.stack(list(users.values())).any(0)
+        return [(i, layer) for i, layer in enumerate(self._layers) if used[i]]
+
+    def uses(self, task: str, layer: Layer) -> bool:
+        """Whether a task uses a layer, once that is settled."""
+        assert self.settled is not None
+        return bool(self.settled[task][self._layers.index(layer)])
+
+    def components(self, users: Users) -> dict[str, str]:
+        """The component of every layer that is used."""
+        using = {
+            layer.name: [task for task in self._tasks if users[task][i]]
+            for i, layer in enumerate(self._layers)
+        }
+        return assign(list(using), using, self._declared, self._tasks)
+
+    def left_alone(self) -> dict[str, str]:
+        """Layers that are not pruned, and why."""
+        if self.settled is None:
+            return {}
+        active = {layer.name for _, layer in self.active()}
+        return {
+            layer.name: "no task uses it" if layer.parameter.requires_grad else "frozen"
+            for layer in self._layers
+            if layer.name not in active
+        }
+
+    def check_names(self, method: Any) -> None:
+        """Refuse names that mean nothing, or two things.
+
+        Raises:
+            ValueError: If a component has a task's name, or the method names a task or component
+                that does not exist.
+        """
+        declared = list(dict.fromkeys(d.component for d in self._declared))
+        for component in declared:
+            if component in self._tasks:
+                raise ValueError(
+                    f"Component '{component}' has the name of a task. A task's private weights are "
+                    "a component of that name: call the shared one something else."
+                )
+        components = [*(declared or [SHARED]), *self._tasks, UNDECLARED]
+        for argument, allowed in (("priority", self._tasks), ("allocation", components)):
+            named = getattr(method, argument, None)
+            unknown = [n for n in named if n not in allowed] if isinstance(named, Mapping) else []
+            if unknown:
+                raise ValueError(f"`{argument}` names {unknown}. Known here: {allowed}.")
+
+    def _reached(self, evidence: Evidence, task: str) -> Tensor:
+        reached = evidence.reached.get(task)
+        return torch.zeros(len(self._layers), dtype=torch.bool) if reached is None else reached
+
+    def _check_declared(self, reached: Users, walked: Users) -> list[str]:
+        """Refuse what is not shared; name what the graph promises and no gradient bears out."""
+        hidden = []
+        for declared in self._declared:
+            inside = torch.tensor([layer.name in declared.names for layer in self._layers])
+            using = [task for task, flags in reached.items() if bool((flags & inside).any())]
+            if len(using) < min(2, len(self._tasks)):
+                raise RuntimeError(_not_shared(declared.label, using))
+            hidden += [
+                f"{declared.label} from task '{task}'"
+                for task, flags in walked.items()
+                if task not in using and bool((flags & inside).any())
+            ]
+        return hidden
+
+
+def _not_shared(label: str, using: Sequence[str]) -> str:
+    if using:
+        return (
+            f"Shared {label} is used by task '{using[0]}' alone: no other task has a non-zero "
+            "gradient there. Are the others' representations detached, or their heads "
+            "zero-initialised? If it is private, leave it out of `shared_modules`."
+        )
+    return (
+        f"Shared {label} is used by no task: every gradient there is zero. Is the representation "
+        "detached, or are all heads zero-initialised (then let the schedule begin a few steps "
+        "later)?"
+    )

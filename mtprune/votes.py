@@ -1,0 +1,81 @@
+"""Votes: how the tasks' percentiles become one worth per weight.
+
+A vote is a reduction over the task axis: ``[voters, weights]`` percentiles in, ``[weights]`` worth
+out. The budget then keeps the weights of highest worth. Two rules make a function a vote:
+
+* it is non-decreasing in every percentile (a task that wants a weight more never makes it worth
+  less), and
+* it does not depend on the order of the rows, which is the order of the tasks that use the weight.
+
+Reducing percentiles and then keeping the best is the same as letting every task mark the weights
+it would prune and counting marks: with a cut ``c``, "at least m tasks would prune it" means that
+the m-th smallest percentile lies below ``c``. So ``unanimous`` (prune only if all agree) is the
+largest percentile, ``intersection`` (keep only if all agree) the smallest.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+__all__ = ["Vote", "at_least", "intersection", "majority", "mean", "unanimous"]
+
+Vote = Callable[[Tensor], Tensor]
+
+
+def unanimous(percentiles: Tensor) -> Tensor:
+    """Prune a weight only if every task that uses it would: the highest percentile.
+
+    Sun et al., "DiSparse: disentangled sparsification for multitask model compression", CVPR 2022.
+
+    Args:
+        percentiles: Shape ``[voters, weights]``.
+
+    Returns:
+        The worth, shape ``[weights]``.
+
+    Example:
+        >>> import torch
+        >>> unanimous(torch.tensor([[0.75, 0.5, 0.0], [0.0, 0.5, 0.75]]))
+        tensor([0.7500, 0.5000, 0.7500])
+    """
+    return percentiles.amax(dim=0)
+
+
+def intersection(percentiles: Tensor) -> Tensor:
+    """Keep a weight only if every task that uses it would: the lowest percentile."""
+    return percentiles.amin(dim=0)
+
+
+def majority(percentiles: Tensor) -> Tensor:
+    """Prune a weight if more than half of its voters would: the upper median."""
+    return percentiles.sort(dim=0).values[len(percentiles) // 2]
+
+
+def at_least(m: int) -> Vote:
+    """Prune a weight if at least ``m`` of its voters would: the m-th smallest percentile.
+
+    A weight with fewer than ``m`` voters needs all of them.
+
+    Example:
+        >>> import torch
+        >>> at_least(1)(torch.tensor([[0.75, 0.5, 0.0], [0.0, 0.5, 0.75]]))
+        tensor([0.0000, 0.5000, 0.0000])
+    """
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+        raise ValueError(f"`m` must be a whole number of tasks, at least 1. Got {m!r}.")
+    return partial(_mth_smallest, m=m)
+
+
+def mean(percentiles: Tensor) -> Tensor:
+    """The average percentile: every task has an equal say in every weight."""
+    # Sorted and summed row by row, so that rounding is the same in whatever order tasks come.
+    rows = percentiles.sort(dim=0).values
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total / len(rows)
+
+
+def _mth_smallest(percentiles: Tensor, m: int) -> Tensor:
+    return percentiles.sort(dim=0).values[min(m, len(percentiles)) - 1]
