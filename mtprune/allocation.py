@@ -157,7 +157,7 @@ def layer_counts(
 
 
 def guard(keep: int, upper: Sequence[int], min_keep: int) -> list[int]:
-    """The least each layer keeps: ``min_keep``, unless the budget is too small to give it to all."""
+    """The least each layer keeps: ``min_keep``, unless the budget is too small for all."""
     least = [min(min_keep, most) for most in upper]
     return least if sum(least) <= keep else [0] * len(upper)
 

@@ -259,18 +259,18 @@ class Collector:
     @contextmanager
     def _dense_gradients(self) -> Iterator[None]:
         """Let the gradient of masked weights through, so that growth can see them."""
-        self._masking.gate.dense = True
+        self._masking.gate.set(True)
         try:
             yield
         finally:
-            self._masking.gate.dense = False
+            self._masking.gate.set(False)
 
 
 def reachable(loss: Tensor) -> set[int]:
     """The ids of all leaf tensors to which the autograd graph of a loss leads."""
     found: set[int] = set()
     seen = set()
-    stack = [loss.grad_fn] if loss.grad_fn is not None else []
+    stack: list[torch.autograd.graph.Node | None] = [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

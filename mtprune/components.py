@@ -281,10 +281,15 @@ def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]
         if parameter is not None:
             if id(parameter) in excluded:
                 continue
-            if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(
                     f"{where} is lazy: its '{attribute}' has no shape yet. Run one forward pass "
                     "before building the pruner."
+                )
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{where} is sharded (FSDP2): its '{attribute}' is a DTensor. Sharded models "
+                    "cannot be pruned yet; use DistributedDataParallel."
                 )
             found.append(attribute)
         elif attribute + "_orig" in module._parameters:

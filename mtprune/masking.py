@@ -36,6 +36,14 @@ class Gate:
 
     def __init__(self) -> None:
         self.dense = False
+        # The same as a tensor: a compiled backward reads it anew, where a bool would be frozen in.
+        self.flag = torch.tensor(False)
+
+    def set(self, dense: bool) -> None:
+        """Open or close it."""
+        self.dense = dense
+        # Through `.data`: autograd has saved the flag, and is meant to see the new value.
+        self.flag.data.fill_(dense)
 
 
 class Masking(Protocol):
@@ -109,7 +117,7 @@ class PruneMasking:
         self.gate = Gate()
         self._layers: list[Layer] = []
         self._handles: list[RemovableHandle] = []
-        self._attention = {
+        self._attention: dict[nn.Module, nn.MultiheadAttention] = {
             module.out_proj: module
             for module in model.modules()
             if isinstance(module, nn.MultiheadAttention)
@@ -145,6 +153,8 @@ class PruneMasking:
         _zero_(self._layers, masks)
         for layer in self._layers:
             for module, attribute in layer.places:
+                if attribute in module._parameters:  # somebody called prune.remove on it
+                    continue
                 order = [_plain(name, attribute) for name in module._parameters]
                 prune.remove(module, attribute)
                 _reorder(module, order)
@@ -158,7 +168,7 @@ class PruneMasking:
         for module, attribute in layer.places:
             order = list(module._parameters)
             with torch.no_grad():
-                MaskedWeight.apply(module, attribute, mask, self.gate)
+                method = MaskedWeight.install(module, attribute, mask, self.gate)
             # One tensor for all uses of a tied weight: one mask, never two that disagree.
             module._buffers[attribute + "_mask"] = mask
             _reorder(module, [n + "_orig" if n == attribute else n for n in order])
@@ -167,7 +177,7 @@ class PruneMasking:
             self._handles.append(module.register_forward_hook(release, always_call=True))
             parent = self._attention.get(module)
             if parent is not None:
-                refresh = _FromParent(MaskedWeight.of(module, attribute))
+                refresh = _FromParent(method)
                 self._handles.append(parent.register_forward_pre_hook(refresh))
                 expose = _FromParent(release)
                 self._handles.append(parent.register_forward_hook(expose, always_call=True))
@@ -183,20 +193,13 @@ class MaskedWeight(prune.BasePruningMethod):
         self._given: Tensor | None = mask
 
     @classmethod
-    @override
-    def apply(cls, module: nn.Module, name: str, mask: Tensor, gate: Gate) -> Any:
+    def install(cls, module: nn.Module, attribute: str, mask: Tensor, gate: Gate) -> "MaskedWeight":
         """Install on one attribute of a module."""
-        method = super().apply(module, name, mask=mask, gate=gate)
+        method: MaskedWeight = cls.apply(  # type: ignore[no-untyped-call]
+            module, attribute, mask=mask, gate=gate
+        )
         method._given = None  # it lives on as the module's buffer
         return method
-
-    @staticmethod
-    def of(module: nn.Module, attribute: str) -> "MaskedWeight":
-        """The method installed on an attribute."""
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, MaskedWeight) and hook._tensor_name == attribute:
-                return hook
-        raise LookupError(attribute)
 
     @override
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -224,16 +227,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, mask, ctx.gate = inputs
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(mask, ctx.gate.flag)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
+        mask, flag = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return grad * (mask | flag), None, None
         return (grad if ctx.gate.dense else grad * mask), None, None
 
 
 def _masked(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
-    result: Tensor = _Product.apply(weight, mask, gate)
+    result: Tensor = _Product.apply(weight, mask, gate)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -259,15 +264,14 @@ class _FromParent:
 
 def _expose(module: nn.Module, attribute: str) -> None:
     """Make a plain attribute read as the Parameter behind it, without registering it twice."""
-    parameter = module._parameters.get(attribute + "_orig")
-    if parameter is None:
-        parameter = module._parameters[attribute]
+    held = module._parameters
+    if attribute in held:
+        parameter = held[attribute]
         module.__dict__.pop(attribute, None)
     else:
-        module.__dict__[attribute] = parameter
-    names = getattr(module, "_flat_weights_names", None)
-    if names is not None and attribute in names:  # RNNs read their weights from a list
-        module._flat_weights[names.index(attribute)] = parameter  # type: ignore[index, operator]
+        parameter = module.__dict__[attribute] = held[attribute + "_orig"]
+    if isinstance(module, nn.RNNBase):  # reads its weights from a list
+        module._flat_weights[module._flat_weights_names.index(attribute)] = parameter
 
 
 def _reorder(module: nn.Module, order: Sequence[str]) -> None:

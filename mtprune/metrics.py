@@ -43,8 +43,8 @@ def delta_t(
         ValueError: If tasks or metrics differ, a name is unknown, or a baseline value is zero.
 
     Example:
-        >>> delta_t({"seg": {"miou": 0.45}}, {"seg": {"miou": 0.5}}).tasks
-        {'seg': -10.0}
+        >>> delta_t({"seg": {"miou": 0.25}}, {"seg": {"miou": 0.5}}).tasks
+        {'seg': -50.0}
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum'. Got {reduction!r}.")

@@ -19,7 +19,7 @@ from mtprune.poll import poll
 from mtprune.report import Count, Facts, Report, count, make_report
 from mtprune.saliency import uses_gradient
 from mtprune.stability import Stability
-from mtprune.tasks import LossFunction, compute, given, parse, scalar
+from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
 from mtprune.usage import Usage, Users
 
 __all__ = ["MultitaskPruner"]
@@ -190,7 +190,7 @@ class MultitaskPruner:
         if self._lacking():
             self._raise_if_late(update)
             return False
-        return self._settled() and self._update(update)
+        return self._settled(update) and self._update(update)
 
     def prune(
         self,
@@ -211,30 +211,29 @@ class MultitaskPruner:
         self._check_alive("prune")
         if self._method.regrows:
             raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
+        final = self._clock.next
+        while final is not None and (later := self._method.schedule.next_update(final)) is not None:
+            final = later
+        if final is None:
+            raise RuntimeError("All updates of the schedule have been made already.")
         run = forward if forward is not None else _call
         with untouched(self._model), torch.enable_grad():
             for batch in _bar(batches, progress):
                 losses = compute(self._losses, run(self._model, batch), batch, None)
                 self._collect(losses, None, strict=True, always=True)
-                if not self._lacking() and self._settled():
+                if not self._lacking() and self._settled(final):
                     break
         unseen = [t for t in self._losses if not self._collector.evidence.counts.get(t)]
         if unseen:
             raise RuntimeError(
                 f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
             )
-        final = self._clock.next
-        while final is not None and (later := self._method.schedule.next_update(final)) is not None:
-            final = later
-        if final is None:
-            raise RuntimeError("All updates of the schedule have been made already.")
         self._update(final)
         return self.report()
 
     def weigh(self, losses: Mapping[str, Any]) -> Tensor:
         """The weighted total of the losses: their plain sum, unless the method weighs tasks."""
-        devices = {layer.parameter.device for layer in self._layers}
-        parts = [scalar(name, loss, devices) for name, loss in losses.items()]
+        parts = [scalar(name, loss) for name, loss in losses.items()]
         found = [part for part in parts if part is not None]
         if not found:
             raise ValueError(f"None of the losses {list(losses)} carries a gradient.")
@@ -341,9 +340,8 @@ class MultitaskPruner:
             ("method", describe(self._method)),
         ):
             if state[key] != mine:
-                raise ValueError(
-                    f"This checkpoint is of a pruner with other {key}: {_difference(state[key], mine)}"
-                )
+                difference = _difference(state[key], mine)
+                raise ValueError(f"This checkpoint is of a pruner with other {key}: {difference}")
         users = state["users"]
         settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
         self._usage.settled = settled
@@ -372,13 +370,13 @@ class MultitaskPruner:
         self, losses: Mapping[str, Any], scaler: Any, *, strict: bool, always: bool = False
     ) -> None:
         """Check the losses, and let the collector see those that are wanted now."""
-        devices = {layer.parameter.device for layer in self._layers}
-        scalars = {name: scalar(name, loss, devices) for name, loss in losses.items()}
+        scalars = {name: scalar(name, loss) for name, loss in losses.items()}
         if not torch.is_grad_enabled():
             return
         present = {name: loss for name, loss in scalars.items() if loss is not None}
         if not (always or self._clock.near(self._lead(present))):
             return
+        check_devices(present, {layer.parameter.device for layer in self._layers})
         for name in losses:
             if strict and name not in present:
                 raise ValueError(
@@ -419,8 +417,8 @@ class MultitaskPruner:
                 lacking.append(task)
         return lacking
 
-    def _settled(self) -> bool:
-        """Whether more observations would no longer change the masks."""
+    def _settled(self, step: int) -> bool:
+        """Whether more observations would no longer change the masks of the update of ``step``."""
         if not self._automatic:
             return True
         least = min(self._collector.evidence.counts.values())
@@ -428,7 +426,7 @@ class MultitaskPruner:
         def masks() -> Sequence[Tensor]:
             self._check_evidence()
             users = self._usage.now(self._collector.evidence)
-            return self._decide(users, self._clock.due() or 0)[1].masks
+            return self._decide(users, step)[1].masks
 
         return self._stability.enough(least, masks)
 

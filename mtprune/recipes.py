@@ -6,7 +6,7 @@ own models `Vote(sparsity=...)`, with a floor under every layer, is the better s
 
 from typing import Literal
 
-from mtprune import saliency, votes
+from mtprune import saliency
 from mtprune.allocation import Erk
 from mtprune.methods import Vote
 from mtprune.schedule import Cubic, OneShot, Regrow, Schedule
@@ -35,7 +35,8 @@ def disparse_static(sparsity: float, *, observations: Observations = 1) -> Vote:
 
     Args:
         sparsity: Share of zeros.
-        observations: Batches to score on; the paper uses 50. ``"auto"`` stops when masks are stable.
+        observations: Batches to score on; the paper uses 50. ``"auto"`` stops when masks are
+            stable.
     """
     return Vote(sparsity, saliency=saliency.snip, allocation="global", observations=observations)
 

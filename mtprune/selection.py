@@ -97,7 +97,7 @@ class Ranking:
 
     def _chunks(self) -> Iterator[Tensor]:
         for piece in self._pieces:
-            for chunk in piece.split(_CHUNK):
+            for chunk in torch.split(piece, _CHUNK):
                 yield _comparable(chunk)
 
 
@@ -193,7 +193,7 @@ class _Contest:
             winners = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
             winners[torch.sort(value, descending=True, stable=True).indices[:left]] = True
             for (layer, index, _), won in zip(
-                rest, winners.split([index.numel() for _, index, _ in rest]), strict=True
+                rest, torch.split(winners, [index.numel() for _, index, _ in rest]), strict=True
             ):
                 masks[layer][index[won]] = True
 
@@ -284,18 +284,18 @@ class _Contest:
                 sieve[-1][task] = matters
                 wanted[task].append(values[index[matters]])
         exact = {
-            task: iter(self._rankings[task].exact(torch.cat(v)).split([len(x) for x in v]))
+            task: iter(torch.split(self._rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
             for task, v in wanted.items()
             if v
         }
         result = []
-        for layer, index, least, matters in zip(
+        for layer, index, least, asked in zip(
             self._quota.layers, contested, at_least, sieve, strict=True
         ):
             rows = []
             for task, values in self._scores[layer].items():
                 row = self._rankings[task].bounds(values[index])[0]
-                row[matters[task]] = next(exact[task])
+                row[asked[task]] = next(exact[task])
                 rows.append(row)
             worth = self._vote(torch.stack(rows))
             if not bool((worth >= least - 1e-9).all()):  # allows for a vote's own rounding

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LossFunction", "compute", "given", "parse", "scalar"]
+__all__ = ["LossFunction", "check_devices", "compute", "given", "parse", "scalar"]
 
 LossFunction = Callable[[Any, Any], Any]
 """``loss(outputs, batch)`` -> a scalar tensor, or a list of them, which is summed."""
@@ -94,15 +94,15 @@ def given(tasks: Collection[str], losses: object) -> dict[str, Any]:
     )
 
 
-def scalar(name: str, loss: object, devices: Collection[torch.device]) -> Tensor | None:
+def scalar(name: str, loss: object) -> Tensor | None:
     """A task's loss as one scalar with a graph; None if it carries no gradient.
 
     Raises:
         TypeError: If it is neither a tensor nor a list of tensors.
-        ValueError: If it is not a scalar, or not on a device of the model.
+        ValueError: If it is not a scalar.
     """
     if isinstance(loss, (list, tuple)):
-        parts = [part for part in (scalar(name, x, devices) for x in loss) if part is not None]
+        parts = [part for part in (scalar(name, x) for x in loss) if part is not None]
         return torch.stack(parts).sum() if parts else None
     if isinstance(loss, (int, float)):  # the constant of a task that sits this batch out
         return None
@@ -115,12 +115,21 @@ def scalar(name: str, loss: object, devices: Collection[torch.device]) -> Tensor
         )
     if not loss.requires_grad:
         return None
-    if loss.device not in devices:
-        raise ValueError(
-            f"Loss of task '{name}' is on {loss.device}, the model on "
-            f"{', '.join(sorted(map(str, devices)))}. Compute the loss where the model is."
-        )
     return loss.reshape(())
+
+
+def check_devices(losses: Mapping[str, Tensor], devices: Collection[torch.device]) -> None:
+    """Refuse losses that are not where the model is.
+
+    Raises:
+        ValueError: If one is on no device of the model.
+    """
+    for name, loss in losses.items():
+        if loss.device not in devices:
+            raise ValueError(
+                f"Loss of task '{name}' is on {loss.device}, the model on "
+                f"{', '.join(sorted(map(str, devices)))}. Compute the loss where the model is."
+            )
 
 
 def _what(value: object) -> str:
