@@ -17,8 +17,9 @@ model and zeroes weights after every optimizer step. This is the only file that 
   dense gradient pass while `Gate.dense` is set, that is, inside ``observe``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,76 +47,83 @@ class Gate:
         self.flag.data.fill_(dense)
 
 
-class Masking(Protocol):
-    """What the pruner asks of a back-end. Masks are bool, shaped like their layer."""
-
-    gate: Gate
-
-    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
-        """Make the masks hold, for the first time or anew; pruned weights become exactly 0."""
-        ...
-
-    def mask(self, layer: Layer) -> Tensor | None:
-        """The mask of a layer, on its device, or None if it has none."""
-        ...
-
-    def enforce(self) -> None:
-        """Zero pruned weights that an optimizer step has moved."""
-        ...
-
-    def remove(self) -> None:
-        """Bake the zeros in and leave plain modules."""
-        ...
-
-
-class InplaceMasking:
-    """Bool masks beside the model; weights are zeroed in place. Parameter names never change."""
+class Masking(ABC):
+    """A back-end. Masks are bool, shaped like their layer."""
 
     def __init__(self) -> None:
         self.gate = Gate()
         self._layers: list[Layer] = []
-        self._masks: dict[str, Tensor] = {}
 
     def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
-        """See `Masking`."""
+        """Make the masks hold, for the first time or anew; pruned weights become exactly 0."""
         self._layers = list(layers)
         for layer, mask in zip(layers, masks, strict=True):
             held = self.mask(layer)
             if held is None:
-                self._masks[layer.name] = mask.clone()
+                self._add(layer, mask.clone())
             else:
                 held.copy_(mask)
-        _zero_(self._layers, masks)
-
-    def mask(self, layer: Layer) -> Tensor | None:
-        """See `Masking`."""
-        mask = self._masks.get(layer.name)
-        device = layer.parameter.device
-        if mask is not None and mask.device != device:  # the model has moved since
-            mask = self._masks[layer.name] = mask.to(device)
-        return mask
+        _zero_(layers, masks)
 
     @torch.no_grad()
     def enforce(self) -> None:
-        """See `Masking`."""
+        """Zero pruned weights that an optimizer step has moved."""
         for layer in self._layers:
             mask = self.mask(layer)
             if mask is not None:
                 layer.parameter.mul_(mask)
 
     def remove(self) -> None:
-        """See `Masking`."""
-        _zero_(self._layers, [self._masks[layer.name] for layer in self._layers])
+        """Bake the zeros in and leave plain modules."""
+        held = [(layer, self.mask(layer)) for layer in self._layers]
+        for layer, mask in held:
+            if mask is not None:
+                _zero_([layer], [mask])
+        self._clear()
         self._layers = []
+
+    @abstractmethod
+    def mask(self, layer: Layer) -> Tensor | None:
+        """The mask of a layer, on its device, or None if it has none."""
+
+    @abstractmethod
+    def _add(self, layer: Layer, mask: Tensor) -> None:
+        """Hold the first mask of a layer."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Let go of all layers."""
+
+
+class InplaceMasking(Masking):
+    """Bool masks beside the model; weights are zeroed in place. Parameter names never change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks: dict[str, Tensor] = {}
+
+    @override
+    def mask(self, layer: Layer) -> Tensor | None:
+        mask = self._masks.get(layer.name)
+        device = layer.parameter.device
+        if mask is not None and mask.device != device:  # the model has moved since
+            mask = self._masks[layer.name] = mask.to(device)
+        return mask
+
+    @override
+    def _add(self, layer: Layer, mask: Tensor) -> None:
+        self._masks[layer.name] = mask
+
+    @override
+    def _clear(self) -> None:
         self._masks = {}
 
 
-class PruneMasking:
+class PruneMasking(Masking):
     """Masks as ``torch.nn.utils.prune`` keeps them: ``weight_orig`` and ``weight_mask``."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.gate = Gate()
-        self._layers: list[Layer] = []
+        super().__init__()
         self._handles: list[RemovableHandle] = []
         self._attention: dict[nn.Module, nn.MultiheadAttention] = {
             module.out_proj: module
@@ -123,48 +131,13 @@ class PruneMasking:
             if isinstance(module, nn.MultiheadAttention)
         }
 
-    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
-        """See `Masking`."""
-        self._layers = list(layers)
-        for layer, mask in zip(layers, masks, strict=True):
-            held = self.mask(layer)
-            if held is None:
-                self._install(layer, mask.clone())
-            else:
-                held.copy_(mask)
-        _zero_(self._layers, masks)
-
+    @override
     def mask(self, layer: Layer) -> Tensor | None:
-        """See `Masking`."""
         module, attribute = layer.places[0]
         return module._buffers.get(attribute + "_mask")
 
-    @torch.no_grad()
-    def enforce(self) -> None:
-        """See `Masking`."""
-        for layer in self._layers:
-            mask = self.mask(layer)
-            if mask is not None:
-                layer.parameter.mul_(mask)
-
-    def remove(self) -> None:
-        """See `Masking`."""
-        masks = [mask for layer in self._layers if (mask := self.mask(layer)) is not None]
-        _zero_(self._layers, masks)
-        for layer in self._layers:
-            for module, attribute in layer.places:
-                if attribute in module._parameters:  # somebody called prune.remove on it
-                    continue
-                order = [_plain(name, attribute) for name in module._parameters]
-                prune.remove(module, attribute)
-                _reorder(module, order)
-                _expose(module, attribute)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._layers = []
-
-    def _install(self, layer: Layer, mask: Tensor) -> None:
+    @override
+    def _add(self, layer: Layer, mask: Tensor) -> None:
         for module, attribute in layer.places:
             order = list(module._parameters)
             with torch.no_grad():
@@ -181,6 +154,20 @@ class PruneMasking:
                 self._handles.append(parent.register_forward_pre_hook(refresh))
                 expose = _FromParent(release)
                 self._handles.append(parent.register_forward_hook(expose, always_call=True))
+
+    @override
+    def _clear(self) -> None:
+        for layer in self._layers:
+            for module, attribute in layer.places:
+                if attribute in module._parameters:  # somebody called prune.remove on it
+                    continue
+                order = [_plain(name, attribute) for name in module._parameters]
+                prune.remove(module, attribute)
+                _reorder(module, order)
+                _expose(module, attribute)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 class MaskedWeight(prune.BasePruningMethod):

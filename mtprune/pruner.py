@@ -520,8 +520,9 @@ class MultitaskPruner:
         unseen = [task for task in self._losses if not counts.get(task)]
         if unseen and self._clock.overdue():
             names = ", ".join(f"'{task}'" for task in unseen)
+            who = f"task {names} has" if len(unseen) == 1 else f"tasks {names} have"
             raise RuntimeError(
-                f"Step {update} is due but task {names} has not been observed since step "
+                f"Step {update} is due but {who} not been observed since step "
                 f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
             )
 
