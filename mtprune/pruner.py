@@ -309,7 +309,7 @@ class MultitaskPruner:
         names = [layer.name for layer in self._layers]
         return {
             "version": 1,
-            "tasks": list(self._losses),
+            "tasks": sorted(self._losses),
             "method": describe(self._method),
             "shapes": {layer.name: list(layer.shape) for layer in self._layers},
             "step": self._clock.step,
@@ -335,7 +335,7 @@ class MultitaskPruner:
         shapes = {layer.name: list(layer.shape) for layer in self._layers}
         for key, mine in (
             ("version", 1),
-            ("tasks", list(self._losses)),
+            ("tasks", sorted(self._losses)),
             ("shapes", shapes),
             ("method", describe(self._method)),
         ):
@@ -456,7 +456,7 @@ class MultitaskPruner:
         ]
         distributed.check_equal(masks)
         before = [self._mask(layer).clone() for layer in layers]
-        if self._optimizer is not None:
+        if self._optimizer is not None and self._method.regrows:
             for layer, old, new in zip(layers, before, masks, strict=True):
                 restart_(self._optimizer, layer, new & ~old)
         self._masking.install(layers, masks)
