@@ -9,7 +9,8 @@ with depth. So every figure here comes with its null, and a layer where sharing 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan, prod
+from itertools import pairwise
+from math import isnan, nan, prod
 
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def watershed(
     """The largest single drop of a curve of overlaps, or of its excess over a null.
 
     Args:
-        curve: Overlap of each layer, in order of depth.
+        curve: Overlap of each layer, in order of depth. Layers without one (NaN) are passed over.
         null: The same under no relation of the tasks: `LayerAffinity.chance`, or the curve that
             permuted labels give. Without it the drop may be the architecture's own.
         least: Drops below this are noise.
@@ -150,10 +151,11 @@ def watershed(
     if null is not None and len(null) != len(curve):
         raise ValueError(f"`null` must have {len(curve)} values, one per layer. Got {len(null)}.")
     excess = curve if null is None else [c - n for c, n in zip(curve, null, strict=True)]
-    drops = [round(excess[i] - excess[i + 1], 12) for i in range(len(excess) - 1)]
-    if not drops or max(drops) < least:
+    known = [i for i, value in enumerate(excess) if not isnan(value)]
+    drops = {i: round(excess[i] - excess[j], 12) for i, j in pairwise(known)}
+    if not drops or max(drops.values()) < least:
         return None
-    before = drops.index(max(drops))
+    before = max(drops, key=drops.__getitem__)
     return Watershed(before, drops[before])
 
 

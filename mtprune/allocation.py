@@ -217,33 +217,32 @@ def _by_component(
             f"`allocation` names components {unknown}, which do not exist. "
             f"Components: {sorted(set(components))}."
         )
-    members = {c: tuple(i for i, name in enumerate(components) if name == c) for c in allocation}
+    members = [tuple(i for i, name in enumerate(components) if name == c) for c in allocation]
+    ideal = [
+        sum(sizes[i] for i in layers) - round(sparsity * sum(sizes[i] for i in layers))
+        for layers, sparsity in zip(members, allocation.values(), strict=True)
+    ]
+    asked = sum(ideal)
     rest = tuple(i for i, name in enumerate(components) if name not in allocation)
-    most = {c: sum(upper[i] for i in layers) for c, layers in members.items()}
-    sized = {c: sum(sizes[i] for i in layers) for c, layers in members.items()}
-    wanted = {c: min(most[c], sized[c] - round(s * sized[c])) for c, s in allocation.items()}
-    left = keep - sum(wanted.values())
-    if rest and 0 <= left <= sum(upper[i] for i in rest):
-        return [
-            *(_among(members[c], wanted[c], upper, min_keep) for c in allocation),
-            _among(rest, left, upper, min_keep),
-        ]
-    if abs(left) > len(members):
-        kept = sum(wanted.values())
+    if rest:
+        members.append(rest)
+        ideal.append(keep - asked)
+    floors = guard(keep, upper, min_keep)
+    least = [sum(floors[i] for i in layers) for layers in members]
+    most = [sum(upper[i] for i in layers) for layers in members]
+    # Named components may give way to the guard, and to rounding, but not to each other.
+    slack = len(members) + sum(max(0, low - n) for low, n in zip(least, ideal, strict=True))
+    fits = least[-1] <= ideal[-1] <= most[-1] if rest else abs(keep - asked) <= slack
+    if not fits:
         raise ValueError(
-            f"`allocation` keeps {kept} of {total} weights, which is no way to the sparsity asked "
+            f"`allocation` keeps {asked} of {total} weights, which is no way to the sparsity asked "
             f"for ({1 - keep / total:.6g}: {keep} kept). Name fewer components, or ask for "
-            f"sparsity={1 - kept / total:.6g}."
+            f"sparsity={1 - asked / total:.6g}."
         )
-    counts = apportion(
-        [wanted[c] + left / len(members) for c in allocation],
-        keep,
-        [0] * len(members),
-        [most[c] for c in allocation],
-    )
+    counts = apportion([float(n) for n in ideal], keep, least, most)
     return [
-        _among(members[c], count, upper, min_keep)
-        for c, count in zip(allocation, counts, strict=True)
+        _among(layers, count, upper, min_keep)
+        for layers, count in zip(members, counts, strict=True)
     ]
 
 

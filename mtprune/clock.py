@@ -12,17 +12,17 @@ class Clock:
 
     Args:
         schedule: When updates are to be made.
-        catch_up: Whether several late updates are made one after the other; if not, the latest
-            stands for all of them.
+        opening: Whether the first update is unlike the others, and made even when later ones are
+            due as well. Otherwise the latest of several late updates stands for all of them.
 
     Attributes:
         step: Steps so far.
         done: The step of the last update made; -1 before the first.
     """
 
-    def __init__(self, schedule: Schedule, catch_up: bool) -> None:
+    def __init__(self, schedule: Schedule, opening: bool) -> None:
         self._schedule = schedule
-        self._catch_up = catch_up
+        self._opening = opening
         self.step = 0
         self.done = -1
 
@@ -36,7 +36,7 @@ class Clock:
         update = self.next
         if update is None or update > self.step:
             return None
-        if self._catch_up and self.done < 0:
+        if self._opening and self.done < 0:
             return update
         while (later := self._schedule.next_update(update)) is not None and later <= self.step:
             update = later

@@ -7,7 +7,7 @@ and random state and buffers are as before, also when a checkpointed forward is 
 exist only while a sweep runs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from mtprune.masking import Masking
 from mtprune.methods.base import JOINT
 from mtprune.saliency import Saliency, uses_gradient
 
-__all__ = ["Collector", "Evidence", "reachable", "untouched"]
+__all__ = ["Collector", "Evidence", "checked", "reachable", "untouched"]
 
 Sink = Callable[[int, Tensor], None]
 
@@ -150,7 +150,22 @@ class Collector:
             users: For each task, bool ``[layers]``, the layers it uses; None while that is unknown.
             scale: Factor for the sweep, taken out of the gradients again.
             guarded: Discard a task's observation if a gradient is not finite.
+
+        If this fails half way, all evidence is forgotten.
         """
+        try:
+            self._add(losses, users, scale, guarded)
+        except BaseException:
+            self.reset()  # half an observation is none
+            raise
+
+    def _add(
+        self,
+        losses: Mapping[str, Tensor],
+        users: Mapping[str, Tensor] | None,
+        scale: float,
+        guarded: bool,
+    ) -> None:
         evidence = self.evidence
         with untouched(self._model), self._dense_gradients():
             valid = {}
@@ -243,14 +258,7 @@ class Collector:
         mask = self._masking.mask(layer)
         if mask is not None:
             weight = weight * mask
-        score = self._saliency(weight, grad)
-        if not isinstance(score, Tensor) or score.shape != weight.shape:
-            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(
-                f"The saliency of '{layer.name}' must have the weight's shape "
-                f"{tuple(weight.shape)}. Got {got}."
-            )
-        flat = self._granularity.pool(score)
+        flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
         buffers = self.evidence.scores.setdefault(voter, {})
         if index not in buffers:
             buffers[index] = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
@@ -266,8 +274,26 @@ class Collector:
             self._masking.gate.set(False)
 
 
+def checked(score: object, layer: Layer) -> Tensor:
+    """What a saliency returned for a layer.
+
+    Raises:
+        ValueError: If it is not of the layer's shape.
+    """
+    if isinstance(score, Tensor) and tuple(score.shape) == layer.shape:
+        return score
+    got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    raise ValueError(
+        f"The saliency of '{layer.name}' must have the weight's shape {layer.shape}. Got {got}."
+    )
+
+
 def reachable(loss: Tensor) -> set[int]:
-    """The ids of all leaf tensors to which the autograd graph of a loss leads."""
+    """The ids of all leaf tensors to which the autograd graph of a loss leads.
+
+    Raises:
+        RuntimeError: If reentrant checkpointing hides what lies behind it.
+    """
     found: set[int] = set()
     seen = set()
     stack: list[torch.autograd.graph.Node | None] = [loss.grad_fn]
@@ -276,6 +302,8 @@ def reachable(loss: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(_ADVICE["use_reentrant=True"])
         variable = getattr(node, "variable", None)
         if variable is not None:
             found.add(id(variable))
@@ -358,24 +386,23 @@ def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leave buffers and random state as they were, whatever runs inside."""
-    kept = list(_buffers(model))
+    kept = [(buffer, buffer.clone()) for buffer in _buffers(model)]
     random = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, copy in kept:
-                if buffer._version != version:
-                    buffer.copy_(copy)
+        for buffer, copy in kept:
+            # Batch norm writes without telling autograd, and so do we: the user's graph is alive.
+            buffer.data.copy_(copy)
         torch.set_rng_state(random)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _buffers(model: nn.Module) -> Iterable[tuple[Tensor, int, Tensor]]:
+def _buffers(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             ours = name.endswith("_mask") and name[:-5] + "_orig" in module._parameters
             if buffer is not None and not ours:
-                yield buffer, buffer._version, buffer.clone()
+                yield buffer

@@ -35,7 +35,8 @@ UNDECLARED = "undeclared"
 
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
-_RNN = (nn.RNNBase, nn.RNNCellBase)
+_PARALLEL = ("DistributedDataParallel", "DataParallel")
+
 _PLAIN = (
     nn.Linear,
     nn.Bilinear,
@@ -108,7 +109,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         inner = children.get("_orig_mod")
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        if inner is None and type(model).__name__ in _PARALLEL:
             inner = children.get("module")
         if inner is None:
             return model
@@ -127,8 +128,10 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
         ValueError: If a layer that would be pruned cannot be: parametrized, pruned already, lazy,
             scripted or quantized.
     """
-    excluded = {id(p) for spec in _items(exclude) for p in _match(model, spec, "exclude")}
-    included = {id(p) for spec in _items(include) for p in _match(model, spec, "include")}
+    exclude = _resolved(model, exclude, "exclude")
+    excluded = {id(p) for item in exclude for p in _match(model, item, "exclude")}
+    include = _resolved(model, include, "include")
+    included = {id(p) for item in include for p in _match(model, item, "include")}
     held_out = _excluded_modules(model, exclude)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
@@ -151,7 +154,7 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     for name, parameter in model.named_parameters():
         if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
             found = tuple(places[id(parameter)])
-            layers.append(Layer(strip(name), found, tuple(parameter.shape)))
+            layers.append(Layer(_own_name(model, name), found, tuple(parameter.shape)))
     return layers
 
 
@@ -169,7 +172,7 @@ def declare(model: nn.Module, layers: Sequence[Layer], spec: Spec) -> list[Decla
     """
     if isinstance(spec, str) and spec == "auto":
         return []
-    if callable(spec) and not isinstance(spec, nn.Module):
+    if callable(spec) and not isinstance(spec, (nn.Module, type)):
         spec = spec(model)
     named = spec if isinstance(spec, Mapping) else {SHARED: spec}
     by_parameter = {id(layer.parameter): layer for layer in layers}
@@ -178,11 +181,16 @@ def declare(model: nn.Module, layers: Sequence[Layer], spec: Spec) -> list[Decla
     for component, items in named.items():
         if not isinstance(component, str):
             raise TypeError(f"A component's name must be a string. Got {component!r}.")
-        for item in _items(items):
-            matched = _match(model, item, "shared_modules")
+        resolved = _resolved(model, items, "shared_modules")
+        matches = [_match(model, item, "shared_modules") for item in resolved]
+        anything = any(id(p) in by_parameter for matched in matches for p in matched)
+        for item, matched in zip(resolved, matches, strict=True):
             found = {id(p): by_parameter[id(p)] for p in matched if id(p) in by_parameter}
             label = _label(model, item)
             if not found:
+                # A list of all children, or of all parameters, holds norms and biases too.
+                if anything and not isinstance(item, str):
+                    continue
                 raise ValueError(_nothing_prunable(model, item, label))
             if not any(layer.parameter.requires_grad for layer in found.values()):
                 raise ValueError(
@@ -242,9 +250,21 @@ def strip(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def _own_name(model: nn.Module, name: str) -> str:
+    """A parameter's name without what real wrappers inside the model add to it."""
+    owner, kept = model, []
+    for part in name.split("."):
+        wraps = type(owner).__name__ in _PARALLEL if part == "module" else part in WRAPPERS
+        if not wraps:
+            kept.append(part)
+        child = owner._modules.get(part)
+        owner = owner if child is None else child
+    return ".".join(kept)
+
+
 def _never(module: nn.Module, attribute: str) -> bool:
     """Biases and norms are never pruned, whoever asks."""
-    return isinstance(module, _NORMS) or attribute.startswith("bias")
+    return isinstance(module, _NORMS) or attribute.startswith("bias") or attribute.endswith("bias")
 
 
 def _default_attributes(module: nn.Module) -> list[str]:
@@ -292,14 +312,12 @@ def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]
                     "cannot be pruned yet; use DistributedDataParallel."
                 )
             found.append(attribute)
-        elif attribute + "_orig" in module._parameters:
+        elif attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers:
             raise ValueError(
                 f"{where} is pruned already: it has '{attribute}_orig'. Call "
                 f"torch.nn.utils.prune.remove(module, '{attribute}') first."
             )
-        elif parametrize.is_parametrized(module, attribute) or attribute + "_v" in getattr(
-            module, "_parameters", ()
-        ):
+        elif parametrize.is_parametrized(module, attribute) or attribute in module.__dict__:
             raise ValueError(
                 f"{where} computes its '{attribute}' from other parameters (weight_norm, "
                 "spectral_norm or another parametrization), so a mask on it would not hold. "
@@ -308,15 +326,29 @@ def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]
     return found
 
 
-def _excluded_modules(model: nn.Module, exclude: Spec) -> set[str]:
+def _excluded_modules(model: nn.Module, exclude: Sequence[Any]) -> set[str]:
     """Paths of all modules inside an excluded one: nothing in them is even looked at."""
     result: set[str] = set()
-    for spec in _items(exclude):
-        for path, module in model.named_modules():
-            if spec is module or (isinstance(spec, str) and fnmatchcase(strip(path), spec)):
-                result.update(
-                    path + ("." if path and sub else "") + sub for sub, _ in module.named_modules()
-                )
+    for path, module in model.named_modules():
+        for item in exclude:
+            named = isinstance(item, str) and fnmatchcase(strip(path), strip(item))
+            if named or item is module:
+                result.update(sub for sub, _ in module.named_modules(prefix=path))
+    return result
+
+
+def _resolved(model: nn.Module, spec: Spec, argument: str) -> list[Any]:
+    """A specification as a flat list of modules, parameters and names."""
+    if isinstance(spec, Mapping):
+        raise TypeError(f"`{argument}` takes modules, parameters and names, not a mapping.")
+    result: list[Any] = []
+    for item in _items(spec):
+        if isinstance(item, type):
+            raise TypeError(f"`{argument}` holds the class {item.__name__}. Pass a module of it.")
+        if callable(item) and not isinstance(item, nn.Module):
+            result += _resolved(model, item(model), argument)
+        else:
+            result.append(item)
     return result
 
 
@@ -359,8 +391,6 @@ def _match(model: nn.Module, item: Any, argument: str) -> list[nn.Parameter]:
         return [item] if isinstance(item, nn.Parameter) else []
     if isinstance(item, str):
         return _by_name(model, item, argument)
-    if callable(item):
-        return [p for found in _items(item(model)) for p in _match(model, found, argument)]
     raise TypeError(f"`{argument}` cannot be resolved from {item!r}.")
 
 
@@ -368,15 +398,18 @@ def _by_name(model: nn.Module, pattern: str, argument: str) -> list[nn.Parameter
     wanted = strip(pattern)
     known: list[str] = []
     matched: list[nn.Parameter] = []
+    hit = False
     for path, module in model.named_modules():
         known.append(strip(path))
         if path and fnmatchcase(strip(path), wanted):
+            hit = True
             matched += module.parameters()
     for path, parameter in model.named_parameters(remove_duplicate=False):
         known.append(strip(path))
         if fnmatchcase(strip(path), wanted):
+            hit = True
             matched.append(parameter)
-    if not matched and wanted not in known:
+    if not hit:
         near = difflib.get_close_matches(wanted, known, n=1)
         raise ValueError(
             f"`{argument}` '{pattern}' matches no module or parameter of the model."

@@ -63,7 +63,7 @@ class Masking(ABC):
                 self._add(layer, mask.clone())
             else:
                 held.copy_(mask)
-        _zero_(layers, masks)
+        self.enforce()
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -71,16 +71,22 @@ class Masking(ABC):
         for layer in self._layers:
             mask = self.mask(layer)
             if mask is not None:
-                layer.parameter.mul_(mask)
+                # Not a product: what stands at a pruned place must not matter, and inf * 0 is NaN.
+                layer.parameter.masked_fill_(~mask, 0.0)
 
     def remove(self) -> None:
         """Bake the zeros in and leave plain modules."""
-        held = [(layer, self.mask(layer)) for layer in self._layers]
-        for layer, mask in held:
-            if mask is not None:
-                _zero_([layer], [mask])
+        self.enforce()
         self._clear()
         self._layers = []
+
+    def lift(self) -> None:
+        """Leave plain modules with their weights as they are."""
+        for layer in self._layers:
+            mask = self.mask(layer)
+            if mask is not None:
+                mask.fill_(True)
+        self.remove()
 
     @abstractmethod
     def mask(self, layer: Layer) -> Tensor | None:
@@ -125,6 +131,7 @@ class PruneMasking(Masking):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._handles: list[RemovableHandle] = []
+        self._orders: dict[nn.Module, list[str]] = {}
         self._attention: dict[nn.Module, nn.MultiheadAttention] = {
             module.out_proj: module
             for module in model.modules()
@@ -139,6 +146,7 @@ class PruneMasking(Masking):
     @override
     def _add(self, layer: Layer, mask: Tensor) -> None:
         for module, attribute in layer.places:
+            self._orders.setdefault(module, list(module._parameters))
             order = list(module._parameters)
             with torch.no_grad():
                 method = MaskedWeight.install(module, attribute, mask, self.gate)
@@ -148,6 +156,7 @@ class PruneMasking(Masking):
             release = _Release(attribute)
             release(module)
             self._handles.append(module.register_forward_hook(release, always_call=True))
+            self._handles.append(module.register_load_state_dict_post_hook(release))
             parent = self._attention.get(module)
             if parent is not None:
                 refresh = _FromParent(method)
@@ -159,15 +168,14 @@ class PruneMasking(Masking):
     def _clear(self) -> None:
         for layer in self._layers:
             for module, attribute in layer.places:
-                if attribute in module._parameters:  # somebody called prune.remove on it
-                    continue
-                order = [_plain(name, attribute) for name in module._parameters]
-                prune.remove(module, attribute)
-                _reorder(module, order)
-                _expose(module, attribute)
+                if attribute not in module._parameters:  # else somebody called prune.remove
+                    prune.remove(module, attribute)
+                _expose(module, attribute, module._parameters[attribute])
+        for module, order in self._orders.items():
+            _reorder(module, order)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._orders = [], {}
 
 
 class MaskedWeight(prune.BasePruningMethod):
@@ -203,13 +211,13 @@ class MaskedWeight(prune.BasePruningMethod):
 
 
 class _Product(torch.autograd.Function):
-    """``weight * mask``, whose backward masks the gradient unless the gate is dense."""
+    """The masked weight, whose backward masks the gradient unless the gate is dense."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
-        return weight * mask
+        return torch.where(mask, weight, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -234,9 +242,14 @@ class _Release:
 
     def __init__(self, attribute: str) -> None:
         self.attribute = attribute
+        self.parameter: Tensor | None = None
 
     def __call__(self, module: nn.Module, *_: object) -> None:
-        _expose(module, self.attribute)
+        held = module._parameters.get(self.attribute + "_orig")
+        if isinstance(held, nn.Parameter):  # else it is a guest, brought by functional_call
+            self.parameter = held
+        if self.parameter is not None and held is not None:
+            _expose(module, self.attribute, self.parameter)
 
 
 class _FromParent:
@@ -249,14 +262,12 @@ class _FromParent:
         self.hook(module.out_proj, None)
 
 
-def _expose(module: nn.Module, attribute: str) -> None:
-    """Make a plain attribute read as the Parameter behind it, without registering it twice."""
-    held = module._parameters
-    if attribute in held:
-        parameter = held[attribute]
+def _expose(module: nn.Module, attribute: str, parameter: Tensor | None) -> None:
+    """Make an attribute read as a Parameter that is registered, under whatever name."""
+    if attribute in module._parameters:
         module.__dict__.pop(attribute, None)
     else:
-        parameter = module.__dict__[attribute] = held[attribute + "_orig"]
+        module.__dict__[attribute] = parameter
     if isinstance(module, nn.RNNBase):  # reads its weights from a list
         module._flat_weights[module._flat_weights_names.index(attribute)] = parameter
 
@@ -267,17 +278,6 @@ def _reorder(module: nn.Module, order: Sequence[str]) -> None:
     for name in order:
         module._parameters[name] = held.pop(name)
     module._parameters.update(held)
-
-
-def _plain(name: str, attribute: str) -> str:
-    return attribute if name == attribute + "_orig" else name
-
-
-@torch.no_grad()
-def _zero_(layers: Iterable[Layer], masks: Iterable[Tensor]) -> None:
-    """Exact zeros at pruned weights, whatever stands there: inf * 0 would be NaN."""
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.parameter.masked_fill_(~mask, 0.0)
 
 
 BACKENDS = ("prune", "inplace")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mtprune.collect import Evidence
+from mtprune.collect import Evidence, checked
 from mtprune.components import Layer
 from mtprune.methods.base import JOINT, Ballot, Method
 from mtprune.saliency import takes_generator, uses_gradient
@@ -33,13 +33,16 @@ def poll(
         masks: Their masks, shaped as they are.
         components: Their components.
         generator: The pruner's own.
+
+    Raises:
+        RuntimeError: If a saliency that looks at no data is not finite.
     """
     weights = [
         (layer.parameter.detach() * mask).reshape(-1)
         for (_, layer), mask in zip(layers, masks, strict=True)
     ]
     scores = []
-    for (index, _), weight in zip(layers, weights, strict=True):
+    for (index, layer), weight in zip(layers, weights, strict=True):
         voters = [task for task, flags in users.items() if flags[index]]
         voters = voters if method.disentangled else [JOINT]
         if uses_gradient(method.saliency):
@@ -49,8 +52,14 @@ def poll(
             scores.append({voter: blank if s is None else s for voter, s in seen.items()})
         else:
             own = {"generator": generator} if takes_generator(method.saliency) else {}
-            asked = method.saliency(weight.to(torch.float32), None, **own)
-            scores.append(dict.fromkeys(voters, asked))
+            shaped = weight.view(layer.shape).to(torch.float32)
+            asked = checked(method.saliency(shaped, None, **own), layer)
+            if not bool(torch.isfinite(asked).all()):
+                raise RuntimeError(
+                    f"Saliency is not finite in '{layer.name}'. Check its weights; masks are "
+                    "unchanged."
+                )
+            scores.append(dict.fromkeys(voters, method.granularity.pool(asked)))
     return Ballot(
         shapes=[layer.shape for _, layer in layers],
         components=[components[layer.name] for _, layer in layers],

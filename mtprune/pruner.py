@@ -82,6 +82,11 @@ class MultitaskPruner:
                 "This model already has a live pruner. Call its finalize() before building another."
             )
         self._method: Method = Vote(sparsity=0.9) if method is None else method
+        if isinstance(method, type) or not hasattr(self._method, "decide"):
+            raise TypeError(
+                f"`method` must be a method such as Vote(sparsity=0.9), or a recipe that has been "
+                f"called. Got {method!r}."
+            )
         self._losses = parse(task_losses)
         self._layers = find_layers(self._model, include, exclude)
         if not self._layers:
@@ -96,7 +101,7 @@ class MultitaskPruner:
                 "Pass optimizer=... to the pruner."
             )
         self._masking = make_masking(backend, self._model)
-        self._clock = Clock(self._method.schedule, catch_up=self._method.regrows)
+        self._clock = Clock(self._method.schedule, opening=self._method.regrows)
         self._stability = Stability()
         self._generator = torch.Generator().manual_seed(seed)
         self._collector = Collector(
@@ -231,12 +236,17 @@ class MultitaskPruner:
         self._update(final)
         return self.report()
 
-    def weigh(self, losses: Mapping[str, Any]) -> Tensor:
-        """The weighted total of the losses: their plain sum, unless the method weighs tasks."""
-        parts = [scalar(name, loss) for name, loss in losses.items()]
+    def weigh(self, losses: Any) -> Tensor:
+        """The weighted total of the losses: their plain sum, unless the method weighs tasks.
+
+        Args:
+            losses: In any form that `observe_losses` takes.
+        """
+        chosen = given(self._losses, losses) if losses else {}
+        parts = [scalar(name, loss) for name, loss in chosen.items()]
         found = [part for part in parts if part is not None]
         if not found:
-            raise ValueError(f"None of the losses {list(losses)} carries a gradient.")
+            raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
         return torch.stack(found).sum()
 
     def finalize(self) -> None:
@@ -305,7 +315,9 @@ class MultitaskPruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in a new process: tensors, numbers, strings, containers."""
         active = [layer for _, layer in self._usage.active()]
-        held = {layer.name: self._masking.mask(layer) for layer in active}
+        held: dict[str, Tensor | None] = {x.name: self._masking.mask(x) for x in active}
+        if self._final is not None and self._facts.counts:
+            held.update(self._final)
         names = [layer.name for layer in self._layers]
         return {
             "version": 1,
@@ -330,7 +342,7 @@ class MultitaskPruner:
             ValueError: If it belongs to other tasks, layers or another method; nothing is changed.
         """
         self._check_alive("load_state_dict")
-        if "tasks" not in state:
+        if not isinstance(state, Mapping) or not set(self.state_dict()) <= set(state):
             raise ValueError("This is not a state_dict of a MultitaskPruner.")
         shapes = {layer.name: list(layer.shape) for layer in self._layers}
         for key, mine in (
@@ -358,7 +370,7 @@ class MultitaskPruner:
         if active:
             self._masking.install(active, masks)
         else:
-            self._masking.remove()
+            self._masking.lift()
 
     # How an update comes about.
 
@@ -374,7 +386,7 @@ class MultitaskPruner:
         if not torch.is_grad_enabled():
             return
         present = {name: loss for name, loss in scalars.items() if loss is not None}
-        if not (always or self._clock.near(self._lead(present))):
+        if not (always or self._clock.near(self._lead(losses if strict else present))):
             return
         check_devices(present, {layer.parameter.device for layer in self._layers})
         for name in losses:
@@ -390,6 +402,9 @@ class MultitaskPruner:
         if wanted:
             scale = 1.0 if scaler is None else float(scaler.get_scale())
             self._collector.add(wanted, self._usage.settled, scale, guarded=scaler is not None)
+            update = self._clock.next
+            if self._automatic and update is not None and not self._lacking():
+                self._stability.enough(*self._question(update))
 
     def _lead(self, present: Collection[str]) -> int:
         """How many steps before an update to begin observing."""
@@ -421,14 +436,17 @@ class MultitaskPruner:
         """Whether more observations would no longer change the masks of the update of ``step``."""
         if not self._automatic:
             return True
-        least = min(self._collector.evidence.counts.values())
+        self._check_evidence()
+        return self._stability.enough(*self._question(step))
+
+    def _question(self, step: int) -> tuple[int, Callable[[], Sequence[Tensor]]]:
+        """How many observations there are, and the masks they would give."""
+        evidence = self._collector.evidence
 
         def masks() -> Sequence[Tensor]:
-            self._check_evidence()
-            users = self._usage.now(self._collector.evidence)
-            return self._decide(users, step)[1].masks
+            return self._decide(self._usage.now(evidence), step)[1].masks
 
-        return self._stability.enough(least, masks)
+        return min(evidence.counts.values()), masks
 
     def _check_evidence(self) -> None:
         problem = self._collector.evidence.problem(self._layers)

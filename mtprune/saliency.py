@@ -111,19 +111,18 @@ def uses_gradient(saliency: Saliency) -> bool:
         ValueError: If it cannot be called as ``saliency(weight, grad)``.
     """
     try:
-        parameters = list(inspect.signature(saliency).parameters.values())
-    except (TypeError, ValueError):  # builtins such as torch.mul have no signature
+        signature = inspect.signature(saliency)
+    except (TypeError, ValueError):  # builtins such as torch.mul have none
         return True
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
-    if len(positional) < 2:
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(saliency, "__name__", saliency)
         raise ValueError(
-            "`saliency` must be a function of (weight, grad). "
-            f"Got {getattr(saliency, '__name__', saliency)!s} with {len(positional)} positional "
-            "argument(s)."
-        )
-    return positional[1].default is inspect.Parameter.empty
+            f"`saliency` must be a function of (weight, grad). Got {name}{signature}: {error}."
+        ) from None
+    second = list(signature.parameters.values())[1:2]
+    return not second or second[0].default is inspect.Parameter.empty
 
 
 def takes_generator(saliency: Saliency) -> bool:

@@ -28,6 +28,11 @@ _CELLS = 1 << 17
 _GRID = 1 << 14  # resolution of worth while looking for the cut
 _CHUNK = 1 << 20  # weights looked at together: bounds the memory of all temporaries
 
+_NOT_A_VOTE = (
+    "The vote is not one: a weight lost worth when a task's percentile rose. A vote must be "
+    "non-decreasing in every percentile."
+)
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -196,16 +201,28 @@ class _Contest:
                 rest, torch.split(winners, [index.numel() for _, index, _ in rest]), strict=True
             ):
                 masks[layer][index[won]] = True
+        kept = sum(int(masks[layer].sum()) for layer in self._quota.layers)
+        if kept != self._quota.keep:
+            raise ValueError(_NOT_A_VOTE)
 
     def _range(self) -> tuple[float, float]:
         """The lowest and the highest worth there can be."""
-        ends: list[float] = []
+        ends: list[tuple[float, float]] = []
         for voters in {tuple(self._scores[layer]) for layer in self._quota.layers}:
-            for top in (False, True):
-                column = [self._rankings[task] for task in voters]
-                rows = [r.percentile(r.counts.new_tensor([r.total if top else 0])) for r in column]
-                ends.append(float(self._vote(torch.stack(rows))))
-        return min(ends), max(ends)
+            column = [self._rankings[task] for task in voters]
+            rows = [r.percentile(r.counts.new_tensor([0, r.total])) for r in column]
+            worth = self._vote(torch.stack(rows))
+            if not isinstance(worth, Tensor) or worth.shape != (2,):
+                got = tuple(worth.shape) if isinstance(worth, Tensor) else type(worth).__name__
+                raise ValueError(
+                    "A vote must turn percentiles [voters, weights] into worth [weights]. Got "
+                    f"{got} for percentiles of shape ({len(rows)}, 2)."
+                )
+            lowest, highest = worth.tolist()
+            if highest < lowest:
+                raise ValueError(_NOT_A_VOTE)
+            ends.append((lowest, highest))
+        return min(low for low, _ in ends), max(high for _, high in ends)
 
     def _bounds(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
         """Percentile bounds of one chunk of a layer, two tensors ``[voters, n]``."""
@@ -240,6 +257,8 @@ class _Contest:
             device = next(iter(self._scores[layer].values())).device
             counts = torch.zeros(2, _GRID + 1, dtype=torch.int64, device=device)
             for _, _, low_cell, high_cell, may in self._chunks(layer):
+                if bool((low_cell > high_cell).any()):
+                    raise ValueError(_NOT_A_VOTE)
                 for row, cells in enumerate((low_cell, high_cell)):
                     cells = cells if may is None else cells[may]
                     counts[row] += torch.bincount(cells, minlength=_GRID + 1)
@@ -297,12 +316,9 @@ class _Contest:
                 row = self._rankings[task].bounds(values[index])[0]
                 row[asked[task]] = next(exact[task])
                 rows.append(row)
-            worth = self._vote(torch.stack(rows))
+            worth = self._vote(torch.stack(rows)) if index.numel() else least
             if not bool((worth >= least - 1e-9).all()):  # allows for a vote's own rounding
-                raise ValueError(
-                    "The vote is not one: a weight lost worth when a task's percentile rose. "
-                    "A vote must be non-decreasing in every percentile."
-                )
+                raise ValueError(_NOT_A_VOTE)
             result.append(worth)
         return result
 

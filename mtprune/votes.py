@@ -69,12 +69,13 @@ def at_least(m: int) -> Vote:
 
 def mean(percentiles: Tensor) -> Tensor:
     """The average percentile: every task has an equal say in every weight."""
-    # Sorted and summed row by row, so that rounding is the same in whatever order tasks come.
+    # Sorted and summed row by row, so that rounding is the same in whatever order tasks come; then
+    # rounded once more, so that 0.1 + 0.8 and 0.2 + 0.7 are a tie.
     rows = percentiles.sort(dim=0).values
     total = rows[0]
     for row in rows[1:]:
         total = total + row
-    return total / len(rows)
+    return (total / len(rows) * 2**44).round() / 2**44 if len(rows) > 1 else total
 
 
 def _mth_smallest(percentiles: Tensor, m: int) -> Tensor:

@@ -80,16 +80,32 @@ class Vote:
         for name in ("saliency", "vote"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function. Got {getattr(self, name)!r}.")
+        vote: object = self.vote
+        if vote is votes.at_least:
+            raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
         saliencies.uses_gradient(self.saliency)
-        if not (hasattr(self.schedule, "next_update") and hasattr(self.schedule, "progress")):
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
             raise TypeError(
                 f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
                 f"Got {self.schedule!r}."
             )
+        if isinstance(self.granularity, type) or not hasattr(self.granularity, "pool"):
+            raise TypeError(
+                f"`granularity` must be a granularity such as Element(). Got {self.granularity!r}."
+            )
         _check_allocation(self.allocation)
+        if not isinstance(self.priority, Mapping):
+            raise TypeError(f"`priority` must be a mapping task -> factor. Got {self.priority!r}.")
         for task, factor in self.priority.items():
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+                raise TypeError(f"`priority` of task '{task}' must be a number. Got {factor!r}.")
             if not 0.0 < factor < float("inf"):
                 raise ValueError(f"`priority` of task '{task}' must be positive. Got {factor!r}.")
+        if self.priority and (isinstance(self.sparsity, PerTaskKeep) or not self.disentangled):
+            raise ValueError(
+                "`priority` shifts the tasks' percentiles against each other: there are none with "
+                "PerTaskKeep, and only one voter with disentangled=False."
+            )
         auto = self.observations == "auto"
         if not auto and (not _is_whole(self.observations) or int(self.observations) < 1):
             raise ValueError(
@@ -111,7 +127,8 @@ class Vote:
     def decide(self, ballot: Ballot, step: int) -> Decision:
         """The masks of the update of ``step``."""
         if isinstance(self.sparsity, PerTaskKeep):
-            return self._per_task(ballot, self.sparsity.ratio)
+            ratio, progress = self.sparsity.ratio, self.schedule.progress(step)
+            return self._per_task(ballot, ratio if progress == 1 else 1 - (1 - ratio) * progress)
         zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
         if isinstance(self.schedule, Regrow):

@@ -1,0 +1,134 @@
+"""Two gloo ranks on this machine, half a batch each: one decision, that of the whole batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tests import nets
+from tests.nets import Run, build, same, sgd, weights
+
+ROOT = Path(__file__).parents[1]
+STEPS = 10
+
+
+class Share:
+    """A rank's part of every batch."""
+
+    def __init__(self, make_batch, rank, world):
+        self.make_batch = make_batch
+        self.rank = rank
+        self.world = world
+
+    def __call__(self, seed):
+        return {k: v.chunk(self.world)[self.rank] for k, v in self.make_batch(seed).items()}
+
+
+def start(name, method, backend, rank, world):
+    net = build(name)
+    net.make_batch = Share(net.make_batch, rank, world)
+    wrap = DistributedDataParallel if world > 1 else None
+    return Run(net, nets.METHODS[method](), backend, sgd, wrap=wrap)
+
+
+CASES = [
+    (name, method, backend)
+    for name in ("plain", "skipped_layer", "tied")
+    for method in nets.METHODS
+    for backend in ("prune", "inplace")
+]
+
+
+def train(case, rank, world):
+    run = start(*case, rank, world)
+    masks = []
+    for _ in range(STEPS):
+        run.step()
+        masks.append(run.pruner.masks)
+    return {"masks": masks, "weights": weights(run)}
+
+
+def disagree(rank):
+    """Ranks with different masks must be told so; here their random draws differ."""
+    net = build("plain")
+    run = Run(net, nets.dynamic(), seed=rank)
+    try:
+        run.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def worker(rank, world, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    results = {"/".join(case): train(case, rank, world) for case in CASES}
+    results["disagree"] = disagree(rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+SCRIPT = """
+import sys
+from tests import test_distributed
+
+test_distributed.worker(int(sys.argv[1]), 2, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in workers:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+CASE = pytest.mark.parametrize("case", CASES, ids="-".join)
+
+
+@CASE
+def test_ranks_have_the_same_masks_and_weights(case, ranks):
+    first, second = (result["/".join(case)] for result in ranks)
+    for one, other in zip(first["masks"], second["masks"], strict=True):
+        assert same(one, other)
+    assert same(first["weights"], second["weights"])
+    last = first["masks"][-1]
+    assert nets.zeros(last) == round(0.7 * nets.size(last))
+
+
+@CASE
+def test_two_ranks_are_one_process_with_the_whole_batch(case, ranks):
+    alone = train(case, 0, 1)
+    result = ranks[0]["/".join(case)]
+    for one, other in zip(alone["masks"], result["masks"], strict=True):
+        assert same(one, other)
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_that_differ_between_ranks_are_refused(ranks):
+    for result in ranks:
+        assert "Masks differ between ranks" in result["disagree"]

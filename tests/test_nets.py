@@ -1,0 +1,151 @@
+"""What must hold for every net on the shelf, under both back-ends and every kind of schedule."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import nets
+from tests.nets import Run, build, read, same, size, weights, zeros
+
+EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
+EVERY_METHOD = pytest.mark.parametrize("method", nets.METHODS)
+
+# Static pruning is driven by step() alone, with momentum; the others follow AdamW's own steps.
+SETUPS = {
+    "static": {"optimizer": nets.sgd, "given": False},
+    "gradual": {"optimizer": nets.adamw, "given": True},
+    "dynamic": {"optimizer": nets.adamw, "given": True},
+}
+
+
+def start(name: str, method: str, backend: str, device: torch.device, **options: object) -> Run:
+    setup = SETUPS[method] | options
+    return Run(build(name, device), nets.METHODS[method](), backend, **setup)
+
+
+def assert_masks_hold(run: Run) -> None:
+    """Whoever reads a pruned weight, under any of its names, reads exactly zero."""
+    for name, mask in run.pruner.masks.items():
+        for alias in run.named[name]:
+            weight = read(run.model, alias)
+            assert bool((weight[~mask] == 0).all()), alias
+            assert bool(torch.isfinite(weight).all()), alias
+
+
+def steps(run: Run, count: int) -> Iterator[bool]:
+    for _ in range(count):
+        yield run.step()
+
+
+@EVERY_NET
+@EVERY_METHOD
+def test_zeros_are_exact_and_hold_after_every_step(name, method, backend, device):
+    run = start(name, method, backend, device)
+    schedule = nets.METHODS[method]().schedule
+    updates = 0
+    counts = None
+    for changed in steps(run, 9):
+        assert_masks_hold(run)
+        masks = run.pruner.masks
+        done = run.pruner.report().step
+        if done is not None:
+            assert zeros(masks) == round(0.7 * schedule.progress(done) * size(masks))
+            assert all(bool(mask.any()) for mask in masks.values())
+        if changed and method == "dynamic":
+            now = [int(mask.sum()) for mask in masks.values()]
+            counts = counts or now
+            assert now == counts
+        updates += changed
+    assert zeros(run.pruner.masks) == round(0.7 * size(run.pruner.masks)) > 0
+    assert updates >= {"static": 1, "gradual": 2, "dynamic": 2}[method]
+
+
+@EVERY_NET
+def test_no_parameter_is_replaced_or_moved(name, backend, device):
+    run = start(name, "dynamic", backend, device)
+    before = [(n, id(p)) for n, p in build_names(run)]
+    run.train(4)
+    during = [(n.removesuffix("_orig"), id(p)) for n, p in build_names(run)]
+    run.pruner.finalize()
+    after = [(n, id(p)) for n, p in build_names(run)]
+    assert before == during == after
+
+
+def build_names(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(run.model.named_parameters(remove_duplicate=False))
+
+
+@EVERY_NET
+@EVERY_METHOD
+def test_both_backends_take_the_same_path(name, method, device):
+    prune = start(name, method, "prune", device)
+    inplace = start(name, method, "inplace", device)
+    tolerance = {"rtol": 0.05, "atol": 0.02} if name == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+    for _ in range(12):
+        assert prune.step() == inplace.step()
+        assert same(prune.pruner.masks, inplace.pruner.masks)
+        one, other = weights(prune), weights(inplace)
+        assert list(one) == list(other)
+        for key in one:
+            torch.testing.assert_close(
+                one[key], other[key], **tolerance, msg=lambda m, k=key: k + m
+            )
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "conv_bn", "lstm", "attention", "adapters"])
+def test_sparse_training_with_momentum_keeps_every_layer_on_its_count(name, backend, device):
+    run = start(name, "dynamic", backend, device, optimizer=nets.sgd)
+    run.step()
+    first = run.pruner.masks
+    moved = False
+    for _ in range(11):
+        run.step()
+        assert_masks_hold(run)
+        now = run.pruner.masks
+        assert [int(m.sum()) for m in now.values()] == [int(m.sum()) for m in first.values()]
+        moved = moved or not same(now, first)
+    assert moved
+
+
+@EVERY_NET
+def test_who_uses_what_is_observed(name, backend, device):
+    run = start(name, "static", backend, device).train(3)
+    users = run.pruner.state_dict()["users"]
+    named = {
+        n: {task for task, flags in users.items() if flags[i]}
+        for i, n in enumerate(run.pruner.state_dict()["shapes"])
+    }
+    for task, layers in run.net.private.items():
+        for layer in layers:
+            assert named[layer] == {task}
+    for layer in run.net.alone:
+        assert named[layer] == set()
+        assert layer not in run.pruner.masks
+        assert bool((read(run.model, layer) != 0).all())
+    claimed = {n for layers in run.net.private.values() for n in layers} | set(run.net.alone)
+    if run.net.private and run.net.shared_modules != "auto":
+        assert all(len(named[n]) >= 2 for n in named if n not in claimed)
+
+
+def test_a_layer_one_task_skips_is_voted_on_by_the_others(device):
+    run = start("skipped_layer", "static", "prune", device).train(2)
+    masks = run.pruner.task_masks
+    assert "late.weight" in masks["a"]
+    assert "late.weight" in masks["c"]
+    assert "late.weight" not in masks["b"]
+    assert "early.weight" in masks["b"]
+
+
+def test_the_first_change_names_what_no_gradient_reached(backend, device):
+    run = start("dead_relu", "static", backend, device)
+    run.net.warns = ""
+    assert run.step() is False  # graph and gradient disagree: one observation is not enough
+    with pytest.warns(UserWarning, match=r"leads to 'trunk\.side\.weight'.*zero-initialised head"):
+        assert run.step() is True
+
+
+@pytest.mark.parametrize("name", ["stacked_losses", "loss_vector"])
+def test_losses_from_a_stack_need_two_observations(name, backend, device):
+    run = start(name, "static", backend, device)
+    assert [run.step() for _ in range(3)] == [False, True, False]

@@ -1,0 +1,72 @@
+import inspect
+import re
+
+import pytest
+
+from mtprune import Cubic, Erk, OneShot, Regrow, Vote, recipes, saliency, votes
+
+TIMES = {"every": 100, "end": 1_000}
+PUBLISHED = {
+    "disparse_static": lambda s: recipes.disparse_static(s),
+    "disparse_pretrained": lambda s: recipes.disparse_pretrained(s),
+    "disparse_dynamic": lambda s: recipes.disparse_dynamic(s, **TIMES),
+    "snip": lambda s: recipes.snip(s),
+    "rigl": lambda s: recipes.rigl(s, **TIMES),
+    "set_": lambda s: recipes.set_(s, **TIMES),
+    "magnitude": lambda s: recipes.magnitude(s),
+    "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
+    "random": lambda s: recipes.random(s),
+}
+EVERY_RECIPE = pytest.mark.parametrize("name", PUBLISHED)
+GRADUAL = Cubic(begin=10, end=1_000, every=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "score", "allocation", "schedule", "disentangled"),
+    [
+        ("disparse_static", saliency.snip, "global", OneShot(0), True),
+        ("disparse_pretrained", saliency.taylor, "global", OneShot(0), True),
+        ("disparse_dynamic", saliency.gradient, Erk(0.9), Regrow(100, 1_000, 0.5), True),
+        ("snip", saliency.snip, "global", OneShot(0), False),
+        ("rigl", saliency.gradient, "erk", Regrow(100, 1_000, 0.3), False),
+        ("set_", saliency.random, "erk", Regrow(100, 1_000, 0.3), False),
+        ("magnitude", saliency.magnitude, "global", OneShot(0), False),
+        ("gradual_magnitude", saliency.magnitude, "global", GRADUAL, False),
+        ("random", saliency.random, "global", OneShot(0), False),
+    ],
+)
+def test_each_recipe_is_the_published_method(name, score, allocation, schedule, disentangled):
+    assert PUBLISHED[name](0.8) == Vote(
+        sparsity=0.8,
+        saliency=score,
+        vote=votes.unanimous,
+        schedule=schedule,
+        allocation=allocation,
+        disentangled=disentangled,
+    )
+
+
+def test_options_are_passed_on():
+    assert recipes.disparse_static(0.9, observations=50).observations == 50
+    assert recipes.disparse_pretrained(0.9, observations="auto").observations == "auto"
+    assert recipes.disparse_pretrained(0.9, schedule=GRADUAL).schedule == GRADUAL
+    assert recipes.snip(0.9, observations=7).observations == 7
+    for recipe in (recipes.disparse_dynamic, recipes.rigl, recipes.set_):
+        assert recipe(0.9, fraction=0.1, **TIMES).schedule == Regrow(100, 1_000, 0.1)
+
+
+@EVERY_RECIPE
+def test_every_recipe_refuses_a_percentage(name):
+    with pytest.raises(ValueError, match=r"Got 90\. Did you mean 0\.9\?"):
+        PUBLISHED[name](90)
+
+
+@EVERY_RECIPE
+def test_every_recipe_is_public_and_cites_its_paper(name):
+    assert name in recipes.__all__
+    citation = re.search(r", (\w+ )*(19|20)\d\d", inspect.getdoc(getattr(recipes, name)))
+    assert citation or name == "random"
+
+
+def test_every_public_recipe_is_tested_here():
+    assert set(PUBLISHED) == set(recipes.__all__)

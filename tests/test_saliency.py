@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from mtprune import saliency
+
+WEIGHT = [2.0, -3.0, 0.0, 0.5]
+GRAD = [0.5, 1.0, -4.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        pytest.param(saliency.taylor, [1.0, 3.0, 0.0, 1.0], id="taylor is |w g|"),
+        pytest.param(saliency.snip, [1.0, 3.0, 0.0, 1.0], id="snip is |w g|"),
+        pytest.param(saliency.fisher, [1.0, 9.0, 0.0, 1.0], id="fisher is (w g)^2"),
+        pytest.param(saliency.gradient, [0.5, 1.0, 4.0, 2.0], id="gradient is |g|"),
+        pytest.param(saliency.movement, [-1.0, 3.0, 0.0, 1.0], id="movement is -w g"),
+        pytest.param(saliency.magnitude, [2.0, 3.0, 0.0, 0.5], id="magnitude is |w|"),
+    ],
+)
+def test_each_formula_on_four_weights(function, expected, device):
+    weight = torch.tensor(WEIGHT, device=device).view(2, 2)
+    grad = torch.tensor(GRAD, device=device).view(2, 2)
+    result = function(weight, grad)
+    assert result.shape == (2, 2)
+    assert result.flatten().tolist() == expected
+    assert weight.flatten().tolist() == WEIGHT
+    assert grad.flatten().tolist() == GRAD
+
+
+def test_movement_ranks_a_growing_weight_above_a_shrinking_one():
+    # Descent moves w by -g: the first grows in size, the second shrinks towards zero.
+    weight = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    grad = torch.tensor([-1.0, 1.0, 1.0, -1.0])
+    assert saliency.movement(weight, grad).tolist() == [1.0, -1.0, 1.0, -1.0]
+
+
+def test_a_masked_weight_has_a_gradient_but_no_taylor_saliency():
+    weight, grad = torch.zeros(3), torch.tensor([1.0, -2.0, 3.0])
+    assert saliency.taylor(weight, grad).tolist() == [0.0, 0.0, 0.0]
+    assert saliency.gradient(weight, grad).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_random_draws_from_the_generator_given_and_leaves_the_global_one_alone(device):
+    weight = torch.zeros(3, 5, device=device)
+    before = torch.get_rng_state()
+    draws = [
+        saliency.random(weight, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert draws[0].shape == (3, 5)
+    assert draws[0].device == weight.device
+    reference = torch.rand(3, 5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(draws[0].cpu(), reference)  # the same wherever the model lives
+
+
+def one_line(weight, grad):
+    return (weight - grad).abs()
+
+
+class Scaled:
+    def __call__(self, weight, grad):
+        return weight * grad
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        pytest.param(saliency.taylor, True, id="taylor"),
+        pytest.param(saliency.movement, True, id="movement"),
+        pytest.param(saliency.magnitude, False, id="magnitude"),
+        pytest.param(saliency.random, False, id="random"),
+        pytest.param(one_line, True, id="function"),
+        pytest.param(Scaled(), True, id="callable object"),
+        pytest.param(lambda *args: args[0], True, id="varargs"),
+        pytest.param(lambda weight, grad=None: weight, False, id="gradient with a default"),
+        pytest.param(torch.mul, True, id="builtin without a signature"),
+    ],
+)
+def test_a_saliency_needs_data_unless_its_gradient_has_a_default(function, expected):
+    assert saliency.uses_gradient(function) is expected
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        pytest.param(
+            lambda weight: weight,
+            r"must be a function of \(weight, grad\)\. Got <lambda>\(weight\)",
+            id="of the weight alone",
+        ),
+        pytest.param(
+            lambda *, weight, grad: weight,
+            r"must be a function of \(weight, grad\)\. Got <lambda>\(\*, weight, grad\)",
+            id="keywords only",
+        ),
+        pytest.param(
+            lambda weight, grad, step: weight,
+            r"must be a function of \(weight, grad\)\. Got <lambda>\(weight, grad, step\)",
+            id="three arguments",
+        ),
+    ],
+)
+def test_a_function_that_cannot_take_weight_and_gradient_is_refused(function, message):
+    with pytest.raises(ValueError, match=message):
+        saliency.uses_gradient(function)
+
+
+def test_only_a_function_with_a_generator_keyword_gets_the_generator():
+    assert saliency.takes_generator(saliency.random)
+    assert saliency.takes_generator(lambda weight, grad, generator: weight)
+    assert not saliency.takes_generator(saliency.magnitude)
+    assert not saliency.takes_generator(torch.mul)
