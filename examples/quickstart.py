@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import mtprune
 from mtprune import Cubic, MultitaskPruner, Report, Vote
 from mtprune.metrics import delta_t
 
@@ -377,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     results = {
         "options": {name: value for name, value in vars(options).items() if name != "out"},
+        "versions": {"mtprune": mtprune.__version__, "torch": torch.__version__},
         "dense": dense,
         "runs": [asdict(run) for run in runs],
         "report": report.to_dict(),

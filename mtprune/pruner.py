@@ -310,6 +310,7 @@ class MultitaskPruner:
             stable=facts.stable,
             discarded=facts.discarded,
             left_alone=self._usage.left_alone(),
+            method=describe(self._method, defaults=False),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Report:
             the number was given.
         discarded: Observations thrown away because a scaled gradient overflowed.
         left_alone: Prunable layers that are not pruned, and why.
+        method: What decided, as far as it differs from the defaults.
     """
 
     step: int | None
@@ -133,10 +134,12 @@ class Report:
     stable: bool | None
     discarded: Mapping[str, int]
     left_alone: Mapping[str, str]
+    method: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain containers, numbers and strings."""
-        return asdict(self)
+        """The report as dicts, lists, numbers and strings: what JSON gives back."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def table(self, layers: bool = False) -> str:
         """The report as text, with a row per component, or per layer."""
@@ -159,6 +162,8 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [f"{self.head_share:.1%} of the weights are private to one task."]
+        if self.method:
+            notes.append(f"By {self.method}.")
         if self.observations:
             least, most = min(self.observations.values()), max(self.observations.values())
             count = str(least) if least == most else f"{least} to {most}"
@@ -185,6 +190,7 @@ def make_report(
     stable: bool | None,
     discarded: Mapping[str, int],
     left_alone: Mapping[str, str],
+    method: str = "",
 ) -> Report:
     """The report behind an update's counts, layer by layer in order of position."""
     parameters = sum(c.parameters for c in counts)
@@ -207,6 +213,7 @@ def make_report(
         stable=stable,
         discarded=dict(discarded),
         left_alone=dict(left_alone),
+        method=method,
     )
 
 
@@ -227,6 +234,12 @@ def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
         want=want,
         unanimity=_share(sum(c.unanimous for c in counts), kept),
     )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _share(part: int, whole: int) -> float:

@@ -76,6 +76,7 @@ class Usage:
                 "or all weights frozen or zero?"
             )
         hidden += [f"'{self._layers[i].name}'" for i in (led & ~seen).nonzero().flatten().tolist()]
+        hidden += self._undeclared(reached, walked, seen)
         self.settled = reached
         if hidden:
             warnings.warn(
@@ -156,6 +157,19 @@ class Usage:
                 if task not in using and bool((flags & inside).any())
             ]
         return hidden
+
+    def _undeclared(self, reached: Users, walked: Users, seen: Tensor) -> list[str]:
+        """Where a task's graph leads to others' weights, but no gradient of its own does."""
+        first, *others = walked.values()
+        if all(torch.equal(first, other) for other in others):
+            return []  # losses from one stack, or a compiled graph: it leads everywhere
+        declared = {name for d in self._declared for name in d.names}
+        return [
+            f"'{self._layers[i].name}' from task '{task}'"
+            for task, flags in walked.items()
+            for i in (flags & ~reached[task] & seen).nonzero().flatten().tolist()
+            if self._layers[i].name not in declared
+        ]
 
 
 def _not_shared(label: str, using: Sequence[str]) -> str:

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: more threads only get in the way of other workers
+
 
 @pytest.fixture(autouse=True)
 def _seed():

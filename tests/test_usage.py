@@ -76,8 +76,17 @@ def test_a_task_is_clear_when_graph_and_gradients_agree():
     )
     assert usage.is_clear(evidence, "a")
     assert not usage.is_clear(evidence, "b")
-    usage.settle(evidence)  # b's second layer is seen by a: nothing hidden, nothing to warn of
+    with pytest.warns(UserWarning, match=r"leads to 'two\.weight' from task 'b', but no gradient"):
+        usage.settle(evidence)
     assert usage.is_clear(Evidence(), "b")
+
+
+def test_a_graph_that_leads_everywhere_for_every_task_promises_nothing():
+    usage = make_usage()
+    everywhere = flags(1, 1, 1)
+    reached = {"a": flags(1, 1, 0), "b": flags(1, 0, 1)}
+    usage.settle(Evidence(walked={"a": everywhere, "b": everywhere}, reached=reached))
+    assert usage.settled == reached
 
 
 def test_what_is_settled_stays():
@@ -423,3 +432,18 @@ def test_reach_is_known_for_a_single_task(device):
         "trunk.2.weight": ("a",),
         "heads.a.weight": ("a",),
     }
+
+
+def test_a_zero_initialised_head_that_leaves_the_trunk_to_the_other_task_is_warned_of(device):
+    trunk, a, b = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+    nn.init.zeros_(a.weight)
+    model = nn.ModuleDict({"trunk": trunk, "a": a, "b": b}).to(device)
+    pruner = MultitaskPruner(model, ["a", "b"], "auto", method=Vote(0.5))
+    for step in range(2):
+        hidden = model["trunk"](torch.randn(8, 4, device=device))
+        losses = {task: (model[task](hidden) - 1).square().mean() for task in ("a", "b")}
+        pruner.observe_losses(losses)
+        if step == 1:
+            with pytest.warns(UserWarning, match=r"'trunk\.weight' from task 'a'"):
+                pruner.step()
+    assert pruner.sparsity == 0.5

@@ -1,7 +1,7 @@
 """What a method is: what it wants to see, and how it turns that into masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -100,17 +100,29 @@ class Method(Protocol):
         ...
 
 
-def describe(value: object) -> str:
-    """A method, or a part of one, as a string that is the same in every process."""
+def describe(value: object, *, defaults: bool = True) -> str:
+    """A method, or a part of one, as a string that is the same in every process.
+
+    Args:
+        value: What to describe.
+        defaults: Also say what is as it would be if nobody had said anything.
+    """
+    say = partial(describe, defaults=defaults)
     if isinstance(value, partial):
-        inner = [describe(value.func), *(describe(a) for a in value.args)]
-        inner += [f"{k}={describe(v)}" for k, v in sorted(value.keywords.items())]
+        inner = [say(value.func), *map(say, value.args)]
+        inner += [f"{key}={say(v)}" for key, v in sorted(value.keywords.items())]
         return f"partial({', '.join(inner)})"
     if is_dataclass(value) and not isinstance(value, type):
-        parts = (f"{f.name}={describe(getattr(value, f.name))}" for f in fields(value))
-        return f"{type(value).__name__}({', '.join(parts)})"
+        held = {f.name: getattr(value, f.name) for f in fields(value)}
+        if not defaults:
+            usual = {
+                f.name: f.default if f.default_factory is MISSING else f.default_factory()
+                for f in fields(value)
+            }
+            held = {name: v for name, v in held.items() if v != usual[name]}
+        return f"{type(value).__name__}({', '.join(f'{k}={say(v)}' for k, v in held.items())})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in sorted(value.items())) + "}"
+        return "{" + ", ".join(f"{key!r}: {say(v)}" for key, v in sorted(value.items())) + "}"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return repr(value)
