@@ -88,6 +88,13 @@ class Masking(ABC):
                 mask.fill_(True)
         self.remove()
 
+    def current(self, layer: Layer) -> Tensor:
+        """The mask of a layer; all True if it has none."""
+        mask = self.mask(layer)
+        if mask is None:
+            return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+        return mask
+
     @abstractmethod
     def mask(self, layer: Layer) -> Tensor | None:
         """The mask of a layer, on its device, or None if it has none."""

@@ -9,18 +9,16 @@ from torch import Tensor, nn
 
 from mtprune import distributed
 from mtprune.clock import Clock
-from mtprune.collect import Collector, Evidence, untouched
+from mtprune.collect import untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.poll import poll
 from mtprune.report import Count, Facts, Report, count, make_report
-from mtprune.saliency import uses_gradient
-from mtprune.stability import Stability
+from mtprune.round import Round
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
-from mtprune.usage import Usage, Users
+from mtprune.usage import Usage
 
 __all__ = ["MultitaskPruner"]
 
@@ -102,19 +100,18 @@ class MultitaskPruner:
             )
         self._masking = make_masking(backend, self._model)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
-        self._stability = Stability()
         self._generator = torch.Generator().manual_seed(seed)
-        self._collector = Collector(
+        self._round = Round(
             self._model,
             self._layers,
+            self._losses,
+            self._method,
             self._masking,
-            saliency=self._method.saliency,
-            granularity=self._method.granularity,
-            disentangled=self._method.disentangled,
+            self._usage,
+            self._generator,
         )
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
-        self._singly = False  # batches that hold only some tasks have been seen
         self._final: dict[str, Tensor] | None = None
         handles = accept_pruned_keys(self._layers)
         if self._optimizer is not None:
@@ -186,16 +183,16 @@ class MultitaskPruner:
         update = self._clock.due()
         if update is None:
             return False
-        evidence = self._collector.evidence
+        evidence = self._round.evidence
         if not (evidence.counts or evidence.discarded or self._facts.observations):
             raise RuntimeError(
                 f"Step {update} is due but nothing has been observed. Call "
                 "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
             )
-        if self._lacking():
+        if self._round.lacking():
             self._raise_if_late(update)
             return False
-        return self._settled(update) and self._update(update)
+        return self._round.is_enough(update) and self._update(update)
 
     def prune(
         self,
@@ -225,11 +222,10 @@ class MultitaskPruner:
         with untouched(self._model), torch.enable_grad():
             for batch in _bar(batches, progress):
                 losses = compute(self._losses, run(self._model, batch), batch, None)
-                self._collect(losses, None, strict=True, always=True)
-                if not self._lacking() and self._settled(final):
+                self._collect(losses, None, strict=True, final=final)
+                if not self._round.lacking() and self._round.is_enough(final):
                     break
-        unseen = [t for t in self._losses if not self._collector.evidence.counts.get(t)]
-        if unseen:
+        if unseen := self._round.unseen():
             raise RuntimeError(
                 f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
             )
@@ -257,7 +253,7 @@ class MultitaskPruner:
         if self._final is None:
             self._final = self.masks
             self._masking.remove()
-            self._collector.reset()
+            self._round.forget()
             self._release()
             _LIVE.pop(self._model, None)
 
@@ -268,7 +264,9 @@ class MultitaskPruner:
         """``{parameter name: mask}``, True = keep; names as before pruning."""
         if self._final is not None:
             return dict(self._final)
-        return {layer.name: self._mask(layer).clone() for _, layer in self._usage.active()}
+        return {
+            layer.name: self._masking.current(layer).clone() for _, layer in self._usage.active()
+        }
 
     @property
     def task_masks(self) -> dict[str, dict[str, Tensor]]:
@@ -285,7 +283,9 @@ class MultitaskPruner:
             )
         shapes = {layer.name: layer.shape for layer in self._layers}
         if not self._alone:
-            everything = {layer.name: torch.ones_like(self._mask(layer)) for layer in self._layers}
+            everything = {
+                layer.name: torch.ones_like(self._masking.current(layer)) for layer in self._layers
+            }
             return {task: dict(everything) for task in self._losses}
         return {
             task: {name: unpack(bits, shapes[name]) for name, bits in masks.items()}
@@ -319,7 +319,6 @@ class MultitaskPruner:
         held: dict[str, Tensor | None] = {x.name: self._masking.mask(x) for x in active}
         if self._final is not None and self._facts.counts:
             held.update(self._final)
-        names = [layer.name for layer in self._layers]
         return {
             "version": 1,
             "tasks": sorted(self._losses),
@@ -327,12 +326,10 @@ class MultitaskPruner:
             "shapes": {layer.name: list(layer.shape) for layer in self._layers},
             "step": self._clock.step,
             "done": self._clock.done,
-            "singly": self._singly,
             "users": None if self._usage.settled is None else dict(self._usage.settled),
             "masks": {name: pack(mask) for name, mask in held.items() if mask is not None},
             "facts": self._facts.state_dict(),
-            "evidence": self._collector.evidence.state_dict(names),
-            "stability": self._stability.state_dict(),
+            **self._round.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -359,11 +356,8 @@ class MultitaskPruner:
         settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
         self._usage.settled = settled
         self._clock.step, self._clock.done = state["step"], state["done"]
-        self._singly = state["singly"]
         self._facts = Facts.from_state_dict(state["facts"])
-        self._collector.evidence = Evidence.from_state_dict(state["evidence"], self._layers)
-        self._stability = Stability()
-        self._stability.load_state_dict(state["stability"])
+        self._round.load_state_dict(state)
         self._generator.set_state(state["generator"].cpu())
         self._alone = None if state["masks"] else {}
         active = [layer for _, layer in self._usage.active() if layer.name in state["masks"]]
@@ -380,14 +374,17 @@ class MultitaskPruner:
         self._masking.enforce()
 
     def _collect(
-        self, losses: Mapping[str, Any], scaler: Any, *, strict: bool, always: bool = False
+        self, losses: Mapping[str, Any], scaler: Any, *, strict: bool, final: int | None = None
     ) -> None:
         """Check the losses, and let the collector see those that are wanted now."""
         scalars = {name: scalar(name, loss) for name, loss in losses.items()}
         if not torch.is_grad_enabled():
             return
         present = {name: loss for name, loss in scalars.items() if loss is not None}
-        if not (always or self._clock.near(self._lead(losses if strict else present))):
+        lead = self._round.lead(losses if strict else present)
+        near = self._clock.next if self._clock.near(lead) else None
+        update = near if final is None else final
+        if update is None:
             return
         check_devices(present, {layer.parameter.device for layer in self._layers})
         for name in losses:
@@ -396,110 +393,34 @@ class MultitaskPruner:
                     f"Loss of task '{name}' carries no gradient. Was it computed from detached "
                     "outputs, or under torch.no_grad()?"
                 )
-        wanted = present
-        if not self._automatic:
-            lacking = self._lacking()
-            wanted = {name: loss for name, loss in present.items() if name in lacking}
-        if wanted:
-            scale = 1.0 if scaler is None else float(scaler.get_scale())
-            self._collector.add(wanted, self._usage.settled, scale, guarded=scaler is not None)
-            update = self._clock.next
-            if self._automatic and update is not None and not self._lacking():
-                self._stability.enough(*self._question(update))
-
-    def _lead(self, present: Collection[str]) -> int:
-        """How many steps before an update to begin observing."""
-        self._singly = self._singly or len(present) < len(self._losses)
-        wanted = self._method.observations
-        batches = 4 if wanted == "auto" else wanted
-        return batches * len(self._losses) if self._singly else batches
-
-    @property
-    def _automatic(self) -> bool:
-        """Whether observations go on until masks are stable."""
-        return self._method.observations == "auto" and uses_gradient(self._method.saliency)
-
-    def _lacking(self) -> list[str]:
-        """The tasks that must be observed again before an update can be made."""
-        evidence = self._collector.evidence
-        wanted = self._method.observations
-        lacking = []
-        for task in self._losses:
-            seen = evidence.counts.get(task, 0)
-            needed = 1 if wanted == "auto" else wanted
-            if seen and not self._usage.is_clear(evidence, task):
-                needed = max(needed, 2)
-            if seen < needed:
-                lacking.append(task)
-        return lacking
-
-    def _settled(self, step: int) -> bool:
-        """Whether more observations would no longer change the masks of the update of ``step``."""
-        if not self._automatic:
-            return True
-        self._check_evidence()
-        return self._stability.enough(*self._question(step))
-
-    def _question(self, step: int) -> tuple[int, Callable[[], Sequence[Tensor]]]:
-        """How many observations there are, and the masks they would give."""
-        evidence = self._collector.evidence
-
-        def masks() -> Sequence[Tensor]:
-            return self._decide(self._usage.now(evidence), step)[1].masks
-
-        return min(evidence.counts.values()), masks
-
-    def _check_evidence(self) -> None:
-        problem = self._collector.evidence.problem(self._layers)
-        if problem is not None:
-            self._forget()
-            raise RuntimeError(problem)
-
-    def _forget(self) -> None:
-        self._collector.reset()
-        self._stability = Stability()
+        self._round.observe(present, scaler, update)
 
     def _update(self, step: int) -> bool:
         """Make the update of ``step`` from the evidence; whether masks changed."""
-        self._check_evidence()
-        try:
-            self._usage.settle(self._collector.evidence)
-        except RuntimeError:
-            self._forget()
-            raise
-        users = self._usage.now(self._collector.evidence)
-        layers, decision = self._decide(users, step)
+        layers, decision = self._round.decide(step)
         masks = [
             self._method.granularity.spread(mask, layer.parameter)
             for layer, mask in zip(layers, decision.masks, strict=True)
         ]
         distributed.check_equal(masks)
-        before = [self._mask(layer).clone() for layer in layers]
+        before = [self._masking.current(layer).clone() for layer in layers]
         if self._optimizer is not None and self._method.regrows:
             for layer, old, new in zip(layers, before, masks, strict=True):
                 restart_(self._optimizer, layer, new & ~old)
         self._masking.install(layers, masks)
-        self._record(users, layers, decision)
-        self._forget()
+        self._record(layers, decision)
+        self._round.forget()
         self._clock.done = step
         return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
 
-    def _decide(self, users: Users, step: int) -> tuple[list[Layer], Decision]:
-        """The layers that are pruned, and what the method decides about them."""
-        active = self._usage.active(users)
-        masks = [self._mask(layer) for _, layer in active]
-        components = self._usage.components(users)
-        evidence = self._collector.evidence
-        ballot = poll(self._method, evidence, users, active, masks, components, self._generator)
-        return [layer for _, layer in active], self._method.decide(ballot, step)
-
-    def _record(self, users: Users, layers: Sequence[Layer], decision: Decision) -> None:
+    def _record(self, layers: Sequence[Layer], decision: Decision) -> None:
         """Keep what the report needs after the evidence is gone."""
-        components = self._usage.components(users)
+        evidence = self._round.evidence
+        components = self._usage.components(self._usage.now(evidence))
         counts = []
-        alone: dict[str, dict[str, Tensor]] = {task: {} for task in users}
+        alone: dict[str, dict[str, Tensor]] = {task: {} for task in self._losses}
+        voters = {task: JOINT if JOINT in decision.alone else task for task in self._losses}
         for place, layer in enumerate(layers):
-            voters = {task: JOINT if JOINT in decision.alone else task for task in users}
             wishes = {
                 task: decision.alone[voter][place]
                 for task, voter in voters.items()
@@ -508,12 +429,11 @@ class MultitaskPruner:
             for task, wish in wishes.items():
                 alone[task][layer.name] = pack(wish)
             counts.append(count(layer.name, components[layer.name], decision.masks[place], wishes))
-        evidence = self._collector.evidence
         self._alone = alone
         self._facts = Facts(
             counts=tuple(counts),
             observations=dict(evidence.counts),
-            stable=bool(self._stability.stable) if self._automatic else None,
+            stable=self._round.stable,
             discarded=dict(evidence.discarded),
         )
 
@@ -522,12 +442,6 @@ class MultitaskPruner:
         size = layer.parameter.numel()
         return Count(layer.name, "", size, size, {}, size)
 
-    def _mask(self, layer: Layer) -> Tensor:
-        mask = self._masking.mask(layer)
-        if mask is None:
-            return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
-        return mask
-
     def _check_alive(self, call: str) -> None:
         if self._final is not None:
             raise RuntimeError(
@@ -535,8 +449,7 @@ class MultitaskPruner:
             )
 
     def _raise_if_late(self, update: int) -> None:
-        counts = self._collector.evidence.counts
-        unseen = [task for task in self._losses if not counts.get(task)]
+        unseen = self._round.unseen()
         if unseen and self._clock.overdue():
             names = ", ".join(f"'{task}'" for task in unseen)
             who = f"task {names} has" if len(unseen) == 1 else f"tasks {names} have"

@@ -83,7 +83,7 @@ class Usage:
                 f"The autograd graph leads to {', '.join(hidden)}, but no gradient there was other "
                 "than zero, so these do not take part. A zero-initialised head hides the trunk at "
                 "step 0: let the schedule begin a few steps later.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def active(self, users: Users | None = None) -> list[tuple[int, Layer]]:

@@ -1127,3 +1127,21 @@ def test_the_defaults_of_the_contract(device):
     assert torch.nn.utils.prune.is_pruned(model)
     assert [row.name for row in pruner.report().components] == ["shared", "a", "b"]
     assert mtprune.MultitaskPruner is MultitaskPruner
+
+
+def test_prune_asks_for_stable_masks_of_the_final_sparsity_whatever_the_schedule(device):
+    schedule = mtprune.Cubic(begin=0, end=100, every=10)
+    counts = set()
+    for when in (schedule, mtprune.OneShot()):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"trunk": nn.Linear(32, 32), "a": nn.Linear(32, 2)}).to(device)
+        pruner = MultitaskPruner(
+            model,
+            {"a": lambda outputs, batch: outputs.square().mean()},
+            method=Vote(0.5, schedule=when, observations="auto"),
+        )
+        batches = [torch.randn(2, 32, device=device) for _ in range(64)]
+        report = pruner.prune(batches, forward=lambda m, x: m["a"](m["trunk"](x)), progress=False)
+        counts.add(report.observations["a"])
+    assert len(counts) == 1
+    assert counts.pop() > 4

@@ -1,0 +1,175 @@
+"""A round: one update in the making, from the first observation to the decision."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune.collect import Collector, Evidence
+from mtprune.components import Layer
+from mtprune.masking import Masking
+from mtprune.methods import Decision, Method
+from mtprune.poll import poll
+from mtprune.saliency import uses_gradient
+from mtprune.stability import Stability
+from mtprune.usage import Usage
+
+__all__ = ["Round"]
+
+
+class Round:
+    """Gathers evidence, says when it is enough, and puts it to the method.
+
+    Args:
+        model: The model.
+        layers: Its prunable layers.
+        tasks: All tasks.
+        method: What decides.
+        masking: Where the masks are.
+        usage: Who uses what.
+        generator: The pruner's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        tasks: Collection[str],
+        method: Method,
+        masking: Masking,
+        usage: Usage,
+        generator: torch.Generator,
+    ) -> None:
+        self._layers = layers
+        self._tasks = list(tasks)
+        self._method = method
+        self._masking = masking
+        self._usage = usage
+        self._generator = generator
+        self._stability = Stability()
+        self._singly = False  # batches that hold only some tasks have been seen
+        self._collector = Collector(
+            model,
+            layers,
+            masking,
+            saliency=method.saliency,
+            granularity=method.granularity,
+            disentangled=method.disentangled,
+        )
+
+    @property
+    def evidence(self) -> Evidence:
+        """What has been observed."""
+        return self._collector.evidence
+
+    @property
+    def stable(self) -> bool | None:
+        """Whether masks no longer changed; None where the number of observations was given."""
+        return bool(self._stability.stable) if self._automatic else None
+
+    def lead(self, present: Collection[str]) -> int:
+        """How many steps before an update to begin observing, as batches hold these tasks."""
+        self._singly = self._singly or len(present) < len(self._tasks)
+        wanted = self._method.observations
+        batches = 4 if wanted == "auto" else wanted
+        return batches * len(self._tasks) if self._singly else batches
+
+    def observe(self, losses: Mapping[str, Tensor], scaler: Any, step: int) -> None:
+        """Take in the losses that are still wanted for the update of ``step``."""
+        lacking = list(self._tasks) if self._automatic else self.lacking()
+        wanted = {task: loss for task, loss in losses.items() if task in lacking}
+        if not wanted:
+            return
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._collector.add(wanted, self._usage.settled, scale, guarded=scaler is not None)
+        if self._automatic and not self.lacking():
+            self._stability.enough(*self._question(step))
+
+    def lacking(self) -> list[str]:
+        """The tasks that must be observed again before anything can be decided."""
+        wanted = self._method.observations
+        lacking = []
+        for task in self._tasks:
+            seen = self.evidence.counts.get(task, 0)
+            needed = 1 if wanted == "auto" else wanted
+            if seen and not self._usage.is_clear(self.evidence, task):
+                needed = max(needed, 2)
+            if seen < needed:
+                lacking.append(task)
+        return lacking
+
+    def unseen(self) -> list[str]:
+        """The tasks that have not been observed at all."""
+        return [task for task in self._tasks if not self.evidence.counts.get(task)]
+
+    def is_enough(self, step: int) -> bool:
+        """Whether more observations would no longer change the masks of the update of ``step``.
+
+        Raises:
+            RuntimeError: If the evidence is not finite. It is forgotten.
+        """
+        if not self._automatic:
+            return True
+        self._check()
+        return self._stability.enough(*self._question(step))
+
+    def decide(self, step: int) -> tuple[list[Layer], Decision]:
+        """The layers that are pruned, and the decision about them.
+
+        Raises:
+            RuntimeError: If the evidence is not finite, or what was declared shared is not. It is
+                forgotten.
+        """
+        self._check()
+        try:
+            self._usage.settle(self.evidence)
+        except RuntimeError:
+            self.forget()
+            raise
+        return self._decide(step)
+
+    def forget(self) -> None:
+        """Start the next round."""
+        self._collector.reset()
+        self._stability = Stability()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return {
+            "singly": self._singly,
+            "evidence": self.evidence.state_dict([layer.name for layer in self._layers]),
+            "stability": self._stability.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._singly = state["singly"]
+        self._collector.evidence = Evidence.from_state_dict(state["evidence"], self._layers)
+        self._stability = Stability()
+        self._stability.load_state_dict(state["stability"])
+
+    @property
+    def _automatic(self) -> bool:
+        """Whether observations go on until masks are stable."""
+        return self._method.observations == "auto" and uses_gradient(self._method.saliency)
+
+    def _check(self) -> None:
+        problem = self.evidence.problem(self._layers)
+        if problem is not None:
+            self.forget()
+            raise RuntimeError(problem)
+
+    def _question(self, step: int) -> tuple[int, Callable[[], Sequence[Tensor]]]:
+        """How many observations there are, and the masks they would give."""
+        return min(self.evidence.counts.values()), lambda: self._decide(step)[1].masks
+
+    def _decide(self, step: int) -> tuple[list[Layer], Decision]:
+        users = self._usage.now(self.evidence)
+        active = self._usage.active(users)
+        masks = [self._masking.current(layer) for _, layer in active]
+        components = self._usage.components(users)
+        ballot = poll(
+            self._method, self.evidence, users, active, masks, components, self._generator
+        )
+        return [layer for _, layer in active], self._method.decide(ballot, step)
