@@ -13,6 +13,7 @@ is the one a full sort would give, to the weight.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,6 +82,20 @@ class Ranking:
         cells = _cell(_comparable(values))
         return self._low[cells], self._high[cells]
 
+    def range(self) -> tuple[float, float]:
+        """Between what all its percentiles lie."""
+        low, high = self.percentile(self.counts.new_tensor([0, self.total])).tolist()
+        return low, high
+
+    def tabulate(self, grid: "_Grid") -> None:
+        """Prepare `grid_bounds`."""
+        self._grid_low, self._grid_high = grid.cell(self._low), grid.cell(self._high)
+
+    def grid_bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid cells of `bounds`, int32, same shape."""
+        cells = _cell(_comparable(values))
+        return self._grid_low[cells], self._grid_high[cells]
+
     def exact(self, values: Tensor) -> Tensor:
         """The percentiles of ``values``, each of them one of the task's own, float64."""
         if values.numel() == 0:
@@ -141,9 +156,41 @@ def select(
         task: Ranking([layer[task] for layer in scores if task in layer], share[task])
         for task in tasks
     }
+    shared = None
+    if _is_order_statistic(vote) and rankings:
+        # Such a vote picks one of the percentiles, so it may as well pick among their grid cells.
+        ranges = [ranking.range() for ranking in rankings.values()]
+        shared = _Grid(min(low for low, _ in ranges), max(high for _, high in ranges))
+        for ranking in rankings.values():
+            ranking.tabulate(shared)
     for quota in quotas:
-        _Contest(scores, vote, quota, eligible, rankings).decide(masks)
+        _Contest(scores, vote, quota, eligible, rankings, shared).decide(masks)
     return masks
+
+
+def _is_order_statistic(vote: Vote) -> bool:
+    """Whether a vote is known to return one of the percentiles it is given, by rank alone."""
+    if isinstance(vote, partial):
+        return vote.func is votes.mth_smallest
+    return vote in (votes.unanimous, votes.majority, votes.intersection)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Worth rounded down to cells: coarse, but in the same order.
+
+    Attributes:
+        bottom: The lowest worth there can be.
+        top: The highest.
+    """
+
+    bottom: float
+    top: float
+
+    def cell(self, worth: Tensor) -> Tensor:
+        """The cell of each worth, int32."""
+        width = max(self.top - self.bottom, 1e-300)
+        return ((worth - self.bottom) / width * _GRID).to(torch.int32).clamp_(0, _GRID - 1)
 
 
 def _relative(priority: Mapping[str, float], tasks: Mapping[str, None]) -> dict[str, float]:
@@ -162,13 +209,15 @@ class _Contest:
         quota: Quota,
         eligible: Sequence[Tensor] | None,
         rankings: Mapping[str, Ranking],
+        shared: _Grid | None,
     ) -> None:
         self._scores = scores
         self._vote = vote
         self._quota = quota
         self._eligible = eligible
         self._rankings = rankings
-        self._bottom, self._top = self._range()
+        self._by_rank = shared is not None
+        self._grid = shared or _Grid(*self._range())
 
     def decide(self, masks: list[Tensor]) -> None:
         """Set ``masks`` of the quota's layers to exactly ``keep`` True in all."""
@@ -224,26 +273,31 @@ class _Contest:
             ends.append((lowest, highest))
         return min(low for low, _ in ends), max(high for _, high in ends)
 
-    def _bounds(self, layer: int, start: int) -> tuple[Tensor, Tensor]:
-        """Percentile bounds of one chunk of a layer, two tensors ``[voters, n]``."""
-        pairs = [
-            self._rankings[task].bounds(values[start : start + _CHUNK])
-            for task, values in self._scores[layer].items()
-        ]
-        return torch.stack([low for low, _ in pairs]), torch.stack([high for _, high in pairs])
-
-    def _grid(self, worth: Tensor) -> Tensor:
-        """The grid cell of each worth: coarse, but in the same order."""
-        width = max(self._top - self._bottom, 1e-300)
-        return ((worth - self._bottom) / width * _GRID).to(torch.int64).clamp_(0, _GRID - 1)
-
-    def _chunks(self, layer: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]:
-        """Start, low percentiles, low and high grid cells and eligibility, chunk by chunk."""
+    def _chunks(self, layer: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """Start, low and high grid cells of the worth, and eligibility, chunk by chunk."""
         size = next(iter(self._scores[layer].values())).numel()
         for start in range(0, size, _CHUNK):
-            low, high = self._bounds(layer, start)
+            pairs = [
+                self._bounds(task, values[start : start + _CHUNK])
+                for task, values in self._scores[layer].items()
+            ]
+            low, high = (self._vote(torch.stack(rows)) for rows in zip(*pairs, strict=True))
+            if not self._by_rank:
+                low, high = self._grid.cell(low), self._grid.cell(high)
             may = None if self._eligible is None else self._eligible[layer][start : start + _CHUNK]
-            yield start, low, self._grid(self._vote(low)), self._grid(self._vote(high)), may
+            yield start, low, high, may
+
+    def _bounds(self, task: str, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of a task's percentiles, or their grid cells if the vote can do with those."""
+        ranking = self._rankings[task]
+        return ranking.grid_bounds(values) if self._by_rank else ranking.bounds(values)
+
+    def _least(self, layer: int, index: Tensor) -> Tensor:
+        """The least worth some of a layer's weights can have, float64."""
+        if not index.numel():
+            return index.new_zeros(0, dtype=torch.float64)
+        rows = [self._rankings[t].bounds(v[index])[0] for t, v in self._scores[layer].items()]
+        return self._vote(torch.stack(rows))
 
     def _cuts(self) -> tuple[Tensor, Tensor]:
         """For each layer, the cell from which worth is surely enough, and below which it is not.
@@ -256,7 +310,7 @@ class _Contest:
         for layer in self._quota.layers:
             device = next(iter(self._scores[layer].values())).device
             counts = torch.zeros(2, _GRID + 1, dtype=torch.int64, device=device)
-            for _, _, low_cell, high_cell, may in self._chunks(layer):
+            for _, low_cell, high_cell, may in self._chunks(layer):
                 if bool((low_cell > high_cell).any()):
                     raise ValueError(_NOT_A_VOTE)
                 for row, cells in enumerate((low_cell, high_cell)):
@@ -276,17 +330,16 @@ class _Contest:
 
     def _split(self, layer: int, surely_in: int, surely_out: int) -> tuple[Tensor, Tensor, Tensor]:
         """A layer's surely kept weights, the contested ones' positions and their low worth."""
-        taken, contested, worth = [], [], []
-        for start, low, low_cell, high_cell, may in self._chunks(layer):
+        taken, contested = [], []
+        for start, low_cell, high_cell, may in self._chunks(layer):
             kept = low_cell >= surely_in
             open_ = ~kept & (high_cell >= surely_out)
             if may is not None:
                 kept, open_ = kept & may, open_ & may
             taken.append(kept)
-            index = open_.nonzero().squeeze(1)
-            contested.append(index + start)
-            worth.append(self._vote(low[:, index]) if index.numel() else low.new_zeros(0))
-        return torch.cat(taken), torch.cat(contested), torch.cat(worth)
+            contested.append(open_.nonzero().squeeze(1) + start)
+        index = torch.cat(contested)
+        return torch.cat(taken), index, self._least(layer, index)
 
     def _exact(self, contested: Sequence[Tensor], at_least: Sequence[Tensor]) -> list[Tensor]:
         """The exact worth of the contested weights of every layer."""

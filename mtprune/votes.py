@@ -64,7 +64,7 @@ def at_least(m: int) -> Vote:
     """
     if isinstance(m, bool) or not isinstance(m, int) or m < 1:
         raise ValueError(f"`m` must be a whole number of tasks, at least 1. Got {m!r}.")
-    return partial(_mth_smallest, m=m)
+    return partial(mth_smallest, m=m)
 
 
 def mean(percentiles: Tensor) -> Tensor:
@@ -78,5 +78,6 @@ def mean(percentiles: Tensor) -> Tensor:
     return (total / len(rows) * 2**44).round() / 2**44 if len(rows) > 1 else total
 
 
-def _mth_smallest(percentiles: Tensor, m: int) -> Tensor:
+def mth_smallest(percentiles: Tensor, m: int) -> Tensor:
+    """The vote behind `at_least`."""
     return percentiles.sort(dim=0).values[min(m, len(percentiles)) - 1]

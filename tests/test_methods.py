@@ -515,7 +515,7 @@ def test_a_saliency_and_a_vote_of_one_line_are_all_it_takes(device):
     [
         pytest.param(votes.majority, "majority", id="function"),
         pytest.param(OneShot(3), "OneShot(at=3)", id="frozen value"),
-        pytest.param(votes.at_least(2), "partial(_mth_smallest, m=2)", id="partial"),
+        pytest.param(votes.at_least(2), "partial(mth_smallest, m=2)", id="partial"),
         pytest.param(partial(max, 1, key=abs), "partial(max, 1, key=abs)", id="nested"),
         pytest.param({"b": 1.5, "a": abs}, "{'a': abs, 'b': 1.5}", id="mapping, sorted"),
         pytest.param("floor", "'floor'", id="string"),
