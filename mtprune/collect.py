@@ -170,29 +170,40 @@ class Collector:
         with untouched(self._model), self._dense_gradients():
             valid = {}
             for task, loss in losses.items():
-                targets = self._targets(task, loss, users)
-                if self._data_free and users is not None:
-                    good = True
-                elif self._disentangled or users is None:
-                    voter = task if self._disentangled and not self._data_free else None
-                    good = self._sweep(
-                        [(task, loss)], targets, voter, scale, guarded, users is None
-                    )
-                else:
-                    good = True
+                flag = ~distributed.any_rank(~torch.isfinite(loss.detach()))
+                good = not guarded or bool(flag)
                 if good:
-                    valid[task] = loss
-                else:
-                    evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+                    good = self._probe(task, loss, users, scale, guarded)
+                if good:
+                    valid[task] = flag
             if valid and not self._disentangled and not self._data_free:
                 walked = [evidence.walked[task] for task in valid]
                 targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
-                good = self._sweep(list(valid.items()), targets, JOINT, scale, guarded, False)
-                if not good:
+                chosen = [(task, losses[task]) for task in valid]
+                if not self._sweep(chosen, targets, JOINT, scale, guarded, False):
                     valid = {}
-            for task, loss in valid.items():
-                evidence.counts[task] = evidence.counts.get(task, 0) + 1
-                evidence.finite.setdefault(task, []).append(torch.isfinite(loss.detach()).all())
+            for task in losses:
+                if task in valid:
+                    evidence.counts[task] = evidence.counts.get(task, 0) + 1
+                    evidence.finite.setdefault(task, []).append(valid[task])
+                else:
+                    evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+
+    def _probe(
+        self,
+        task: str,
+        loss: Tensor,
+        users: Mapping[str, Tensor] | None,
+        scale: float,
+        guarded: bool,
+    ) -> bool:
+        """Sweep for what is asked of one task alone; whether its gradients could be used."""
+        targets = self._targets(task, loss, users)
+        scored = self._disentangled and not self._data_free
+        if not scored and users is not None:
+            return True
+        voter = task if scored else None
+        return self._sweep([(task, loss)], targets, voter, scale, guarded, users is None)
 
     def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
         """The layers worth sweeping for a task; remembers where its graph leads."""
@@ -254,10 +265,7 @@ class Collector:
     def _score(self, voter: str, index: int, grad: Tensor) -> None:
         """Add a layer's saliency to a voter's buffer."""
         layer = self._layers[index]
-        weight = layer.parameter.detach().to(torch.float32)
-        mask = self._masking.mask(layer)
-        if mask is not None:
-            weight = weight * mask
+        weight = self._masking.effective(layer).to(torch.float32)
         flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
         buffers = self.evidence.scores.setdefault(voter, {})
         if index not in buffers:

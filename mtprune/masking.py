@@ -95,6 +95,11 @@ class Masking(ABC):
             return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
         return mask
 
+    def effective(self, layer: Layer) -> Tensor:
+        """A layer's weight as the model sees it: zero where it is pruned."""
+        weight, mask = layer.parameter.detach(), self.mask(layer)
+        return weight if mask is None else torch.where(mask, weight, 0.0)
+
     @abstractmethod
     def mask(self, layer: Layer) -> Tensor | None:
         """The mask of a layer, on its device, or None if it has none."""

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from mtprune.collect import Evidence, checked
 from mtprune.components import Layer
+from mtprune.masking import Masking
 from mtprune.methods.base import JOINT, Ballot, Method
 from mtprune.saliency import takes_generator, uses_gradient
 from mtprune.usage import Users
@@ -19,7 +19,7 @@ def poll(
     evidence: Evidence,
     users: Users,
     layers: Sequence[tuple[int, Layer]],
-    masks: Sequence[Tensor],
+    masking: Masking,
     components: Mapping[str, str],
     generator: torch.Generator,
 ) -> Ballot:
@@ -30,26 +30,27 @@ def poll(
         evidence: The scores so far.
         users: What each task uses.
         layers: The layers that are pruned.
-        masks: Their masks, shaped as they are.
+        masking: Where their masks are.
         components: Their components.
         generator: The pruner's own.
 
     Raises:
         RuntimeError: If a saliency that looks at no data is not finite.
     """
-    weights = [
-        (layer.parameter.detach() * mask).reshape(-1)
-        for (_, layer), mask in zip(layers, masks, strict=True)
-    ]
+    weights = [masking.effective(layer).reshape(-1) for _, layer in layers]
     scores = []
     for (index, layer), weight in zip(layers, weights, strict=True):
         voters = [task for task, flags in users.items() if flags[index]]
         voters = voters if method.disentangled else [JOINT]
         if uses_gradient(method.saliency):
             seen = {voter: evidence.scores.get(voter, {}).get(index) for voter in voters}
-            # Used, but not in this graph: a gradient of zero.
-            blank = torch.zeros_like(weight, dtype=torch.float32)
-            scores.append({voter: blank if s is None else s for voter, s in seen.items()})
+            scores.append(
+                {
+                    # Used, but not in this graph: a gradient of zero.
+                    voter: torch.zeros_like(weight, dtype=torch.float32) if s is None else s
+                    for voter, s in seen.items()
+                }
+            )
         else:
             own = {"generator": generator} if takes_generator(method.saliency) else {}
             shaped = weight.view(layer.shape).to(torch.float32)
@@ -64,7 +65,7 @@ def poll(
         shapes=[layer.shape for _, layer in layers],
         components=[components[layer.name] for _, layer in layers],
         scores=scores,
-        masks=[mask.reshape(-1) for mask in masks],
+        masks=[masking.current(layer).reshape(-1) for _, layer in layers],
         weights=weights,
         generator=generator,
     )

@@ -167,9 +167,8 @@ class Round:
     def _decide(self, step: int) -> tuple[list[Layer], Decision]:
         users = self._usage.now(self.evidence)
         active = self._usage.active(users)
-        masks = [self._masking.current(layer) for _, layer in active]
         components = self._usage.components(users)
         ballot = poll(
-            self._method, self.evidence, users, active, masks, components, self._generator
+            self._method, self.evidence, users, active, self._masking, components, self._generator
         )
         return [layer for _, layer in active], self._method.decide(ballot, step)

@@ -419,7 +419,7 @@ def skipped_layer() -> Net:
 
 def conv_bn() -> Net:
     trunk = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", bias=False),
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Conv2d(4, 4, 3),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune import Cubic, MultitaskPruner, OneShot, Vote, recipes, saliency
+from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote, recipes, saliency
 from mtprune.collect import reachable
 from tests import nets
 from tests.nets import Run, Scaled, build, expected, same, sgd, weights
@@ -513,3 +513,38 @@ def test_a_pruner_given_task_names_is_fed_losses(backend, device):
     twin.pruner.observe(outputs, batch)
     twin.pruner.step()
     assert same(pruner.masks, twin.pruner.masks)
+
+
+def steep(factor, device):
+    """A trunk and two heads of ones, and losses whose gradients in the trunk are ``factor``."""
+    model = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in ("trunk", "a", "b")})
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    model.to(device)
+    hidden = model["trunk"](torch.ones(1, 1, device=device))
+    return model, {task: factor * model[task](hidden).sum() for task in ("a", "b")}
+
+
+def test_a_sum_of_losses_that_overflows_is_discarded_for_every_task(device):
+    # Either gradient is a float32, their sum is not.
+    model, losses = steep(2.5e38, device)
+    method = Vote(0.5, disentangled=False, min_keep=0)
+    pruner = MultitaskPruner(model, ["a", "b"], method=method)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+    pruner.observe_losses(losses, scaler=scaler)
+    assert pruner.state_dict()["evidence"]["discarded"] == {"a": 1, "b": 1}
+    assert not pruner.step()
+
+
+def test_with_a_scaler_a_loss_that_is_not_finite_is_discarded_by_saliencies_without_data(device):
+    method = Vote(0.5, saliency=saliency.magnitude, schedule=Linear(1, 2, 1), min_keep=0)
+    model, losses = steep(1.0, device)
+    pruner = MultitaskPruner(model, ["a", "b"], method=method)
+    scaler = torch.amp.GradScaler(device.type)
+    pruner.observe_losses(losses, scaler=scaler)
+    pruner.step()
+    pruner.observe_losses({task: loss * torch.nan for task, loss in losses.items()}, scaler=scaler)
+    assert pruner.state_dict()["evidence"]["discarded"] == {"a": 1, "b": 1}
+    assert not pruner.step()
+    pruner.observe_losses(losses, scaler=scaler)
+    assert pruner.step()
