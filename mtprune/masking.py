@@ -60,7 +60,10 @@ class Masking(ABC):
         for layer, mask in zip(layers, masks, strict=True):
             held = self.mask(layer)
             if held is None:
-                self._add(layer, mask.clone())
+                # In the weight's own memory format, or the masked weight would take another, and
+                # a convolution in another format rounds otherwise.
+                own = torch.empty_like(layer.parameter, dtype=torch.bool, requires_grad=False)
+                self._add(layer, own.copy_(mask))
             else:
                 held.copy_(mask)
         self.enforce()

@@ -500,3 +500,16 @@ def test_a_graph_that_frees_its_buffers_is_refused_with_advice(device):
 
 def compiled(model):
     return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def test_the_masked_weight_keeps_the_memory_format_of_the_weight(backend, device):
+    run = Run(build("channels_last", device), backend=backend).train(3)
+    convolutions = [m for m in run.model.modules() if isinstance(m, nn.Conv2d)]
+    seen = []
+    for module in convolutions:
+        module.register_forward_pre_hook(
+            lambda m, _: seen.append(m.weight.is_contiguous(memory_format=torch.channels_last))
+        )
+    run.forward()
+    assert len(seen) == len(convolutions) > 0
+    assert all(seen)
