@@ -1,0 +1,107 @@
+"""Multiply-adds: what every weight costs when the model runs."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+from mtprune.collect import untouched
+from mtprune.components import Layer
+
+__all__ = ["macs_per_weight"]
+
+
+def macs_per_weight(
+    model: nn.Module, layers: Sequence[Layer], example_inputs: Any
+) -> list[Fraction]:
+    """The multiply-adds that each weight of a layer takes part in.
+
+    Counted where weights are used, not where modules are called, so that functional use, tied
+    weights, attention and several calls come out right. The model runs once, in eval mode; its
+    buffers and the random state are left as they were.
+
+    Args:
+        model: The model.
+        layers: Its prunable layers.
+        example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        ValueError: If a layer takes part in nothing that is counted.
+
+    Example:
+        >>> from mtprune.components import find_layers
+        >>> conv = nn.Conv2d(3, 8, 3, padding=1)
+        >>> macs_per_weight(conv, find_layers(conv), torch.zeros(1, 3, 4, 4))
+        [Fraction(16, 1)]
+    """
+    counter = _Counter(layers)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # With gradients: the fast paths of attention without them hide their products.
+        with untouched(model), torch.enable_grad(), counter:
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            elif isinstance(example_inputs, (tuple, list)):
+                model(*example_inputs)
+            else:
+                model(example_inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    silent = [layer.name for layer in layers if not counter.flops.get(layer.name)]
+    if silent:
+        raise ValueError(
+            f"No multiply-adds of {silent} were seen with these `example_inputs`. Give inputs that "
+            "run the whole model, or exclude these layers."
+        )
+    return [Fraction(counter.flops[x.name], 2 * prod(x.shape)) for x in layers]
+
+
+def _bilinear(one: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * weight.numel() * one.shape[0]
+
+
+_COUNTS = {**flop_registry, torch.ops.aten._trilinear: _bilinear}
+_RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the floating-point operations of every product that reads a layer's memory."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: dict[str, int] = {}
+        self._owners = [(layer.parameter.data_ptr(), layer) for layer in layers]
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in _RECURRENT:  # each weight is used once for every row of every step
+            rows = args[0].numel() // args[0].shape[-1]
+            for owner in self._read(args[1:]):
+                self._add(owner, 2 * rows * prod(owner.shape))
+        elif packet in _COUNTS:
+            for owner in self._read(args):
+                self._add(owner, int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)))
+        return out
+
+    def _read(self, args: Any) -> list[Layer]:
+        """The layers whose memory is among the arguments, whole or in part."""
+        places = [arg.data_ptr() for arg in tree_leaves(args) if isinstance(arg, Tensor)]
+        return [
+            owner
+            for start, owner in self._owners
+            if any(start <= place < start + owner.parameter.nbytes for place in places)
+        ]
+
+    def _add(self, owner: Layer, flops: int) -> None:
+        self.flops[owner.name] = self.flops.get(owner.name, 0) + flops

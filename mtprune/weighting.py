@@ -1,0 +1,250 @@
+r"""Weighting: how the losses of the tasks add up to the one that is trained on.
+
+A weighting is a function of the losses, ``{task: 0-dim tensor}`` without a graph, that returns
+``{task: weight}``; or one of the values below, which remember earlier losses or pruning updates.
+Weights that are all 1 are the plain sum.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Noise",
+    "PruningSensitivity",
+    "Weigher",
+    "Weighting",
+    "noise_weights",
+    "parse_weighting",
+    "uniform",
+]
+
+Weights = Mapping[str, Any]
+"""For each task, a number or a 0-dim tensor."""
+
+Weighting = Callable[[Mapping[str, Tensor]], Weights]
+
+
+def uniform(losses: Mapping[str, Tensor]) -> Weights:
+    """Every task counts 1: the plain sum.
+
+    Example:
+        >>> uniform({"seg": torch.tensor(3.0), "depth": torch.tensor(0.1)})
+        {'seg': 1.0, 'depth': 1.0}
+    """
+    return dict.fromkeys(losses, 1.0)
+
+
+class Rule(Protocol):
+    """A weighting that remembers."""
+
+    def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What to remember after these losses; its ``"weights"`` are those to use now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""AdapMTL's published weights: the more a task's loss jumps from step to step, the more.
+
+    With :math:`r_t(i) = |L_t(i-1) - L_t(i)| / |L_t(i)|` and :math:`d_t` its mean over the last
+    ``window`` steps, a task counts :math:`T d_t / \sum_u d_u` for T tasks. For stationary losses
+    that is their coefficient of variation, which falls with the batch size: it says how noisy a
+    loss is, not how the task bears pruning.
+
+    Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
+    The original multiplies by 3 for any number of tasks, and fails at a loss of 0 and after a NaN;
+    here such steps are left out.
+
+    Attributes:
+        begin: Step from which jumps are looked at; weights are 1 until there are more than
+            ``window`` of them.
+        window: How many of them are averaged.
+
+    Example:
+        >>> Noise(begin=0, window=100).window
+        100
+    """
+
+    begin: int = 5_000
+    window: int = 500
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name, least in (("begin", 0), ("window", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`{name}` must be a whole number, at least {least}. Got {value!r}."
+                )
+
+    def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Rule`."""
+        step = int(memory.get("step", 0))
+        jumps = {task: list(seen) for task, seen in memory.get("jumps", {}).items()}
+        last = dict(memory.get("last", {}))
+        if step >= self.begin:
+            for task, loss in losses.items():
+                now = float(loss)
+                if now - now != 0.0:  # not finite: as if this step had not been
+                    continue
+                if task in last and now != 0.0:
+                    seen = [*jumps.get(task, ()), abs(last[task] - now) / abs(now)]
+                    jumps[task] = seen[-self.window - 1 :]
+                last[task] = now
+        weights = noise_weights(jumps, self.window) if set(jumps) >= set(last) else {}
+        return {"step": step + 1, "jumps": jumps, "last": last, "weights": weights}
+
+
+def noise_weights(jumps: Mapping[str, Sequence[float]], window: int) -> dict[str, float]:
+    """The weights that relative jumps of the losses give; none before there are enough.
+
+    Args:
+        jumps: For each task, the latest ``|L(i-1) - L(i)| / |L(i)|``.
+        window: How many of the last ones count; there must be more than that.
+
+    Example:
+        >>> noise_weights({"a": [9.0, 0.25, 0.25], "b": [0.0, 0.5, 1.0]}, window=2)
+        {'a': 0.5, 'b': 1.5}
+    """
+    if not jumps or any(len(seen) <= window for seen in jumps.values()):
+        return {}
+    means = {task: sum(seen[-window:]) / window for task, seen in jumps.items()}
+    total = sum(means.values())
+    if total == 0.0:
+        return {}
+    return {task: len(means) * mean / total for task, mean in means.items()}
+
+
+@dataclass(frozen=True)
+class PruningSensitivity:
+    r"""The more a task's loss grows with the common threshold, the more it counts.
+
+    With :math:`\rho_t` the moving average over updates of
+    :math:`\max(0, \partial \log |L_t| / \partial b)`, b the common log-threshold, a task counts
+    :math:`T \rho_t / \sum_u \rho_u`, but never less than ``least``. It is the derivative of
+    the logarithm, so that a loss in other units weighs the same.
+
+    Attributes:
+        decay: How much of the moving average stays at each update, in [0, 1).
+        least: The least a task counts; the others share the rest.
+
+    Example:
+        >>> PruningSensitivity(least=0.0).weights({"a": 0.75, "b": 0.25}, ["a", "b"])
+        {'a': 1.5, 'b': 0.5}
+    """
+
+    decay: float = 0.9
+    least: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("decay", "least"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1). Got {getattr(self, name)!r}.")
+
+    def average(self, memory: Mapping[str, float], slopes: Mapping[str, float]) -> dict[str, float]:
+        """The moving averages after an update with these slopes."""
+        found = {task: max(0.0, slope) for task, slope in slopes.items()}
+        return {
+            task: slope
+            if task not in memory
+            else self.decay * memory[task] + (1 - self.decay) * slope
+            for task, slope in found.items()
+        }
+
+    def weights(self, averages: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+        """The weights that the moving averages give; none while they are all 0."""
+        total = sum(averages.values())
+        if total == 0.0:
+            return {}
+        share = {task: averages.get(task, 0.0) / total for task in tasks}
+        return {task: self.least + (1 - self.least) * len(tasks) * s for task, s in share.items()}
+
+
+def parse_weighting(weighting: object) -> Any:
+    """A weighting by its name, or itself.
+
+    Raises:
+        ValueError: If there is none of that name.
+        TypeError: If it is no weighting.
+    """
+    named = {"uniform": uniform, "noise": Noise(), "pruning_sensitivity": PruningSensitivity()}
+    if isinstance(weighting, str):
+        if weighting not in named:
+            raise ValueError(f"`weighting` must be one of {tuple(named)}. Got {weighting!r}.")
+        return named[weighting]
+    if isinstance(weighting, (Noise, PruningSensitivity)):
+        return weighting
+    if isinstance(weighting, type) or not callable(weighting):
+        raise TypeError(
+            f"`weighting` must be one of {tuple(named)}, or a function of the losses that returns "
+            f"{{task: weight}}. Got {weighting!r}."
+        )
+    return weighting
+
+
+class Weigher:
+    """Weighs losses, and remembers what its weighting needs.
+
+    Args:
+        weighting: A `Weighting`, `Noise` or `PruningSensitivity`.
+        tasks: All tasks.
+    """
+
+    def __init__(self, weighting: Any, tasks: Sequence[str]) -> None:
+        self._weighting = weighting
+        self._tasks = list(tasks)
+        self._memory: dict[str, Any] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the total is the plain sum, always."""
+        return self._weighting is uniform
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What every task counts now."""
+        given = self._memory.get("weights", {})
+        return {task: float(given.get(task, 1.0)) for task in self._tasks}
+
+    def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of scalar losses; no gradient flows through the weights."""
+        if self._weighting is uniform:
+            return torch.stack(list(losses.values())).sum()
+        detached = {task: loss.detach() for task, loss in losses.items()}
+        if isinstance(self._weighting, Noise):
+            self._memory = dict(self._weighting.next(detached, self._memory))
+            given: Mapping[str, Any] = self._memory["weights"]
+        elif isinstance(self._weighting, PruningSensitivity):
+            given = self._memory.get("weights", {})
+        else:
+            given = self._checked(self._weighting(detached))
+            self._memory = {"weights": {t: torch.as_tensor(w).detach() for t, w in given.items()}}
+        return torch.stack([given.get(task, 1.0) * loss for task, loss in losses.items()]).sum()
+
+    def note(self, slopes: Mapping[str, float]) -> None:
+        """Take in how each task's log-loss depends on the common log-threshold."""
+        if isinstance(self._weighting, PruningSensitivity) and slopes:
+            averages = self._weighting.average(self._memory.get("averages", {}), slopes)
+            weights = self._weighting.weights(averages, self._tasks)
+            self._memory = {"averages": averages, "weights": weights}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return dict(self._memory)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._memory = dict(state)
+
+    def _checked(self, given: object) -> Mapping[str, Any]:
+        if not isinstance(given, Mapping) or not set(given) <= set(self._tasks):
+            raise ValueError(
+                f"`weighting` must return {{task: weight}} for tasks out of {self._tasks}. "
+                f"Got {given!r}."
+            )
+        return given
