@@ -20,10 +20,10 @@
 
 from importlib.metadata import version as _version
 
-from mtprune import affinity, metrics, recipes, saliency, votes
+from mtprune import affinity, metrics, recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import Element
-from mtprune.methods import PerTaskKeep, Vote
+from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Linear, OneShot, Regrow
@@ -41,10 +41,13 @@ __all__ = [
     "PerTaskKeep",
     "Regrow",
     "Report",
+    "SigmoidThreshold",
+    "SoftThreshold",
     "Vote",
     "affinity",
     "metrics",
     "recipes",
     "saliency",
     "votes",
+    "weighting",
 ]

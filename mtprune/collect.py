@@ -38,6 +38,7 @@ class Evidence:
         walked: For each task, bool ``[layers]``: the autograd graph leads there.
         finite: For each task, one flag per observation: the loss was finite.
         discarded: Observations of each task that a `GradScaler` overflow made worthless.
+        losses: The sum of each task's losses.
     """
 
     scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Evidence:
     walked: dict[str, Tensor] = field(default_factory=dict)
     finite: dict[str, list[Tensor]] = field(default_factory=dict)
     discarded: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """As plain containers, with layers under their ``names``."""
@@ -59,6 +61,7 @@ class Evidence:
             "walked": {task: flags.clone() for task, flags in self.walked.items()},
             "finite": {task: torch.stack(flags) for task, flags in self.finite.items()},
             "discarded": dict(self.discarded),
+            "losses": {task: total.clone() for task, total in self.losses.items()},
         }
 
     @classmethod
@@ -78,6 +81,7 @@ class Evidence:
             walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
             finite={task: list(flags.unbind()) for task, flags in state["finite"].items()},
             discarded=dict(state["discarded"]),
+            losses=dict(state["losses"]),
         )
 
     def problem(self, layers: Sequence[Layer]) -> str | None:
@@ -108,7 +112,7 @@ class Collector:
         model: The model, for its buffers.
         layers: Its prunable layers.
         masking: Where the masks are: saliency is that of the effective weight.
-        saliency: A function of weight and gradient.
+        saliency: A function of weight and gradient; None to learn only who uses what.
         granularity: Pools saliency over what is pruned as one.
         disentangled: Score each loss apart from the others, or their sum.
     """
@@ -119,7 +123,7 @@ class Collector:
         layers: Sequence[Layer],
         masking: Masking,
         *,
-        saliency: Saliency,
+        saliency: Saliency | None,
         granularity: Granularity,
         disentangled: bool,
     ) -> None:
@@ -186,6 +190,8 @@ class Collector:
                 if task in valid:
                     evidence.counts[task] = evidence.counts.get(task, 0) + 1
                     evidence.finite.setdefault(task, []).append(valid[task])
+                    value = distributed.mean_(losses[task].detach().to(torch.float32).clone())
+                    evidence.losses[task] = evidence.losses.get(task, 0.0) + value
                 else:
                     evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
 
@@ -266,6 +272,7 @@ class Collector:
         """Add a layer's saliency to a voter's buffer."""
         layer = self._layers[index]
         weight = self._masking.effective(layer).to(torch.float32)
+        assert self._saliency is not None
         flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
         buffers = self.evidence.scores.setdefault(voter, {})
         if index not in buffers:

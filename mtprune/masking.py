@@ -19,6 +19,7 @@ model and zeroes weights after every optimizer step. This is the only file that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ from typing_extensions import override
 from mtprune.components import Layer
 
 __all__ = ["BACKENDS", "Gate", "Masking", "accept_pruned_keys", "make_masking", "pack", "unpack"]
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""From a Parameter and its mask to the effective weight."""
 
 
 class Gate:
@@ -103,6 +108,10 @@ class Masking(ABC):
         weight, mask = layer.parameter.detach(), self.mask(layer)
         return weight if mask is None else torch.where(mask, weight, 0.0)
 
+    def trained(self, layer: Layer) -> Tensor:
+        """A layer's weight as the optimizer sees it, but zero where it is pruned for good."""
+        return self.effective(layer)
+
     @abstractmethod
     def mask(self, layer: Layer) -> Tensor | None:
         """The mask of a layer, on its device, or None if it has none."""
@@ -164,7 +173,7 @@ class PruneMasking(Masking):
             self._orders.setdefault(module, list(module._parameters))
             order = list(module._parameters)
             with torch.no_grad():
-                method = MaskedWeight.install(module, attribute, mask, self.gate)
+                method = MaskedWeight.install(module, attribute, mask, self._product(layer))
             # One tensor for all uses of a tied weight: one mask, never two that disagree.
             module._buffers[attribute + "_mask"] = mask
             _reorder(module, [n + "_orig" if n == attribute else n for n in order])
@@ -179,13 +188,22 @@ class PruneMasking(Masking):
                 expose = _FromParent(release)
                 self._handles.append(parent.register_forward_hook(expose, always_call=True))
 
+    def _product(self, layer: Layer) -> Product:
+        """How the effective weight comes about from the Parameter and the mask."""
+        return partial(_masked, gate=self.gate)
+
     @override
     def _clear(self) -> None:
         for layer in self._layers:
+            parameter = layer.parameter
+            storage = parameter.data
             for module, attribute in layer.places:
                 if attribute not in module._parameters:  # else somebody called prune.remove
                     prune.remove(module, attribute)
                 _expose(module, attribute, module._parameters[attribute])
+            if parameter.data_ptr() != storage.data_ptr():
+                # It puts new memory under the Parameter, which optimizers and graphs hold on to.
+                parameter.data = storage.copy_(parameter.data)
         for module, order in self._orders.items():
             _reorder(module, order)
         for handle in self._handles:
@@ -194,19 +212,21 @@ class PruneMasking(Masking):
 
 
 class MaskedWeight(prune.BasePruningMethod):
-    """A ``torch.nn.utils.prune`` method whose mask is given, and whose gradient can be dense."""
+    """A ``torch.nn.utils.prune`` method that is told its mask, and what to make of it."""
 
     PRUNING_TYPE = "unstructured"
 
-    def __init__(self, mask: Tensor, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, mask: Tensor, product: Product) -> None:
+        self.product = product
         self._given: Tensor | None = mask
 
     @classmethod
-    def install(cls, module: nn.Module, attribute: str, mask: Tensor, gate: Gate) -> "MaskedWeight":
+    def install(
+        cls, module: nn.Module, attribute: str, mask: Tensor, product: Product
+    ) -> "MaskedWeight":
         """Install on one attribute of a module."""
         method: MaskedWeight = cls.apply(  # type: ignore[no-untyped-call]
-            module, attribute, mask=mask, gate=gate
+            module, attribute, mask=mask, product=product
         )
         method._given = None  # it lives on as the module's buffer
         return method
@@ -222,7 +242,7 @@ class MaskedWeight(prune.BasePruningMethod):
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The effective weight."""
         mask = getattr(module, self._tensor_name + "_mask")
-        return _masked(getattr(module, self._tensor_name + "_orig"), mask, self.gate)
+        return self.product(getattr(module, self._tensor_name + "_orig"), mask)
 
 
 class _Product(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """The poll: from what has been observed to the ballot a method decides on."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -9,6 +11,7 @@ from mtprune.components import Layer
 from mtprune.masking import Masking
 from mtprune.methods.base import JOINT, Ballot, Method
 from mtprune.saliency import takes_generator, uses_gradient
+from mtprune.softening import SoftMasking
 from mtprune.usage import Users
 
 __all__ = ["poll"]
@@ -22,6 +25,8 @@ def poll(
     masking: Masking,
     components: Mapping[str, str],
     generator: torch.Generator,
+    costs: Mapping[str, Fraction],
+    memory: Mapping[str, Any],
 ) -> Ballot:
     """The ballot over ``layers``, each given with its index among all prunable ones.
 
@@ -33,21 +38,27 @@ def poll(
         masking: Where their masks are.
         components: Their components.
         generator: The pruner's own.
+        costs: What a weight of each layer costs, if that was measured.
+        memory: What the last decision left to remember.
 
     Raises:
         RuntimeError: If a saliency that looks at no data is not finite.
     """
-    weights = [masking.effective(layer).reshape(-1) for _, layer in layers]
+    weights = [masking.trained(layer).reshape(-1) for _, layer in layers]
     scores = []
     for (index, layer), weight in zip(layers, weights, strict=True):
         voters = [task for task, flags in users.items() if flags[index]]
         voters = voters if method.disentangled else [JOINT]
-        if uses_gradient(method.saliency):
+        if method.saliency is None:
+            scores.append(dict.fromkeys(voters, weight.new_zeros(0)))
+        elif uses_gradient(method.saliency):
             seen = {voter: evidence.scores.get(voter, {}).get(index) for voter in voters}
             scores.append(
                 {
                     # Used, but not in this graph: a gradient of zero.
-                    voter: torch.zeros_like(weight, dtype=torch.float32) if s is None else s
+                    voter: method.granularity.pool(torch.zeros_like(weight, dtype=torch.float32))
+                    if s is None
+                    else s
                     for voter, s in seen.items()
                 }
             )
@@ -68,4 +79,9 @@ def poll(
         masks=[masking.current(layer).reshape(-1) for _, layer in layers],
         weights=weights,
         generator=generator,
+        names=[layer.name for _, layer in layers],
+        costs=[costs[layer.name] for _, layer in layers] if costs else [],
+        losses={task: float(total) for task, total in evidence.losses.items()},
+        slopes=masking.slopes().tolist() if isinstance(masking, SoftMasking) else [],
+        memory=memory,
     )

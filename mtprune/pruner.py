@@ -11,14 +11,17 @@ from mtprune import distributed
 from mtprune.clock import Clock
 from mtprune.collect import untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
+from mtprune.macs import macs_per_weight
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import Count, Facts, Report, count, make_report
+from mtprune.report import Count, Facts, Report, count, make_report, moment, remember
 from mtprune.round import Round
+from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
 from mtprune.usage import Usage
+from mtprune.weighting import Weigher, parse_weighting
 
 __all__ = ["MultitaskPruner"]
 
@@ -98,7 +101,20 @@ class MultitaskPruner:
                 "Regrowth resets the optimizer's state of weights that come back. "
                 "Pass optimizer=... to the pruner."
             )
+        check = getattr(self._method, "check_reach", None)
+        if check is not None:
+            check(*self._usage.sizes())
+        self._weigher = Weigher(
+            parse_weighting(getattr(self._method, "weighting", "uniform")), list(self._losses)
+        )
+        costs = {}
+        if self._method.needs_costs:
+            inputs = getattr(self._method, "example_inputs", None)
+            found = macs_per_weight(self._model, self._layers, inputs)
+            costs = dict(zip([layer.name for layer in self._layers], found, strict=True))
         self._masking = make_masking(backend, self._model)
+        if self._method.softens:
+            self._masking = SoftMasking(self._masking, self._model, self._method.needs_slopes)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
         self._generator = torch.Generator().manual_seed(seed)
         self._round = Round(
@@ -109,7 +125,9 @@ class MultitaskPruner:
             self._masking,
             self._usage,
             self._generator,
+            costs,
         )
+        self._costs = costs
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
         self._final: dict[str, Tensor] | None = None
@@ -235,15 +253,17 @@ class MultitaskPruner:
     def weigh(self, losses: Any) -> Tensor:
         """The weighted total of the losses: their plain sum, unless the method weighs tasks.
 
+        Call it once in a step: a weighting that follows the losses takes each call for one.
+
         Args:
             losses: In any form that `observe_losses` takes.
         """
         chosen = given(self._losses, losses) if losses else {}
-        parts = [scalar(name, loss) for name, loss in chosen.items()]
-        found = [part for part in parts if part is not None]
+        parts = {name: scalar(name, loss) for name, loss in chosen.items()}
+        found = {name: part for name, part in parts.items() if part is not None}
         if not found:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
-        return torch.stack(found).sum()
+        return self._weigher.weigh(found)
 
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
@@ -311,6 +331,8 @@ class MultitaskPruner:
             discarded=facts.discarded,
             left_alone=self._usage.left_alone(),
             method=describe(self._method, defaults=False),
+            weights={} if self._weigher.is_plain else self._weigher.weights,
+            history=facts.history,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,6 +351,8 @@ class MultitaskPruner:
             "users": None if self._usage.settled is None else dict(self._usage.settled),
             "masks": {name: pack(mask) for name, mask in held.items() if mask is not None},
             "facts": self._facts.state_dict(),
+            "soft": self._soft_state(active),
+            "weigher": self._weigher.state_dict(),
             **self._round.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -358,11 +382,15 @@ class MultitaskPruner:
         self._clock.step, self._clock.done = state["step"], state["done"]
         self._facts = Facts.from_state_dict(state["facts"])
         self._round.load_state_dict(state)
+        self._weigher.load_state_dict(state["weigher"])
         self._generator.set_state(state["generator"].cpu())
         self._alone = None if state["masks"] else {}
         active = [layer for _, layer in self._usage.active() if layer.name in state["masks"]]
         masks = [unpack(state["masks"][x.name].to(x.parameter.device), x.shape) for x in active]
-        if active:
+        if state["soft"]:
+            assert isinstance(self._masking, SoftMasking)
+            self._masking.restore(active, masks, state["soft"])
+        elif active:
             self._masking.install(active, masks)
         else:
             self._masking.lift()
@@ -407,40 +435,63 @@ class MultitaskPruner:
         if self._optimizer is not None and self._method.regrows:
             for layer, old, new in zip(layers, before, masks, strict=True):
                 restart_(self._optimizer, layer, new & ~old)
-        self._masking.install(layers, masks)
-        self._record(layers, decision)
+        if decision.softly is not None:
+            assert isinstance(self._masking, SoftMasking)
+            self._masking.soften(layers, decision.softly.thresholds, masks, decision.softly.leak)
+        if decision.softly is None or decision.softly.settled:
+            self._masking.install(layers, masks)
+        self._round.memory = decision.memory
+        self._weigher.note(decision.memory.get("slopes", {}))
+        self._record(layers, decision, step)
         self._round.forget()
         self._clock.done = step
         return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
 
-    def _record(self, layers: Sequence[Layer], decision: Decision) -> None:
+    def _record(self, layers: Sequence[Layer], decision: Decision, step: int) -> None:
         """Keep what the report needs after the evidence is gone."""
         evidence = self._round.evidence
         components = self._usage.components(self._usage.now(evidence))
         counts = []
         alone: dict[str, dict[str, Tensor]] = {task: {} for task in self._losses}
         voters = {task: JOINT if JOINT in decision.alone else task for task in self._losses}
+        softly = decision.softly
         for place, layer in enumerate(layers):
-            wishes = {
-                task: decision.alone[voter][place]
-                for task, voter in voters.items()
-                if self._usage.uses(task, layer)
-            }
-            for task, wish in wishes.items():
-                alone[task][layer.name] = pack(wish)
-            counts.append(count(layer.name, components[layer.name], decision.masks[place], wishes))
+            mask = decision.masks[place]
+            using = [task for task in self._losses if self._usage.uses(task, layer)]
+            wishes = {task: decision.alone[voters[task]][place] for task in using if decision.alone}
+            for task in using:
+                alone[task][layer.name] = pack(wishes.get(task, mask))
+            tau = None if softly is None else float(softly.thresholds[place])
+            cost = self._costs.get(layer.name)
+            counts.append(
+                count(
+                    layer.name,
+                    components[layer.name],
+                    mask,
+                    wishes,
+                    using=using,
+                    threshold=tau,
+                    cost=None if cost is None else float(cost),
+                )
+            )
         self._alone = alone
         self._facts = Facts(
             counts=tuple(counts),
             observations=dict(evidence.counts),
             stable=self._round.stable,
             discarded=dict(evidence.discarded),
+            history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
         )
 
     def _untold(self, layer: Layer) -> Count:
         """A layer before the first update."""
         size = layer.parameter.numel()
         return Count(layer.name, "", size, size, {}, size)
+
+    def _soft_state(self, active: Sequence[Layer]) -> dict[str, Any]:
+        """The thresholds, while they are not yet fixed."""
+        masking = self._masking
+        return masking.soft_state(active) if isinstance(masking, SoftMasking) else {}
 
     def _check_alive(self, call: str) -> None:
         if self._final is not None:

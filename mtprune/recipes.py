@@ -8,10 +8,12 @@ from typing import Literal
 
 from mtprune import saliency
 from mtprune.allocation import Erk
-from mtprune.methods import Vote
+from mtprune.methods import SigmoidThreshold, SoftThreshold, Vote
 from mtprune.schedule import Cubic, OneShot, Regrow, Schedule
 
 __all__ = [
+    "adapmtl",
+    "adapmtl_published",
     "disparse_dynamic",
     "disparse_pretrained",
     "disparse_static",
@@ -184,3 +186,48 @@ def random(sparsity: float) -> Vote:
         sparsity: Share of zeros.
     """
     return Vote(sparsity, saliency=saliency.random, allocation="global", disentangled=False)
+
+
+def adapmtl(sparsity: float, steps: int) -> SoftThreshold:
+    """AdapMTL: a soft threshold per component, learned offsets, weights that adapt to pruning.
+
+    Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
+    The sparsity is exact, where the original's follows learning rate and weight decay; tasks weigh
+    by how their loss bears the threshold, where the original's weights follow the noise of the
+    losses. Train on ``pruner.weigh(losses)``.
+
+    Args:
+        sparsity: Share of zeros in the end.
+        steps: Length of the run; thresholds rise for three quarters of it.
+    """
+    end = max(1, 3 * steps // 4)
+    return SoftThreshold(
+        sparsity,
+        schedule=Cubic(begin=0, end=end, every=max(1, steps // 200)),
+        allocation="learned",
+        weighting="pruning_sensitivity",
+    )
+
+
+def adapmtl_published(
+    sparsity: float,
+    steps: int,
+    *,
+    init: float = -20.0,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-4,
+) -> SigmoidThreshold:
+    """AdapMTL as its original code runs, to see what it does: the sparsity is not exact.
+
+    Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
+    Thresholds are trained by Adam with weight decay, and rest while the sparsity is reached. Where
+    they lead depends on ``init``, ``lr``, ``weight_decay`` and the length of the run.
+
+    Args:
+        sparsity: Share of zeros at which thresholds rest.
+        steps: Length of the run.
+        init: Where the thresholds' logits start; the original advises -20.
+        lr: Their learning rate: that of the weights.
+        weight_decay: Their weight decay: that of the weights.
+    """
+    return SigmoidThreshold(sparsity, end=steps, init=init, lr=lr, weight_decay=weight_decay)

@@ -6,7 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Count", "Facts", "Report", "Row", "count", "make_report"]
+__all__ = [
+    "Count",
+    "Facts",
+    "Moment",
+    "Report",
+    "Row",
+    "count",
+    "make_report",
+    "moment",
+    "remember",
+]
+
+_MOMENTS = 512
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,9 @@ class Count:
         kept: How many of them are kept.
         wanted: For each task that uses it, how many of the kept ones that task alone would keep.
         unanimous: How many of the kept ones each of these tasks alone would keep.
+        tasks: The tasks that use it.
+        threshold: Its threshold, if it has one.
+        cost: Multiply-adds of each of its weights, if that was measured.
     """
 
     name: str
@@ -28,6 +43,27 @@ class Count:
     kept: int
     wanted: Mapping[str, int]
     unanimous: int
+    tasks: tuple[str, ...] = ()
+    threshold: float | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where pruning stood after one update.
+
+    Attributes:
+        step: The step of the update.
+        sparsity: Share pruned.
+        components: For each component its ``"sparsity"``, its ``"share"`` of all kept weights, and
+            its ``"threshold"``, if it has one: the mean over its weights.
+        weights: What each task's loss counted.
+    """
+
+    step: int
+    sparsity: float
+    components: Mapping[str, Mapping[str, float]]
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,31 +75,51 @@ class Facts:
         observations: Observations of each task behind it.
         stable: See `Report`.
         discarded: See `Report`.
+        history: See `Report`.
     """
 
     counts: tuple[Count, ...] = ()
     observations: Mapping[str, int] = field(default_factory=dict)
     stable: bool | None = None
     discarded: Mapping[str, int] = field(default_factory=dict)
+    history: tuple[Moment, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """As plain containers."""
-        return {**asdict(self), "counts": [asdict(c) for c in self.counts]}
+        return {
+            **asdict(self),
+            "counts": [asdict(c) for c in self.counts],
+            "history": [asdict(m) for m in self.history],
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Facts":
         """The inverse of `state_dict`."""
-        return cls(**{**state, "counts": tuple(Count(**c) for c in state["counts"])})
+        counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
+        history = tuple(Moment(**m) for m in state["history"])
+        return cls(**{**state, "counts": counts, "history": history})
 
 
-def count(name: str, component: str, mask: Tensor, alone: Mapping[str, Tensor]) -> Count:
+def count(
+    name: str,
+    component: str,
+    mask: Tensor,
+    alone: Mapping[str, Tensor],
+    *,
+    using: Sequence[str] | None = None,
+    threshold: float | None = None,
+    cost: float | None = None,
+) -> Count:
     """Count one layer.
 
     Args:
         name: The layer.
         component: Its component.
         mask: What is kept, flat bool.
-        alone: For each task that uses it, what that task alone would keep, flat bool.
+        alone: For each task that has a say, what that task alone would keep, flat bool.
+        using: The tasks that use it; those who have a say unless given.
+        threshold: Its threshold, if it has one.
+        cost: Multiply-adds of each of its weights, if that was measured.
     """
     every = mask
     for wish in alone.values():
@@ -75,7 +131,29 @@ def count(name: str, component: str, mask: Tensor, alone: Mapping[str, Tensor]) 
         kept=int(mask.sum()),
         wanted={task: int((mask & wish).sum()) for task, wish in alone.items()},
         unanimous=int(every.sum()),
+        tasks=tuple(alone if using is None else using),
+        threshold=threshold,
+        cost=cost,
     )
+
+
+def moment(counts: Sequence[Count], step: int, weights: Mapping[str, float]) -> Moment:
+    """Where the counts of an update stand."""
+    kept = sum(c.kept for c in counts)
+    components: dict[str, Mapping[str, float]] = {}
+    for name in dict.fromkeys(c.component for c in counts):
+        row = _row(name, [c for c in counts if c.component == name], ())
+        numbers = {"sparsity": row.sparsity, "share": _share(row.kept, kept)}
+        tau = {} if row.threshold is None else {"threshold": row.threshold}
+        components[name] = {**numbers, **tau}
+    total = sum(c.parameters for c in counts)
+    return Moment(step, _share(total - kept, total), components, dict(weights))
+
+
+def remember(history: tuple[Moment, ...], latest: Moment) -> tuple[Moment, ...]:
+    """The history with one more moment; when there are too many, every second one goes."""
+    longer = (*history, latest)
+    return longer if len(longer) <= _MOMENTS else longer[len(longer) % 2 - 1 :: 2]
 
 
 @dataclass(frozen=True)
@@ -90,6 +168,9 @@ class Row:
         tasks: The tasks that use it.
         want: For each of these, the share of the kept weights that this task alone would keep.
         unanimity: The share of the kept weights that every one of these alone would keep.
+        threshold: The mean of its weights' thresholds, if they have any.
+        macs: Its multiply-adds, if they were measured.
+        macs_kept: Those of the kept weights.
     """
 
     name: str
@@ -99,6 +180,9 @@ class Row:
     tasks: tuple[str, ...]
     want: Mapping[str, float]
     unanimity: float
+    threshold: float | None = None
+    macs: float | None = None
+    macs_kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +204,9 @@ class Report:
         discarded: Observations thrown away because a scaled gradient overflowed.
         left_alone: Prunable layers that are not pruned, and why.
         method: What decided, as far as it differs from the defaults.
+        weights: What each task's loss counts now; empty if they are summed as they are.
+        history: Where pruning stood after each update, or after every second, fourth, ... if
+            there were many.
     """
 
     step: int | None
@@ -135,6 +222,16 @@ class Report:
     discarded: Mapping[str, int]
     left_alone: Mapping[str, str]
     method: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    history: tuple[Moment, ...] = ()
+
+    @property
+    def macs_sparsity(self) -> float | None:
+        """Share of multiply-adds that fall on pruned weights, if they were measured."""
+        if any(row.macs is None for row in self.components) or not self.components:
+            return None
+        macs = sum(row.macs or 0.0 for row in self.components)
+        return 1.0 - sum(row.macs_kept or 0.0 for row in self.components) / macs
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, numbers and strings: what JSON gives back."""
@@ -150,8 +247,10 @@ class Report:
             )
         rows = self.layers if layers else self.components
         head = ["layer" if layers else "component", "weights", "kept", "sparsity"]
-        head += [f"want {task}" for task in self.tasks] + ["unanimity"]
-        body = [_cells(row, self.tasks) for row in rows]
+        head += ["threshold"] if (soft := any(row.threshold is not None for row in rows)) else []
+        asked = self.tasks if any(row.want for row in rows) else ()
+        head += [*(f"want {task}" for task in asked), "unanimity"] if asked else []
+        body = [_cells(row, asked, soft) for row in rows]
         total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
         body.append(total + [""] * (len(head) - len(total)))
         return "\n".join([*_columns([head, *body]), *self._notes()])
@@ -162,6 +261,11 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [f"{self.head_share:.1%} of the weights are private to one task."]
+        if self.macs_sparsity is not None:
+            notes.append(f"{self.macs_sparsity:.2%} of the multiply-adds fall on pruned weights.")
+        if self.weights:
+            told = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
+            notes.append(f"Losses count {told}.")
         if self.method:
             notes.append(f"By {self.method}.")
         if self.observations:
@@ -191,6 +295,8 @@ def make_report(
     discarded: Mapping[str, int],
     left_alone: Mapping[str, str],
     method: str = "",
+    weights: Mapping[str, float] | None = None,
+    history: tuple[Moment, ...] = (),
 ) -> Report:
     """The report behind an update's counts, layer by layer in order of position."""
     parameters = sum(c.parameters for c in counts)
@@ -214,16 +320,20 @@ def make_report(
         discarded=dict(discarded),
         left_alone=dict(left_alone),
         method=method,
+        weights=dict(weights or {}),
+        history=history,
     )
 
 
 def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
     parameters = sum(c.parameters for c in counts)
     kept = sum(c.kept for c in counts)
-    using = tuple(task for task in tasks if any(task in c.wanted for c in counts))
+    using = tuple(task for task in tasks if any(task in (*c.tasks, *c.wanted) for c in counts))
     want = {}
     for task in using:
         seen = [c for c in counts if task in c.wanted]
+        if not seen:
+            continue
         want[task] = _share(sum(c.wanted[task] for c in seen), sum(c.kept for c in seen))
     return Row(
         name=name,
@@ -233,7 +343,21 @@ def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
         tasks=using,
         want=want,
         unanimity=_share(sum(c.unanimous for c in counts), kept),
+        threshold=_mean([(c.threshold, c.parameters) for c in counts]),
+        macs=_total([(c.cost, c.parameters) for c in counts]),
+        macs_kept=_total([(c.cost, c.kept) for c in counts]),
     )
+
+
+def _total(pairs: Sequence[tuple[float | None, int]]) -> float | None:
+    """What weights cost together; None if that is not known of all."""
+    known = [cost * number for cost, number in pairs if cost is not None]
+    return sum(known) if len(known) == len(pairs) else None
+
+
+def _mean(pairs: Sequence[tuple[float | None, int]]) -> float | None:
+    total = _total(pairs)
+    return None if total is None else total / max(1, sum(number for _, number in pairs))
 
 
 def _plain(value: Any) -> Any:
@@ -246,10 +370,11 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _cells(row: Row, tasks: Iterable[str]) -> list[str]:
+def _cells(row: Row, tasks: Sequence[str], soft: bool) -> list[str]:
     want = [f"{row.want[task]:.1%}" if task in row.want else "-" for task in tasks]
     counts = [f"{row.parameters:,}", f"{row.kept:,}", f"{row.sparsity:.2%}"]
-    return [row.name, *counts, *want, f"{row.unanimity:.1%}"]
+    counts += [f"{row.threshold:.3g}" if row.threshold is not None else "-"] if soft else []
+    return [row.name, *counts, *want, *([f"{row.unanimity:.1%}"] if tasks else [])]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

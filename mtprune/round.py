@@ -1,6 +1,7 @@
 """A round: one update in the making, from the first observation to the decision."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class Round:
         masking: Where the masks are.
         usage: Who uses what.
         generator: The pruner's own.
+        costs: What a weight of each layer costs, if that was measured.
+
+    Attributes:
+        memory: What the last decision left to remember.
     """
 
     def __init__(
@@ -40,7 +45,10 @@ class Round:
         masking: Masking,
         usage: Usage,
         generator: torch.Generator,
+        costs: Mapping[str, Fraction],
     ) -> None:
+        self.memory: Mapping[str, Any] = {}
+        self._costs = costs
         self._layers = layers
         self._tasks = list(tasks)
         self._method = method
@@ -138,6 +146,7 @@ class Round:
         """As plain containers."""
         return {
             "singly": self._singly,
+            "memory": dict(self.memory),
             "evidence": self.evidence.state_dict([layer.name for layer in self._layers]),
             "stability": self._stability.state_dict(),
         }
@@ -145,6 +154,7 @@ class Round:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._singly = state["singly"]
+        self.memory = dict(state["memory"])
         self._collector.evidence = Evidence.from_state_dict(state["evidence"], self._layers)
         self._stability = Stability()
         self._stability.load_state_dict(state["stability"])
@@ -169,6 +179,14 @@ class Round:
         active = self._usage.active(users)
         components = self._usage.components(users)
         ballot = poll(
-            self._method, self.evidence, users, active, self._masking, components, self._generator
+            self._method,
+            self.evidence,
+            users,
+            active,
+            self._masking,
+            components,
+            self._generator,
+            self._costs,
+            self.memory,
         )
         return [layer for _, layer in active], self._method.decide(ballot, step)

@@ -104,12 +104,14 @@ def random(
     return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
 
 
-def uses_gradient(saliency: Saliency) -> bool:
-    """Whether ``saliency`` must be called with a gradient, that is, needs observations.
+def uses_gradient(saliency: Saliency | None) -> bool:
+    """Whether ``saliency`` must be called with a gradient; None asks nothing.
 
     Raises:
         ValueError: If it cannot be called as ``saliency(weight, grad)``.
     """
+    if saliency is None:
+        return False
     try:
         signature = inspect.signature(saliency)
     except (TypeError, ValueError):  # builtins such as torch.mul have none

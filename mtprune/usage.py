@@ -133,11 +133,29 @@ class Usage:
                     "a component of that name: call the shared one something else."
                 )
         components = [*(declared or [SHARED]), *self._tasks, UNDECLARED]
-        for argument, allowed in (("priority", self._tasks), ("allocation", components)):
+        for argument, allowed in (
+            ("priority", self._tasks),
+            ("allocation", components),
+            ("budget_unit", components),
+            ("max_sparsity", components),
+        ):
             named = getattr(method, argument, None)
             unknown = [n for n in named if n not in allowed] if isinstance(named, Mapping) else []
             if unknown:
                 raise ValueError(f"`{argument}` names {unknown}. Known here: {allowed}.")
+
+    def sizes(self) -> tuple[dict[str, int], int]:
+        """How many weights each declared component has, and how many there are elsewhere."""
+        owner = {name: d.component for d in self._declared for name in d.names}
+        known: dict[str, int] = {}
+        others = 0
+        for layer in self._layers:
+            if layer.name in owner:
+                component = owner[layer.name]
+                known[component] = known.get(component, 0) + layer.parameter.numel()
+            else:
+                others += layer.parameter.numel()
+        return known, others
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
         reached = evidence.reached.get(task)

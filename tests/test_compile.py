@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune import MultitaskPruner, recipes
+from mtprune import Cubic, MultitaskPruner, SoftThreshold, recipes
+from mtprune.methods import Method
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -27,18 +28,33 @@ LOSSES: dict[str, Any] = {
 }
 
 
+# Two observations, because one from a compiled graph does not tell who uses what.
+METHODS: dict[str, Method] = {
+    "dynamic": replace(recipes.disparse_dynamic(0.5, every=2, end=10), observations=2),
+    "soft": SoftThreshold(
+        0.5,
+        schedule=Cubic(begin=2, end=8, every=2),
+        observations=2,
+        grad_mode="anneal",
+        allocation="learned",
+        weighting="pruning_sensitivity",
+    ),
+}
+
+
 def train(
-    backend: str, device: torch.device, compiler: str | None
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Masks after a run of sparse training, and how often the model was compiled."""
+    method: str, backend: str, device: torch.device, compiler: str | None
+) -> tuple[dict[str, torch.Tensor], set[int]]:
+    """Masks after a run of sparse training, and the steps at which the model was compiled."""
     torch.manual_seed(0)
     net = Net().to(device, torch.float64)  # compilers may round otherwise
-    compiled = []
+    compiled: set[int] = set()
+    steps: list[int] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         from torch._dynamo.backends.registry import lookup_backend
 
-        compiled.append(graph)
+        compiled.add(len(steps))
         return lookup_backend(compiler)(graph, inputs)
 
     model = torch.compile(net, backend=count, fullgraph=True) if compiler else net
@@ -47,30 +63,32 @@ def train(
         model,
         LOSSES,
         "trunk",
-        # Two observations, because one from a compiled graph does not tell who uses what.
-        method=replace(recipes.disparse_dynamic(0.5, every=2, end=10), observations=2),
+        method=METHODS[method],
         optimizer=optimizer,
         backend=backend,
     )
-    for _ in range(12):
+    for step in range(12):
+        steps.append(step)
         optimizer.zero_grad()
         losses = pruner.observe(model(torch.randn(8, 8, device=device, dtype=torch.float64)), None)
         pruner.weigh(losses).backward()
         optimizer.step()
         pruner.step()
-    return pruner.masks, len(compiled)
+    return pruner.masks, compiled
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_sparse_training_takes_the_same_path_as_plain(
-    backend: str, device: torch.device, compiler: str
+def test_compiled_training_takes_the_same_path_as_plain(
+    method: str, backend: str, device: torch.device, compiler: str
 ) -> None:
     import torch._functorch.config as functorch
 
     torch._dynamo.reset()
-    plain, _ = train(backend, device, None)
+    plain, _ = train(method, backend, device, None)
     with functorch.patch(donated_buffer=False):
-        compiled, graphs = train(backend, device, compiler)
+        compiled, when = train(method, backend, device, compiler)
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
-    # Once at first; under "prune" once more when the hooks are installed; never for a new mask.
-    assert graphs == (2 if backend == "prune" else 1)
+    # At first, and when hooks come or go; never for a new mask or threshold.
+    hooks = {("dynamic", "prune"): {3}, ("soft", "prune"): {3, 9}, ("soft", "inplace"): {3, 9}}
+    assert {1} <= when <= {1} | hooks.get((method, backend), set())

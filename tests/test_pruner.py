@@ -1007,6 +1007,7 @@ RECIPES = {
     "set_": lambda: recipes.set_(0.8, every=3, end=9),
     "magnitude": lambda: recipes.magnitude(0.8),
     "random": lambda: recipes.random(0.8),
+    "adapmtl": lambda: recipes.adapmtl(0.8, 9),
     "gradual_magnitude": lambda: recipes.gradual_magnitude(0.8, begin=1, end=7, every=3),
 }
 
@@ -1029,7 +1030,8 @@ def test_every_recipe_lands_on_its_exact_sparsity(recipe, backend, device):
 
 
 def test_every_recipe_is_tried():
-    assert {name.split(",")[0] for name in RECIPES} == set(recipes.__all__)
+    inexact = {"adapmtl_published"}  # see test_sigmoid_threshold.py
+    assert {name.split(",")[0] for name in RECIPES} == set(recipes.__all__) - inexact
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["optimizer given", "step() counted"])

@@ -3,7 +3,18 @@ import re
 
 import pytest
 
-from mtprune import Cubic, Erk, OneShot, Regrow, Vote, recipes, saliency, votes
+from mtprune import (
+    Cubic,
+    Erk,
+    OneShot,
+    Regrow,
+    SigmoidThreshold,
+    SoftThreshold,
+    Vote,
+    recipes,
+    saliency,
+    votes,
+)
 
 TIMES = {"every": 100, "end": 1_000}
 PUBLISHED = {
@@ -16,6 +27,8 @@ PUBLISHED = {
     "magnitude": lambda s: recipes.magnitude(s),
     "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
     "random": lambda s: recipes.random(s),
+    "adapmtl": lambda s: recipes.adapmtl(s, 1_000),
+    "adapmtl_published": lambda s: recipes.adapmtl_published(s, 1_000),
 }
 EVERY_RECIPE = pytest.mark.parametrize("name", PUBLISHED)
 GRADUAL = Cubic(begin=10, end=1_000, every=100)
@@ -43,6 +56,22 @@ def test_each_recipe_is_the_published_method(name, score, allocation, schedule, 
         schedule=schedule,
         allocation=allocation,
         disentangled=disentangled,
+    )
+
+
+def test_adapmtl_learns_where_and_weighs_tasks_by_how_they_bear_pruning():
+    assert recipes.adapmtl(0.8, 1_000) == SoftThreshold(
+        0.8,
+        schedule=Cubic(begin=0, end=750, every=5),
+        allocation="learned",
+        weighting="pruning_sensitivity",
+    )
+    assert recipes.adapmtl(0.8, 1).schedule == Cubic(begin=0, end=1, every=1)
+
+
+def test_adapmtl_as_published_has_the_defaults_of_its_code():
+    assert recipes.adapmtl_published(0.8, 1_000) == SigmoidThreshold(
+        0.8, end=1_000, init=-20.0, lr=1e-3, weight_decay=1e-4, rule="adam", weighting="noise"
     )
 
 

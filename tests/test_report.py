@@ -32,7 +32,7 @@ def test_counting_a_layer(device):
         for row in ([1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1])
     )
     assert count("a", "trunk", mask, {"x": one, "y": two}) == Count(
-        "a", "trunk", parameters=5, kept=3, wanted={"x": 2, "y": 2}, unanimous=1
+        "a", "trunk", parameters=5, kept=3, wanted={"x": 2, "y": 2}, unanimous=1, tasks=("x", "y")
     )
     assert count("a", "trunk", ~mask, {}) == Count("a", "trunk", 5, 2, {}, 2)
     assert mask.int().tolist() == [1, 1, 1, 0, 0]

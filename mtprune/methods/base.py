@@ -1,7 +1,8 @@
 """What a method is: what it wants to see, and how it turns that into masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ from mtprune.granularity import Granularity
 from mtprune.saliency import Saliency
 from mtprune.schedule import Schedule
 
-__all__ = ["JOINT", "Ballot", "Decision", "Method", "describe"]
+__all__ = ["JOINT", "Ballot", "Decision", "Method", "Softly", "describe"]
 
 JOINT = "(all tasks)"
 """The one voter when the sum of the losses is scored instead of each loss."""
@@ -27,8 +28,13 @@ class Ballot:
         components: The component of each layer.
         scores: ``{voter: [n]}`` for each layer: flat float32 saliencies.
         masks: What is kept now, flat bool ``[n]``.
-        weights: The effective weights, flat ``[n]``.
+        weights: The weights as they are trained, zero where pruned for good, flat ``[n]``.
         generator: The pruner's own source of randomness.
+        names: The layers' names.
+        costs: What each weight of a layer costs, in multiply-adds; empty unless that was measured.
+        losses: The sum of the observed losses of each task.
+        slopes: How the losses depend on the log-threshold of each layer, summed over steps.
+        memory: What the last decision left to remember; empty at first.
     """
 
     shapes: Sequence[tuple[int, ...]]
@@ -37,6 +43,11 @@ class Ballot:
     masks: Sequence[Tensor]
     weights: Sequence[Tensor]
     generator: torch.Generator
+    names: Sequence[str] = ()
+    costs: Sequence[Fraction] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    slopes: Sequence[float] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -51,10 +62,30 @@ class Decision:
     Attributes:
         masks: What is kept from now on, flat bool ``[n]`` for each layer.
         alone: For each voter and each layer it uses, what that voter alone would keep.
+        softly: If weights are to go through soft thresholds instead, these; None for masks.
+        memory: What the next decision is to know.
     """
 
     masks: Sequence[Tensor]
-    alone: Mapping[str, Mapping[int, Tensor]]
+    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    softly: "Softly | None" = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Softly:
+    """Soft thresholds in place of masks.
+
+    Attributes:
+        thresholds: For each layer, what its weights are moved towards zero by, 0-dim.
+        leak: How much gradient passes to the weights below.
+        settled: Whether that is the end: what is below is pruned for good, what is above stays as
+            the model sees it.
+    """
+
+    thresholds: Sequence[Tensor]
+    leak: float = 0.0
+    settled: bool = False
 
 
 class Method(Protocol):
@@ -71,8 +102,8 @@ class Method(Protocol):
         ...
 
     @property
-    def saliency(self) -> Saliency:
-        """What is accumulated at every observation."""
+    def saliency(self) -> Saliency | None:
+        """What is accumulated at every observation; None if nothing is."""
         ...
 
     @property
@@ -95,6 +126,21 @@ class Method(Protocol):
         """Whether a pruned weight can come back."""
         ...
 
+    @property
+    def softens(self) -> bool:
+        """Whether weights go through soft thresholds before masks are fixed."""
+        ...
+
+    @property
+    def needs_slopes(self) -> bool:
+        """Whether it asks how the losses depend on the thresholds."""
+        ...
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether it asks what every weight costs."""
+        ...
+
     def decide(self, ballot: Ballot, step: int) -> Decision:
         """The masks of the update of ``step``."""
         ...
@@ -113,11 +159,12 @@ def describe(value: object, *, defaults: bool = True) -> str:
         inner += [f"{key}={say(v)}" for key, v in sorted(value.keywords.items())]
         return f"partial({', '.join(inner)})"
     if is_dataclass(value) and not isinstance(value, type):
-        held = {f.name: getattr(value, f.name) for f in fields(value)}
+        told = [f for f in fields(value) if f.repr]
+        held = {f.name: getattr(value, f.name) for f in told}
         if not defaults:
             usual = {
                 f.name: f.default if f.default_factory is MISSING else f.default_factory()
-                for f in fields(value)
+                for f in told
             }
             held = {name: v for name, v in held.items() if v != usual[name]}
         return f"{type(value).__name__}({', '.join(f'{k}={say(v)}' for k, v in held.items())})"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,10 @@ class Vote:
     observations: int | Literal["auto"] = 1
     disentangled: bool = True
     min_keep: int = 1
+
+    softens: ClassVar[bool] = False
+    needs_slopes: ClassVar[bool] = False
+    needs_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate."""

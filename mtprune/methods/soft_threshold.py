@@ -1,0 +1,422 @@
+r"""`SoftThreshold`: weights shrink by thresholds that are learned, to an exact sparsity.
+
+A group of layers, a component or a single layer, has the threshold
+
+.. math:: \tau_c = \rho_c \exp(b + \delta_c)
+
+with :math:`\rho_c` the root mean square of its weights, one common level b and an offset
+:math:`\delta_c`. The level decides how much is pruned. It belongs to the schedule, not to an
+optimizer, so that neither learning rate nor weight decay moves it. The offsets decide where.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mtprune.allocation import quotas
+from mtprune.granularity import Element, Granularity
+from mtprune.methods.base import Ballot, Decision, Softly
+from mtprune.methods.vote import check_sparsity
+from mtprune.saliency import Saliency
+from mtprune.schedule import Cubic, Regrow, Schedule
+from mtprune.selection import Quota
+from mtprune.thresholds import between, follow, shrinkage, waterline
+from mtprune.weighting import PruningSensitivity, parse_weighting
+
+__all__ = ["SoftThreshold"]
+
+_FARTHEST = 2.5  # offsets stay within e^-2.5 .. e^2.5: a threshold at most 150 times another
+_WINDOW = 0.1  # weights this near to the threshold say how many a small change of it would take
+
+
+class _Sum(Element):
+    """A layer's saliency as one number; masks are of single weights."""
+
+    def pool(self, saliency: Tensor) -> Tensor:
+        """See `Granularity`."""
+        return saliency.sum().reshape(1)
+
+
+@dataclass(frozen=True)
+class SoftThreshold:
+    """Prune by soft thresholds that rise with the schedule, to an exact sparsity.
+
+    While thresholds rise every weight is shrunk by its group's threshold, and is zero below it. At
+    the last update what is below is pruned for good, and what is left stays as it is.
+
+    After Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM
+    2024, whose thresholds are weights of the optimizer, and whose sparsity is what comes out.
+
+    Attributes:
+        sparsity: Share of zeros in the end, in [0, 1).
+        schedule: When thresholds change, and when they are fixed.
+        per: What shares a threshold: a ``"component"`` or a ``"layer"``.
+        allocation: Offsets of the log-thresholds: ``"uniform"`` (none), ``"learned"`` from the
+            losses, or a mapping component -> offset.
+        grad_mode: Which gradient weights below the threshold get: ``"str"`` none, as published;
+            ``"ste"`` all of it, so that they can come back; ``"anneal"`` ever less of it.
+        control: ``"exact"`` sets the level by order statistic at every update; ``"pi"`` by a
+            controller that only counts, and exactly at the last update.
+        budget_unit: What ``sparsity`` is a share of: ``"params"``, ``"macs"`` (multiply-adds on
+            ``example_inputs``), or a mapping component -> sparsity that refines it.
+        example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
+            arguments, or a dict of keyword arguments.
+        max_sparsity: The most a component is pruned, one number or a mapping component -> number;
+            unless given, every component keeps a tenth of the overall density.
+        weighting: What `MultitaskPruner.weigh` does: ``"uniform"``, ``"noise"``,
+            ``"pruning_sensitivity"`` or any weighting (`mtprune.weighting`).
+        scale: Thresholds in units of the group's root mean square, ``"rms"``, or plain, ``"none"``.
+        rate: How fast offsets are learned, per update.
+        observations: How many observations of every task an update needs.
+
+    Example:
+        >>> SoftThreshold(0.9, schedule=Cubic(begin=0, end=500, every=10)).max_of("shared")
+        0.99
+    """
+
+    sparsity: float
+    schedule: Schedule = field(default_factory=lambda: Cubic(begin=0, end=1_000, every=10))
+    per: Literal["component", "layer"] = "component"
+    allocation: Literal["uniform", "learned"] | Mapping[str, float] = "uniform"
+    grad_mode: Literal["str", "ste", "anneal"] = "ste"
+    control: Literal["exact", "pi"] = "exact"
+    budget_unit: Literal["params", "macs"] | Mapping[str, float] = "params"
+    example_inputs: Any = field(default=None, repr=False, compare=False)
+    max_sparsity: float | Mapping[str, float] | None = None
+    weighting: Any = "uniform"
+    scale: Literal["rms", "none"] = "rms"
+    rate: float = 0.05
+    observations: int = 1
+
+    granularity: ClassVar[Granularity] = _Sum()
+    disentangled: ClassVar[bool] = True
+    regrows: ClassVar[bool] = False
+    softens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_sparsity("sparsity", self.sparsity)
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
+            raise TypeError(
+                f"`schedule` must be a schedule such as Cubic(...). Got {self.schedule!r}."
+            )
+        if isinstance(self.schedule, Regrow):
+            raise ValueError(
+                "Regrow is sparse training at constant sparsity. Thresholds need a schedule that "
+                "ends: Cubic(...), Linear(...) or OneShot(...)."
+            )
+        for name, known in (
+            ("per", ("component", "layer")),
+            ("grad_mode", ("str", "ste", "anneal")),
+            ("control", ("exact", "pi")),
+            ("scale", ("rms", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {known}. Got {getattr(self, name)!r}.")
+        if isinstance(self.allocation, Mapping):
+            for component, offset in self.allocation.items():
+                if isinstance(offset, bool) or not isinstance(offset, (int, float)):
+                    raise TypeError(
+                        f"`allocation` of '{component}' must be a number, the offset of its "
+                        f"log-threshold. Got {offset!r}."
+                    )
+                if not abs(offset) <= 20.0:
+                    raise ValueError(
+                        f"`allocation` of '{component}' must be in [-20, 20]. Got {offset!r}: an "
+                        "offset of 1 makes a threshold 2.7 times as large."
+                    )
+        elif self.allocation not in ("uniform", "learned"):
+            raise ValueError(
+                "`allocation` must be 'uniform', 'learned' or a mapping component -> offset. "
+                f"Got {self.allocation!r}."
+            )
+        if isinstance(self.budget_unit, Mapping):
+            for component, sparsity in self.budget_unit.items():
+                check_sparsity(f"budget_unit[{component!r}]", sparsity)
+        elif self.budget_unit not in ("params", "macs"):
+            raise ValueError(
+                "`budget_unit` must be 'params', 'macs' or a mapping component -> sparsity. "
+                f"Got {self.budget_unit!r}."
+            )
+        if self.budget_unit == "macs" and self.example_inputs is None:
+            raise ValueError(
+                "budget_unit='macs' needs `example_inputs`: what the model is called with."
+            )
+        caps = self.max_sparsity
+        for name, cap in caps.items() if isinstance(caps, Mapping) else (("", caps),):
+            if cap is not None and (isinstance(cap, bool) or not 0.0 < cap <= 1.0):
+                at = f"[{name!r}]" if name else ""
+                raise ValueError(f"`max_sparsity`{at} must be in (0, 1]. Got {cap!r}.")
+        if isinstance(caps, (int, float)) and self.budget_unit == "params" and caps < self.sparsity:
+            raise ValueError(_unreachable(self.sparsity, caps))
+        parse_weighting(self.weighting)
+        if not 0.0 < self.rate < 1.0:
+            raise ValueError(f"`rate` must be in (0, 1). Got {self.rate!r}.")
+        whole = isinstance(self.observations, int) and not isinstance(self.observations, bool)
+        if not whole or self.observations < 1:
+            raise ValueError(f"`observations` must be at least 1. Got {self.observations!r}.")
+
+    @property
+    def saliency(self) -> Saliency | None:
+        """What the losses say about thresholds, if that is asked."""
+        weighting = parse_weighting(self.weighting)
+        return shrinkage if isinstance(weighting, PruningSensitivity) else None
+
+    @property
+    def needs_slopes(self) -> bool:
+        """Whether offsets are learned."""
+        return self.allocation == "learned"
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the budget is one of multiply-adds."""
+        return self.budget_unit == "macs"
+
+    def max_of(self, component: str) -> float:
+        """The most a component is pruned."""
+        given = self.max_sparsity
+        if isinstance(given, Mapping):
+            given = given.get(component)
+        return 1.0 - (1.0 - self.sparsity) / 10 if given is None else given
+
+    def check_reach(self, sizes: Mapping[str, int], others: int) -> None:
+        """Refuse caps that leave the target out of reach, as far as components are known.
+
+        Args:
+            sizes: How many weights the known components have.
+            others: How many there are in components not yet known.
+
+        Raises:
+            ValueError: If no distribution of the budget respects the caps.
+        """
+        if self.budget_unit != "params":
+            return
+        most = sum(math.floor(self.max_of(name) * n) for name, n in sizes.items())
+        caps = self.max_sparsity.values() if isinstance(self.max_sparsity, Mapping) else ()
+        most += math.floor(max([self.max_of(""), *caps]) * others)
+        total = sum(sizes.values()) + others
+        if round(self.sparsity * total) > most:
+            raise ValueError(_unreachable(self.sparsity, most / total))
+
+    def decide(self, ballot: Ballot, step: int) -> Decision:
+        """The thresholds of the update of ``step``; in the end, also what is pruned for good."""
+        progress = self.schedule.progress(step)
+        settled = self.schedule.next_update(step) is None
+        groups = ballot.components if self.per == "component" else ballot.names
+        units = [self._unit(ballot, groups, group, progress > 0) for group in dict.fromkeys(groups)]
+        unit = dict(zip(dict.fromkeys(groups), units, strict=True))
+        memory = dict(ballot.memory)
+        if self.needs_slopes:
+            memory.update(self._learn(ballot, groups, unit, memory))
+        offsets = memory.get("offsets", {})
+        factors = []
+        for component, group in zip(ballot.components, groups, strict=True):
+            offset = offsets.get(group, 0.0)
+            if isinstance(self.allocation, Mapping):
+                offset = self.allocation.get(component, 0.0)
+            factors.append(unit[group] * math.exp(offset))
+        heights = [_heights(w, f) for w, f in zip(ballot.weights, factors, strict=True)]
+        if self.control == "pi" and not settled:
+            masks, level = self._steer(ballot, heights, progress, memory)
+        else:
+            masks = self._cut(ballot, heights, progress)
+            under = [h[~m].amax() for h, m in zip(heights, masks, strict=True) if not m.all()]
+            level = float(torch.stack([u.cpu() for u in under]).amax()) if under else 0.0
+        memory["level"] = math.log(level) if level else None
+        taus = [
+            between(w.abs(), m, level * f)
+            for w, m, f in zip(ballot.weights, masks, factors, strict=True)
+        ]
+        memory["slopes"] = self._sensitivities(ballot)
+        memory["thresholds"] = dict(zip(ballot.names, map(float, taus), strict=True))
+        leak = {"str": 0.0, "ste": 1.0, "anneal": 1.0 - progress}[self.grad_mode]
+        return Decision(masks, {}, Softly(taus, leak, settled), memory)
+
+    def _unit(self, ballot: Ballot, groups: Sequence[str], group: str, needed: bool) -> float:
+        """What a group's thresholds are measured in: the root mean square of its weights."""
+        weights = [w for w, g in zip(ballot.weights, groups, strict=True) if g == group]
+        squares = sum(float(w.to(torch.float32).square().sum(dtype=torch.float64)) for w in weights)
+        rms = math.sqrt(squares / sum(w.numel() for w in weights))
+        if not math.isfinite(rms):
+            raise RuntimeError(
+                f"Weights of '{group}' are not finite. Check the training; thresholds are "
+                "unchanged."
+            )
+        if rms == 0.0 and needed:
+            raise RuntimeError(
+                f"Weights of '{group}' are all zero, so no threshold tells them apart. If they "
+                "start at zero, let the schedule begin a few steps later."
+            )
+        return rms if self.scale == "rms" and rms else 1.0
+
+    def _cut(self, ballot: Ballot, heights: Sequence[Tensor], progress: float) -> list[Tensor]:
+        """What is above the level that prunes exactly what is due."""
+        masks = [torch.ones_like(h, dtype=torch.bool) for h in heights]
+        for layers, budget, costs in self._budgets(ballot, progress):
+            groups, least = self._protected(ballot, layers)
+            try:
+                kept = waterline([heights[i] for i in layers], budget, costs, groups, least)
+            except ValueError:
+                raise RuntimeError(self._out_of_reach(ballot)) from None
+            for i, mask in zip(layers, kept, strict=True):
+                masks[i] = mask
+        return masks
+
+    def _budgets(
+        self, ballot: Ballot, progress: float
+    ) -> list[tuple[Sequence[int], Fraction | int, Sequence[Fraction | int]]]:
+        """Layers that share a level, what they may lose together, and what each weight counts."""
+        everything = range(len(ballot.shapes))
+        sizes = [prod(shape) for shape in ballot.shapes]
+        if self.budget_unit == "macs":
+            total = sum((n * c for n, c in zip(sizes, ballot.costs, strict=True)), Fraction(0))
+            share = Fraction(self.sparsity * progress)
+            return [(everything, round(share * total), list(ballot.costs))]
+        zeros = round(self.sparsity * progress * sum(sizes))
+        if not isinstance(self.budget_unit, Mapping):
+            return [(everything, zeros, [1] * len(sizes))]
+        due = {name: s * progress for name, s in self.budget_unit.items()}
+        plan: Sequence[Quota] = quotas(
+            due, ballot.shapes, ballot.components, sum(sizes) - zeros, sizes
+        )
+        return [
+            (q.layers, sum(sizes[i] for i in q.layers) - q.keep, [1] * len(q.layers)) for q in plan
+        ]
+
+    def _protected(
+        self, ballot: Ballot, layers: Sequence[int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Sets of layers, by their place in ``layers``, and how many weights each must keep."""
+        sizes = [prod(ballot.shapes[i]) for i in layers]
+        groups, least = [], []
+        named = isinstance(self.budget_unit, Mapping)
+        for component in dict.fromkeys(ballot.components[i] for i in layers):
+            members = [p for p, i in enumerate(layers) if ballot.components[i] == component]
+            size = sum(sizes[p] for p in members)
+            groups.append(members)
+            # A component with a sparsity of its own is asked to be that sparse.
+            cap = 1.0 if named else self.max_of(component)
+            least.append(size - math.floor(Fraction(str(cap)) * size))
+        if sum(sizes) - round(self.sparsity * sum(sizes)) >= len(sizes):
+            groups += [[p] for p in range(len(sizes))]
+            least += [1] * len(sizes)
+        return groups, least
+
+    def _out_of_reach(self, ballot: Ballot) -> str:
+        sizes = [prod(shape) for shape in ballot.shapes]
+        costs = list(ballot.costs) or [Fraction(1)] * len(sizes)
+        caps = [self.max_of(component) for component in ballot.components]
+        most = sum(float(c) * n * cap for c, n, cap in zip(costs, sizes, caps, strict=True))
+        total = sum(float(c) * n for c, n in zip(costs, sizes, strict=True))
+        return _unreachable(self.sparsity, most / total)
+
+    def _steer(
+        self,
+        ballot: Ballot,
+        heights: Sequence[Tensor],
+        progress: float,
+        memory: dict[str, Any],
+    ) -> tuple[list[Tensor], float]:
+        """What is above a level that a controller sets from counts alone."""
+        wanted = self.sparsity * progress
+        if wanted == 0.0:
+            return [torch.ones_like(h, dtype=torch.bool) for h in heights], 0.0
+        # Where the line would be if weights were normally distributed, and how far off that is.
+        guess = torch.special.ndtri(torch.tensor((1 + wanted) / 2, dtype=torch.float64))
+        trim = memory.get("trim", 0.0)
+        if memory.get("level") is not None:
+            costs = list(ballot.costs) or [Fraction(1)] * len(heights)
+            lost = sum(
+                float(c) * int((~mask).sum()) for c, mask in zip(costs, ballot.masks, strict=True)
+            )
+            total = sum(float(c) * h.numel() for c, h in zip(costs, heights, strict=True))
+            trim, memory["smooth"] = follow(
+                trim, memory.get("smooth"), memory["wanted"], lost / total
+            )
+        memory["trim"], memory["wanted"] = trim, wanted
+        level = math.log(max(float(guess), 1e-12)) + trim
+        masks = [h > math.exp(level) for h in heights]
+        groups, least = self._protected(ballot, range(len(heights)))
+        for members, count in zip(groups, least, strict=True):
+            if sum(int(masks[i].sum()) for i in members) < count:
+                own = [heights[i] for i in members]
+                lowest = sum(h.numel() for h in own) - count
+                for i, kept in zip(members, waterline(own, lowest, [1] * len(own)), strict=True):
+                    masks[i] = masks[i] | kept
+        return masks, math.exp(level)
+
+    def _learn(
+        self,
+        ballot: Ballot,
+        groups: Sequence[str],
+        unit: Mapping[str, float],
+        memory: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        r"""Move offsets to where the losses mind less, at the same number of weights pruned.
+
+        With :math:`G_c` the derivative of the losses in a log-threshold and :math:`m_c` the number
+        of weights a change of it would take, the direction :math:`G_c - m_c \sum G / \sum m`
+        changes no count; Adam turns it into steps, so that the scale of the losses drops out.
+        """
+        names = list(dict.fromkeys(groups))
+        slope = dict.fromkeys(names, 0.0)
+        mass = dict.fromkeys(names, 1e-12)
+        offsets = memory.get("offsets", {})
+        level = memory.get("level")
+        if level is None or not any(ballot.slopes):
+            return {}
+        for group, weight, found in zip(groups, ballot.weights, ballot.slopes, strict=True):
+            slope[group] += found
+            line = unit[group] * math.exp(level + offsets.get(group, 0.0))
+            near = (weight.abs() > (1 - _WINDOW) * line) & (weight.abs() < (1 + _WINDOW) * line)
+            mass[group] += int(near.sum())
+        total, whole = sum(slope.values()), sum(mass.values())
+        count = memory.get("updates", 0) + 1
+        first, second, steps = {}, {}, {}
+        for name in names:
+            direction = mass[name] / whole * total - slope[name]
+            first[name] = 0.9 * memory.get("first", {}).get(name, 0.0) + 0.1 * direction
+            second[name] = 0.99 * memory.get("second", {}).get(name, 0.0) + 0.01 * direction**2
+            size = math.sqrt(second[name] / (1 - 0.99**count))
+            steps[name] = self.rate * first[name] / (1 - 0.9**count) / size if size else 0.0
+        drift = sum(mass[name] * steps[name] for name in names) / whole
+        moved = {name: offsets.get(name, 0.0) + steps[name] - drift for name in names}
+        return {
+            "offsets": {n: max(-_FARTHEST, min(_FARTHEST, value)) for n, value in moved.items()},
+            "first": first,
+            "second": second,
+            "updates": count,
+        }
+
+    def _sensitivities(self, ballot: Ballot) -> dict[str, float]:
+        """For each task, the derivative of its log-loss in the common log-threshold."""
+        if self.saliency is None:
+            return {}
+        taus = ballot.memory.get("thresholds", {})
+        slopes: dict[str, float] = {}
+        for name, voters in zip(ballot.names, ballot.scores, strict=True):
+            for task, score in voters.items():
+                slopes[task] = slopes.get(task, 0.0) + taus.get(name, 0.0) * float(score)
+        return {
+            task: slope / abs(ballot.losses[task])
+            for task, slope in slopes.items()
+            if ballot.losses.get(task)
+        }
+
+
+def _heights(weight: Tensor, factor: float) -> Tensor:
+    """How large weights are, in units of their group's threshold: what the level is compared to."""
+    return weight.to(torch.float32).abs() / factor
+
+
+def _unreachable(sparsity: float, most: float) -> str:
+    return (
+        f"sparsity={sparsity:g} is out of reach with this `max_sparsity`: at most {most:.6g}. "
+        "Raise the caps or ask for less."
+    )

@@ -1,0 +1,261 @@
+"""Softening: soft thresholds while they are learned, the masks of a back-end ever after.
+
+While thresholds are learned a weight is there twice, as the optimizer trains it and as the model
+sees it. So, whatever the back-end, the modules hold ``weight_orig`` then, and ``weight_mask`` says
+what was above the threshold at the last update. Hardening writes what the model sees into the
+Parameter and hands the masks to the back-end.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mtprune.components import Layer
+from mtprune.masking import Gate, Masking, Product, PruneMasking
+from mtprune.thresholds import soft_threshold
+
+__all__ = ["SoftMasking", "Threshold"]
+
+
+class Leaking:
+    """How much gradient passes below the thresholds: all of it while the gate is open."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.share = 0.0
+        self._tensor = torch.tensor(0.0)
+
+    def set(self, share: float) -> None:
+        """Let that much pass."""
+        self.share = share
+        self._tensor.data.fill_(share)
+
+    @property
+    def now(self) -> float:
+        """See `mtprune.thresholds.Leak`."""
+        return 1.0 if self.gate.dense else self.share
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `mtprune.thresholds.Leak`."""
+        return self._tensor, self.gate.flag
+
+
+class Threshold:
+    """The threshold of one layer, and what makes its weight of it.
+
+    Args:
+        leak: How much gradient passes below it.
+        like: The layer's weight.
+        slack: Whether to note how the loss depends on it.
+        source: Computes it anew in every forward; else it is a number that somebody sets.
+    """
+
+    def __init__(
+        self,
+        leak: Leaking,
+        like: Tensor,
+        slack: bool,
+        source: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.leak = leak
+        self.source = source
+        self.fixed = like.new_zeros((), requires_grad=False)
+        self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if slack else None
+        self.called = False
+
+    def tau(self, weight: Tensor) -> Tensor:
+        """The threshold for a weight, 0-dim, of its type and where it is."""
+        if self.source is not None:
+            return self.source().to(weight)
+        if self.fixed.device != weight.device or self.fixed.dtype != weight.dtype:
+            self.fixed = self.fixed.to(weight)  # the model has moved, or become another type
+        return self.fixed
+
+    def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The weight as the model sees it."""
+        self.called = True
+        if self.slack is not None and self.slack.device != weight.device:
+            self.slack = self.slack.detach().to(weight.device).requires_grad_()
+        return soft_threshold(weight, self.tau(weight), self.leak, self.slack)
+
+
+class SoftMasking(PruneMasking):
+    """Soft thresholds first, then the masks of a back-end.
+
+    Args:
+        hard: The back-end.
+        model: The model.
+        slack: Whether to note how the loss depends on each threshold.
+    """
+
+    def __init__(self, hard: Masking, model: nn.Module, slack: bool = False) -> None:
+        super().__init__(model)
+        self.gate = hard.gate
+        self.leak = Leaking(self.gate)
+        self.thresholds: dict[str, Threshold] = {}
+        self._hard = hard
+        self._slack = slack
+        self._slopes = torch.zeros(0)
+        self._warned = False
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether thresholds are being learned."""
+        return bool(self.thresholds)
+
+    @torch.no_grad()
+    def soften(
+        self,
+        layers: Sequence[Layer],
+        taus: Sequence[Tensor | float | Callable[[], Tensor]],
+        masks: Sequence[Tensor],
+        leak: float = 0.0,
+    ) -> None:
+        """Make thresholds hold, for the first time or anew.
+
+        Args:
+            layers: The layers.
+            taus: For each, its threshold, or what computes it in every forward.
+            masks: For each, what is above it, for those who look.
+            leak: How much gradient passes below.
+
+        Warns:
+            UserWarning: If some weights are read without their modules being called.
+        """
+        silent = [] if self._warned else [n for n, t in self.thresholds.items() if not t.called]
+        self.leak.set(leak)
+        for layer, tau in zip(layers, taus, strict=True):
+            source = None if isinstance(tau, (float, Tensor)) else tau
+            threshold = self.thresholds.get(layer.name)
+            if threshold is None:
+                threshold = Threshold(self.leak, layer.parameter, self._slack, source)
+                self.thresholds[layer.name] = threshold
+            if isinstance(tau, (float, Tensor)):
+                threshold.fixed.fill_(tau)
+        self._slopes = torch.zeros(len(layers))
+        super().install(layers, masks)
+        for name in self.thresholds:
+            self.thresholds[name].called = False  # installing asks once
+        if silent:
+            self._warned = True
+            warnings.warn(
+                f"The weights {silent} are read without their modules being called, so they are "
+                "not thresholded until masks are fixed. Call the modules, or exclude them.",
+                stacklevel=5,
+            )
+
+    @override
+    def install(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+        """Harden, if that has not been done, and make the masks hold."""
+        self._harden()
+        self._hard.install(layers, masks)
+
+    @override
+    def enforce(self) -> None:
+        """While thresholds are learned, weights below them move on, for they may come back."""
+        if not self.is_soft:
+            self._hard.enforce()
+        elif self._slack:
+            self._settle()
+
+    @override
+    def remove(self) -> None:
+        self._harden()
+        self._hard.remove()
+
+    @override
+    def lift(self) -> None:
+        self._discard()
+        self._hard.lift()
+
+    @override
+    @torch.no_grad()
+    def current(self, layer: Layer) -> Tensor:
+        if not self.is_soft:
+            return self._hard.current(layer)
+        threshold, weight = self.thresholds.get(layer.name), layer.parameter
+        return (
+            torch.ones_like(weight, dtype=torch.bool)
+            if threshold is None
+            else (weight.abs() > threshold.tau(weight))
+        )
+
+    @override
+    @torch.no_grad()
+    def effective(self, layer: Layer) -> Tensor:
+        if not self.is_soft:
+            return self._hard.effective(layer)
+        weight, threshold = layer.parameter.detach(), self.thresholds.get(layer.name)
+        return weight if threshold is None else soft_threshold(weight, threshold.tau(weight))
+
+    @override
+    def trained(self, layer: Layer) -> Tensor:
+        return layer.parameter.detach() if self.is_soft else self._hard.trained(layer)
+
+    @override
+    def mask(self, layer: Layer) -> Tensor | None:
+        return super().mask(layer) if self.is_soft else self._hard.mask(layer)
+
+    def slopes(self) -> Tensor:
+        """For each soft layer, the derivative of all losses in its log-threshold, ``[layers]``.
+
+        Summed over all backwards since thresholds were last set.
+        """
+        return self._slopes
+
+    def soft_state(self, layers: Sequence[Layer]) -> dict[str, Any]:
+        """The thresholds as plain containers; empty once masks are fixed."""
+        if not self.is_soft:
+            return {}
+        return {
+            "thresholds": {
+                x.name: self.thresholds[x.name].tau(x.parameter).detach().clone() for x in layers
+            },
+            "leak": self.leak.share,
+            "slopes": self._slopes.clone(),
+        }
+
+    def restore(
+        self, layers: Sequence[Layer], masks: Sequence[Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Go on from `soft_state`."""
+        taus = [state["thresholds"][layer.name] for layer in layers]
+        self.soften(layers, taus, masks, state["leak"])
+        self._slopes = state["slopes"].clone()
+
+    @override
+    def _product(self, layer: Layer) -> Product:
+        return self.thresholds[layer.name]
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Take up what the last backward said about the slopes."""
+        slack = [threshold.slack for threshold in self.thresholds.values()]
+        grads = [x.new_zeros(()) if x.grad is None else x.grad for x in slack if x is not None]
+        found = torch.stack([grad.to(grads[0].device) for grad in grads])
+        # Neither infinite nor NaN, as where a GradScaler overflows.
+        self._slopes = self._slopes.to(found.device) + torch.where(found.isfinite(), found, 0.0)
+        for x in slack:
+            if x is not None:
+                x.grad = None
+
+    @torch.no_grad()
+    def _harden(self) -> None:
+        """Write what the model sees into the Parameters, and leave plain modules."""
+        for layer in self._layers:
+            layer.parameter.copy_(self.effective(layer))
+        self._discard()
+
+    def _discard(self) -> None:
+        """Leave plain modules with their weights as they are."""
+        for threshold in self.thresholds.values():
+            threshold.source = None
+            threshold.fixed.zero_()
+        self._clear()
+        self._layers = []
+        self.thresholds.clear()
