@@ -6,12 +6,15 @@ the gradient of each task is averaged over ranks before any saliency is computed
 
 import hashlib
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["any_rank", "check_equal", "mean_", "world"]
+__all__ = ["any_rank", "check_equal", "gather", "mean_", "world"]
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -34,6 +37,15 @@ def any_rank(flags: Tensor) -> Tensor:
     counts = flags.to(torch.int32)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
     return counts.bool()
+
+
+def gather(mine: T) -> list[T]:
+    """What every rank has, in the order of ranks."""
+    if world() == 1:
+        return [mine]
+    everyones: list[T | None] = [None] * world()
+    dist.all_gather_object(everyones, mine)
+    return [theirs for theirs in everyones if theirs is not None]
 
 
 def check_equal(masks: Iterable[Tensor]) -> None:
