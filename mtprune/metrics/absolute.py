@@ -27,7 +27,7 @@ class _Absolute(Metric):
         self._flag("target", ~targets.isfinite())
         valid = targets.isfinite() if self.ignore is None else targets != self.ignore
         self._flag("output", valid & ~outputs.isfinite())
-        off = (outputs - targets).abs().double().where(valid, 0)
+        off = (outputs - targets).abs().where(valid, 0)
         self._add(pixels=valid.sum(), absolute=off.sum())
 
     def compute(self) -> dict[str, float]:

@@ -179,12 +179,7 @@ def single(metric: Metric, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Te
         raise metric._refuse(
             f"outputs and targets must both be [B, 1, H, W] or [B, H, W]. {shapes}."
         )
-    return full(pair[0]), full(pair[1])
-
-
-def full(values: Tensor) -> Tensor:
-    """At least float32: sums are taken in float64, single values need not be."""
-    return values if values.dtype == torch.float64 else values.float()
+    return pair[0].double(), pair[1].double()
 
 
 def integers(*shape: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtprune.metrics.base import Metric, full, integers
+from mtprune.metrics.base import Metric, integers
 
 __all__ = ["Binary"]
 
@@ -68,7 +68,7 @@ class Binary(Metric):
         if self.ignore is not None:
             valid = targets != self.ignore
         self._flag("target", valid & (targets != 0) & (targets != 1))
-        outputs = full(outputs)
+        outputs = outputs.float()
         self._flag("output", valid & outputs.isnan())
         truth = (targets == 1).long()
         label = torch.arange(self.labels, device=outputs.device)

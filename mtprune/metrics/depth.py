@@ -50,19 +50,16 @@ class Depth(Metric):
     }
 
     def __init__(self, skip_nonfinite: bool = False, compat: Compat | None = None) -> None:
-        super().__init__(
-            compat,
-            {
-                "pixels": integers(),
-                "absolute": reals(),
-                "relative": reals(),
-                "square": reals(),
-                "inliers": integers(len(_RATIOS)),
-                "group_absolute": reals(),
-                "group_relative": reals(),
-                "images": integers(),
-            },
-        )
+        sums = {
+            "pixels": integers(),
+            "absolute": reals(),
+            "relative": reals(),
+            "square": reals(),
+            "inliers": integers(len(_RATIOS)),
+        }
+        if compat is not None:
+            sums |= {"absolute_means": reals(), "relative_means": reals(), "images": integers()}
+        super().__init__(compat, sums)
         self.skip_nonfinite = skip_nonfinite
 
     def _update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -73,7 +70,7 @@ class Depth(Metric):
         self._flag("output", valid & ~outputs.isfinite())
         truth = torch.where(valid, targets, 1)
         guess = torch.where(valid, outputs, 1)
-        off = (guess - truth).abs().double()
+        off = (guess - truth).abs()
         ratio = torch.maximum(guess / truth, truth / guess)
         if self.compat is None:
             inliers = [(guess > 0) & (ratio < limit) for limit in _RATIOS]
@@ -87,17 +84,17 @@ class Depth(Metric):
             inliers=torch.stack([(valid & inlier).sum() for inlier in inliers]),
         )
         if self.compat is not None:
-            self._add_groups(off, off / truth, valid)
+            self._add_means(off, off / truth, valid)
 
-    def _add_groups(self, off: Tensor, relative: Tensor, valid: Tensor) -> None:
-        """The means of each image, or of the batch times its images; those without a pixel not."""
+    def _add_means(self, off: Tensor, relative: Tensor, valid: Tensor) -> None:
+        """Each image's mean, or the batch's as often as it has images, unless of no pixel."""
         axes = (1, 2) if self.compat == "disparse" else (0, 1, 2)
         pixels = valid.sum(dim=axes)
         images = (pixels > 0) * (1 if self.compat == "disparse" else len(valid))
         weight = images / pixels.clamp(min=1).double()
         self._add(
-            group_absolute=(off.sum(dim=axes) * weight).sum(),
-            group_relative=(relative.sum(dim=axes) * weight).sum(),
+            absolute_means=(off.sum(dim=axes) * weight).sum(),
+            relative_means=(relative.sum(dim=axes) * weight).sum(),
             images=images.sum(),
         )
 
@@ -105,10 +102,10 @@ class Depth(Metric):
         """``absolute``, ``relative``, ``rmse``; ``delta1``, ``delta2``, ``delta3`` in percent."""
         pixels = self._total("pixels", "no pixel has a depth")
         sums = {name: held.cpu() for name, held in self._sums.items()}
-        kind, count = ("", pixels) if self.compat is None else ("group_", float(sums["images"]))
+        suffix, count = ("", pixels) if self.compat is None else ("_means", int(sums["images"]))
         return {
-            "absolute": float(sums[f"{kind}absolute"]) / count,
-            "relative": float(sums[f"{kind}relative"]) / count,
+            "absolute": float(sums[f"absolute{suffix}"]) / count,
+            "relative": float(sums[f"relative{suffix}"]) / count,
             "rmse": (float(sums["square"]) / pixels) ** 0.5,
             **{f"delta{i}": 100 * int(n) / pixels for i, n in enumerate(sums["inliers"], start=1)},
         }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtprune.metrics.base import Compat, Metric, full, integers, reals
+from mtprune.metrics.base import Compat, Metric, integers, reals
 
 __all__ = ["Normals", "decode_normals"]
 
@@ -88,7 +88,7 @@ class Normals(Metric):
                 f"outputs and targets must both be [B, 3, H, W]. "
                 f"Got {list(outputs.shape)} and {list(targets.shape)}."
             )
-        outputs, targets = full(outputs), full(targets)
+        outputs, targets = outputs.double(), targets.double()
         self._flag("target", ~targets.isfinite().all(dim=1))
         longest = targets.abs().amax(dim=1)
         if self.compat == "disparse":
@@ -100,8 +100,8 @@ class Normals(Metric):
         degrees = torch.where(valid, _angle(outputs, targets), 0)
         self._add(
             pixels=valid.sum(),
-            degrees=degrees.sum(dtype=torch.float64),
-            cosine=(degrees.deg2rad().cos() * valid).sum(dtype=torch.float64),
+            degrees=degrees.sum(),
+            cosine=(degrees.deg2rad().cos() * valid).sum(),
             within=torch.stack([(valid & (degrees <= limit)).sum() for limit in _WITHIN]),
         )
         places = (degrees * _BINS_PER_DEGREE).round().long().clamp(0, _BINS - 1)
@@ -129,8 +129,6 @@ def _angle(one: Tensor, other: Tensor) -> Tensor:
 
     90 where one of them is 0.
     """
-    # To a largest component of 1 first, so that products neither vanish nor overflow.
-    one, other = (x / x.abs().amax(dim=1, keepdim=True) for x in (one, other))
-    sine = torch.linalg.cross(one, other, dim=1).norm(dim=1)
-    degrees = torch.atan2(sine, (one * other).sum(dim=1)).rad2deg()
-    return degrees.nan_to_num(90)
+    sine, cosine = torch.linalg.cross(one, other, dim=1).norm(dim=1), (one * other).sum(dim=1)
+    nothing = (sine == 0) & (cosine == 0)
+    return torch.atan2(sine, cosine).rad2deg().masked_fill(nothing, 90)
