@@ -22,15 +22,15 @@ miou               yes        yes      leaves out classes without a single hit, 
                                        they have
 pixel_accuracy     yes                 is the mean of the images' accuracies, and counts pixels with
                                        a negative label as errors
-delta1..3          yes        yes      take a negative depth for an inlier
+delta1..3          yes        yes      take a negative depth for an inlier, and a ratio of 1.25**i too
 absolute,          yes                 (of depth) are means of the images' means
 relative
 absolute,                     yes      (of depth) are means of the batches' means, weighted by the
 relative                               number of images
 mean, median,      yes                 (of normals) are taken on targets in [0, 255], never decoded
 within_*
-error                         yes      is the mean cosine of normals, counted among the errors when
-                                       a checkpoint is selected: worse normals win
+error                         yes      (of normals) is the mean cosine, which was added to errors to
+                                       select a checkpoint: worse normals win
 =================  =========  =======  ===========================================================
 """
 

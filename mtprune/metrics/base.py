@@ -38,8 +38,7 @@ class Metric(ABC):
             raise ValueError(f"`compat` must be None, 'disparse' or 'adapmtl'. Got {compat!r}.")
         self.compat = compat
         self._sums = dict(sums)
-        # How many bad values there were, and the largest of them.
-        self._flaws = {flaw: torch.zeros(2, dtype=torch.int64) for flaw in self._flaws_are}
+        self._flaws = self._flawless()
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch.
@@ -47,8 +46,9 @@ class Metric(ABC):
         Raises:
             ValueError: If shapes or types are wrong; on the CPU also if values are.
         """
-        with torch.no_grad():
-            self._update(outputs, targets)
+        if targets.numel():
+            with torch.no_grad():
+                self._update(outputs, targets)
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -63,7 +63,8 @@ class Metric(ABC):
 
     def reset(self) -> None:
         """Forget what was added."""
-        self._map(torch.zeros_like)
+        self._sums = {name: torch.zeros_like(held) for name, held in self._sums.items()}
+        self._flaws = self._flawless()
 
     def merge(self, other: Self) -> Self:
         """Add what ``other`` has seen.
@@ -111,11 +112,11 @@ class Metric(ABC):
     def _add(self, **amounts: Tensor) -> None:
         """Add to sums of the same shape."""
         for name, amount in amounts.items():
-            self._sums[name] = self._held(name, amount.device) + amount
+            self._sums[name] = _moved(self._sums[name], amount.device) + amount
 
     def _count(self, name: str, places: Tensor, weights: Tensor) -> None:
         """Add integer ``weights`` to the ``places`` of a histogram."""
-        held = self._held(name, places.device)
+        held = _moved(self._sums[name], places.device)
         flat = weights.reshape(-1).to(held.dtype)
         self._sums[name] = held.view(-1).scatter_add(0, places.reshape(-1), flat).view(held.shape)
 
@@ -127,7 +128,8 @@ class Metric(ABC):
             if count:
                 raise ValueError(self._complaint(flaw, int(count), int(shown)))
             return
-        self._flaws[flaw] = _worse(self._flaws[flaw].to(bad.device), torch.stack([count, shown]))
+        held = _moved(self._flaws[flaw], bad.device)
+        self._flaws[flaw] = _worse(held, torch.stack([count, shown]))
 
     def _total(self, name: str, what: str) -> float:
         """A sum to divide by, once values are known to be good."""
@@ -146,19 +148,15 @@ class Metric(ABC):
         text = self._flaws_are[flaw].format(count=count, value=value, **self._options())
         return f"{type(self).__name__}: {text}"
 
-    def _held(self, name: str, device: torch.device) -> Tensor:
-        # Onto an accelerator without waiting for it; back from one a copy must be complete.
-        return self._sums[name].to(device, non_blocking=device.type != "cpu")
+    def _flawless(self) -> dict[str, Tensor]:
+        """How many bad values there were, and the largest of them."""
+        return {flaw: torch.tensor([0, _LEAST]) for flaw in self._flaws_are}
 
     def _absorb(self, state: State) -> None:
         for name, amount in state["sums"].items():
             self._sums[name] = self._sums[name] + amount.to(self._sums[name].device)
         for flaw, other in state["flaws"].items():
             self._flaws[flaw] = _worse(self._flaws[flaw], other.to(self._flaws[flaw].device))
-
-    def _map(self, function: Any) -> None:
-        self._sums = {name: function(held) for name, held in self._sums.items()}
-        self._flaws = {name: function(held) for name, held in self._flaws.items()}
 
     def _options(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -190,6 +188,11 @@ def integers(*shape: int) -> Tensor:
 def reals(*shape: int) -> Tensor:
     """Sums."""
     return torch.zeros(shape, dtype=torch.float64)
+
+
+def _moved(held: Tensor, device: torch.device) -> Tensor:
+    """Onto an accelerator without waiting for it; back from one the copy must be complete."""
+    return held.to(device, non_blocking=device.type != "cpu")
 
 
 def _worse(one: Tensor, other: Tensor) -> Tensor:

@@ -104,19 +104,21 @@ class Segmentation(_Confusion):
     def __init__(
         self, classes: int, ignore: int | None = 255, compat: Compat | None = None
     ) -> None:
-        super().__init__(classes, ignore, compat, image_accuracy=reals(), images=integers())
+        images = {"image_accuracy": reals(), "images": integers()} if compat == "disparse" else {}
+        super().__init__(classes, ignore, compat, **images)
 
     def _update(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.ndim != 3:
             raise self._refuse(f"targets must be [B, H, W]. Got {list(targets.shape)}.")
         predicted, targets, looked_at = self._picked(outputs, targets)
         self._confuse(predicted, targets, looked_at)
-        counted = (targets < self.classes).sum(dim=(1, 2))
-        hits = ((predicted == targets) & looked_at).sum(dim=(1, 2))
-        self._add(
-            image_accuracy=(hits / counted.clamp(min=1).double()).sum(),
-            images=(counted > 0).sum(),
-        )
+        if self.compat == "disparse":
+            counted = (targets < self.classes).sum(dim=(1, 2))
+            hits = ((predicted == targets) & looked_at).sum(dim=(1, 2))
+            self._add(
+                image_accuracy=(hits / counted.clamp(min=1).double()).sum(),
+                images=(counted > 0).sum(),
+            )
 
     def compute(self) -> dict[str, float]:
         """``miou`` and ``pixel_accuracy``, in [0, 1]."""

@@ -1,6 +1,7 @@
 """What is true of every streaming metric."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from mtprune import metrics
 from mtprune.metrics import Accuracy, Binary, Depth, Edges, Keypoints, Normals, Segmentation
 
 ROOT = Path(__file__).parents[2]
+DEVICE = torch.device(os.environ.get("MTPRUNE_TEST_DEVICE", "cpu"))
 H, W = 5, 7
 
 
@@ -79,7 +81,7 @@ EVERY = pytest.mark.parametrize("name", SHELF)
 
 
 def batch(name, n=12, seed=0):
-    return SHELF[name][1](n, torch.Generator().manual_seed(seed))
+    return [x.to(DEVICE) for x in SHELF[name][1](n, torch.Generator().manual_seed(seed))]
 
 
 def measured(name, *batches):
@@ -94,8 +96,8 @@ def close(values, tolerance=1e-9):
 
 
 @EVERY
-def test_how_the_data_is_cut_into_batches_does_not_matter(name, device):
-    outputs, targets = (x.to(device) for x in batch(name))
+def test_how_the_data_is_cut_into_batches_does_not_matter(name):
+    outputs, targets = batch(name)
     whole = measured(name, (outputs, targets)).compute()
     for sizes in ([1] * 12, [5, 7], [3, 1, 8]):
         parts = zip(outputs.split(sizes), targets.split(sizes), strict=True)
@@ -177,6 +179,13 @@ def test_a_batch_without_a_valid_pixel_adds_nothing(name):
     assert result == measured(name, batch(name)).compute()
     with pytest.raises(ValueError, match="nothing to measure"):
         measured(name, (outputs, empty)).compute()
+
+
+@EVERY
+def test_an_empty_batch_adds_nothing(name):
+    outputs, targets = batch(name)
+    result = measured(name, (outputs, targets), (outputs[:0], targets[:0])).compute()
+    assert result == measured(name, (outputs, targets)).compute()
 
 
 @EVERY
