@@ -22,7 +22,8 @@ miou               yes        yes      leaves out classes without a single hit, 
                                        they have
 pixel_accuracy     yes                 is the mean of the images' accuracies, and counts pixels with
                                        a negative label as errors
-delta1..3          yes        yes      take a negative depth for an inlier, and a ratio of 1.25**i too
+delta1..3          yes        yes      take a negative depth for an inlier, and a ratio of
+                                       exactly 1.25**i too
 absolute,          yes                 (of depth) are means of the images' means
 relative
 absolute,                     yes      (of depth) are means of the batches' means, weighted by the

@@ -124,7 +124,7 @@ class Metric(ABC):
         """Note where something is ``bad``; of integer ``values`` an example is shown."""
         count = bad.sum()
         shown = count if values is None else values.masked_fill(~bad, _LEAST).amax()
-        if bad.device.type == "cpu":
+        if _can_look(bad):
             if count:
                 raise ValueError(self._complaint(flaw, int(count), int(shown)))
             return
@@ -188,6 +188,11 @@ def integers(*shape: int) -> Tensor:
 def reals(*shape: int) -> Tensor:
     """Sums."""
     return torch.zeros(shape, dtype=torch.float64)
+
+
+def _can_look(values: Tensor) -> bool:
+    """Whether reading values costs no waiting."""
+    return values.device.type == "cpu"
 
 
 def _moved(held: Tensor, device: torch.device) -> Tensor:
