@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mtprune.metrics.base import Metric, integers, reals, single
@@ -24,8 +25,10 @@ class _Absolute(Metric):
 
     def _update(self, outputs: Tensor, targets: Tensor) -> None:
         outputs, targets = single(self, outputs, targets)
-        self._flag("target", ~targets.isfinite())
-        valid = targets.isfinite() if self.ignore is None else targets != self.ignore
+        valid = torch.ones_like(targets, dtype=torch.bool)
+        if self.ignore is not None:
+            valid = targets != self.ignore
+        self._flag("target", valid & ~targets.isfinite())
         self._flag("output", valid & ~outputs.isfinite())
         off = (outputs - targets).abs().where(valid, 0)
         self._add(pixels=valid.sum(), absolute=off.sum())
@@ -47,7 +50,6 @@ class Edges(_Absolute):
         ignore: The target of pixels to leave out; None if there is none.
 
     Example:
-        >>> import torch
         >>> metric = Edges(ignore=255)
         >>> metric.update(torch.tensor([[[0.5, 0.0, 0.0]]]), torch.tensor([[[1.0, 0.0, 255.0]]]))
         >>> metric.compute()
@@ -66,7 +68,6 @@ class Keypoints(_Absolute):
         ignore: The target of pixels to leave out; None if there is none.
 
     Example:
-        >>> import torch
         >>> metric = Keypoints()
         >>> metric.update(torch.tensor([[[0.5, 0.0]]]), torch.tensor([[[1.0, 0.0]]]))
         >>> metric.compute()
