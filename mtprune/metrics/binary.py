@@ -87,10 +87,9 @@ class Binary(Metric):
         right_no, wrong_yes = answers[varies, 0].unbind(dim=1)
         recall, rejection = right_yes / (right_yes + wrong_no), right_no / (right_no + wrong_yes)
         f1 = 2 * right_yes / (2 * right_yes + wrong_no + wrong_yes)
-        negative, positive = self._sums["scores"].cpu()[varies].unbind(dim=1)
-        below = negative.cumsum(dim=1).double() - negative.double() / 2
-        pairs = (negative.sum(dim=1) * positive.sum(dim=1)).double()
-        area = (below * positive).sum(dim=1) / pairs
+        negative, positive = self._sums["scores"].double().cpu()[varies].unbind(dim=1)
+        below = negative.cumsum(dim=1) - negative / 2
+        area = (below * positive).sum(dim=1) / (negative.sum(dim=1) * positive.sum(dim=1))
         return {
             "accuracy": float(answers[:, 0, 0].sum() + answers[:, 1, 1].sum()) / total,
             "balanced_accuracy": float((recall + rejection).mean()) / 2,

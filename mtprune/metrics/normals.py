@@ -41,9 +41,10 @@ def decode_normals(encoded: Tensor, invalid: int | None = 255) -> Tensor:
 class Normals(Metric):
     """Mean and median angle in degrees, and the shares of pixels within angles, in percent.
 
-    Outputs and targets are ``[B, 3, H, W]``, of any length; targets of length 0 mark pixels without
-    a normal. Targets must be decoded (`decode_normals`): components beyond 1 are an error, because
-    angles between encoded normals are far too small. A prediction of length 0 is 90 degrees off.
+    Outputs and targets are ``[B, 3, H, W]``; lengths do not matter, but targets of length 0 mark
+    pixels without a normal, and a prediction of length 0 is 90 degrees off. Targets must be decoded
+    (`decode_normals`): components beyond 1 are an error, because angles between encoded normals are
+    far too small.
 
     The median is that of angles rounded to 0.001 degree, so it is within 0.0005 degree of the exact
     one (the mean of the middle two, for an even number of pixels).
