@@ -16,6 +16,7 @@ read the left digit, read the right digit, and tell whether their sum is odd. Th
     python quickstart.py
     python quickstart.py --one-shot               # prune at once instead; harder on every method
     python quickstart.py --allocation global      # no floor under every layer; harder on joint
+    python quickstart.py --method adapmtl         # thresholds that rise, instead of the vote
 
 It takes a minute or two. What concerns pruning is in `make_method`, `prune_and_tune` and `train`.
 """
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mtprune
-from mtprune import Cubic, MultitaskPruner, Report, Vote
+from mtprune import Cubic, MultitaskPruner, Report, Vote, recipes
+from mtprune.methods import Method
 from mtprune.metrics import delta_t
 
 try:
@@ -141,7 +143,7 @@ def train(
     bar: "tqdm[Any]",
     pruner: MultitaskPruner | None = None,
 ) -> None:
-    """An ordinary training loop. With a pruner it has two more lines.
+    """An ordinary training loop. With a pruner it has three more lines.
 
     The losses that are observed here are those given to the pruner, scaled in the second part of
     this script; the model always trains on the plain ones. Usually they are the same, and
@@ -155,9 +157,13 @@ def train(
         batch = draw(data, 128, generator)
         optimizer.zero_grad()
         outputs = model(batch["image"])
-        if pruner is not None:
+        found = {task: loss(outputs, batch) for task, loss in losses.items()}
+        if pruner is None:
+            total = torch.stack(list(found.values())).sum()
+        else:
             pruner.observe(outputs, batch)  # a score per task, only when masks are about to change
-        torch.stack([loss(outputs, batch) for loss in losses.values()]).sum().backward()
+            total = pruner.weigh(found)  # their sum, unless the method weighs tasks
+        total.backward()
         optimizer.step()
         if pruner is not None:
             pruner.step()  # changes the masks when that is due, and keeps zeros zero
@@ -187,7 +193,7 @@ class Run:
     """What came of pruning once.
 
     Attributes:
-        method: ``"vote"`` or ``"joint"``.
+        method: ``"vote"``, ``"adapmtl"`` or ``"joint"``.
         scale: What one task's loss was multiplied by while scoring.
         seed: Of the data, the dense model and the batches.
         pruned: Accuracies straight after pruning.
@@ -214,7 +220,8 @@ class Run:
 def prune_and_tune(
     dense: Net,
     data: tuple[Batch, Batch],
-    method: Vote,
+    name: str,
+    method: Method,
     scale: float,
     seed: int,
     options: argparse.Namespace,
@@ -245,7 +252,7 @@ def prune_and_tune(
 
     weights = dict(model.named_parameters())
     run = Run(
-        method="vote" if method.disentangled else "joint",
+        method=name,
         scale=scale,
         seed=seed,
         pruned=pruned,
@@ -269,9 +276,8 @@ def change(now: Accuracies, dense: Accuracies) -> float:
 def experiment(
     options: argparse.Namespace,
 ) -> tuple[list[Accuracies], list[Run], Report]:
-    """All seeds: the dense accuracies, the pruned runs, and the report of the first vote."""
-    vote = make_method(options)
-    methods = [vote, replace(vote, disentangled=False)]
+    """All seeds: the dense accuracies, the pruned runs, and the first report."""
+    methods = {options.method: make_method(options), "joint": make_joint(options)}
     tunings = 1 if options.one_shot else 2  # one to prune in, one with masks that stay
     per_seed = options.steps + 4 * tunings * options.tune_steps
     dense_accuracies, runs, reports = [], [], []
@@ -283,11 +289,13 @@ def experiment(
             bar.set_description(f"seed {seed}: dense")
             train(dense, data[0], options.steps, 3e-3, torch.Generator().manual_seed(seed), bar)
             dense_accuracies.append(accuracy(dense, data[1]))
-            for method in methods:
-                bar.set_description(f"seed {seed}: {'vote' if method.disentangled else 'joint'}")
-                run, plain, report = prune_and_tune(dense, data, method, 1.0, seed, options, bar)
+            for name, method in methods.items():
+                bar.set_description(f"seed {seed}: {name}")
+                run, plain, report = prune_and_tune(
+                    dense, data, name, method, 1.0, seed, options, bar
+                )
                 again, masks, _ = prune_and_tune(
-                    dense, data, method, options.scale, seed, options, bar
+                    dense, data, name, method, options.scale, seed, options, bar
                 )
                 differ = sum(int((masks[name] != plain[name]).sum()) for name in plain)
                 runs += [run, replace(again, differ=differ)]
@@ -295,13 +303,22 @@ def experiment(
     return dense_accuracies, runs, reports[0]
 
 
-def make_method(options: argparse.Namespace) -> Vote:
-    """How to prune: in ten updates, or at once on scores of eight batches."""
+def make_method(options: argparse.Namespace) -> Method:
+    """How to prune: by vote in ten updates, or at once; or by thresholds that rise meanwhile."""
+    end = max(2, options.tune_steps)
+    if options.method == "adapmtl":
+        return recipes.adapmtl(options.sparsity, steps=4 * end // 3)
     vote = Vote(sparsity=options.sparsity, allocation=options.allocation)
     if options.one_shot:
         return replace(vote, observations=8)
-    end = max(2, options.tune_steps)
     return replace(vote, schedule=Cubic(begin=1, end=end, every=max(1, end // 10)))
+
+
+def make_joint(options: argparse.Namespace) -> Method:
+    """What it is compared with: the vote's setting, but with one ranking by the summed losses."""
+    vote = make_method(argparse.Namespace(**vars(options) | {"method": "vote"}))
+    assert isinstance(vote, Vote)
+    return replace(vote, disentangled=False)
 
 
 # Tell what came out.
@@ -318,7 +335,7 @@ def groups(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, list[R
         f"{method}, x{scale:g}": [
             run for run in runs if run.method == method and run.scale == scale
         ]
-        for method in ("vote", "joint")
+        for method in (options.method, "joint")
         for scale in (1.0, options.scale)
     }
 
@@ -345,21 +362,23 @@ def table(dense: Sequence[Accuracies], runs: Sequence[Run], options: argparse.Na
 
 
 def behind(runs: Sequence[Run], options: argparse.Namespace) -> str:
-    """Where the vote is behind joint saliency, in so many words."""
+    """Where the method is behind joint saliency, in so many words."""
     found = groups(runs, options)
     places = []
     for moment, words in (("pruned", "straight after pruning"), ("tuned", "fine-tuned")):
         for scale in (1.0, options.scale):
             ours, theirs = (
                 mean([getattr(run, moment) for run in found[f"{method}, x{scale:g}"]])
-                for method in ("vote", "joint")
+                for method in (options.method, "joint")
             )
             places += [
                 f"  {words}, x{scale:g}: {task} ({ours[task]:.1f}, joint {theirs[task]:.1f})"
                 for task in CLASSES
                 if ours[task] < theirs[task]
             ]
-    return "\n".join(["Where the vote is behind joint saliency:", *(places or ["  nowhere"])])
+    return "\n".join(
+        [f"Where {options.method} is behind joint saliency:", *(places or ["  nowhere"])]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -369,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     dense, runs, report = experiment(options)
     zeros = {run.zeros for run in runs}
-    print(f"\nThe vote, seed {options.seed}, losses as they are:\n{report}\n")
+    print(f"\n{options.method.capitalize()}, seed {options.seed}, losses as they are:\n{report}\n")
     print(
         f"Test accuracy in %, mean over {options.seeds} seed(s), {options.sparsity:.0%} pruned "
         f"({' or '.join(f'{n:,}' for n in sorted(zeros))} zeros of {runs[0].weights:,} weights).\n"
@@ -395,10 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def draw_picture(
     dense: Sequence[Accuracies], runs: Sequence[Run], options: argparse.Namespace
 ) -> Figure:
-    """What the scale of one loss does to every task, by vote and by joint saliency."""
+    """What the scale of one loss does to every task, by the method and by joint saliency."""
     found = groups(runs, options)
     differ, delta = {}, {}
-    for method in ("vote", "joint"):
+    for method in (options.method, "joint"):
         plain, scaled = found[f"{method}, x1"], found[f"{method}, x{options.scale:g}"]
         differ[method] = statistics.fmean(run.differ for run in scaled)
         delta[method] = [
@@ -408,7 +427,7 @@ def draw_picture(
     figure.set_layout_engine("constrained", w_pad=0.12)
     figure.suptitle(
         f"{options.scaled_task.capitalize()} loss x{options.scale:g} while scoring: "
-        f"{differ['vote']:,.0f} mask entries change by vote, "
+        f"{differ[options.method]:,.0f} mask entries change by {options.method}, "
         f"{differ['joint']:,.0f} by joint saliency\n\n",
         fontsize=14,
         fontweight="bold",
@@ -492,6 +511,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--method", choices=["vote", "adapmtl"], default="vote", help="what joint is compared to")
     add("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
     add("--scale", type=float, default=30.0, help="what one loss is multiplied by in the scoring")
     add("--scaled-task", choices=list(CLASSES), default="left", help="the task it is done to")
@@ -512,6 +532,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.scale <= 0 or options.scale == 1:
         parser.error(f"--scale must be positive, and not 1. Got {options.scale:g}.")
+    if options.one_shot and options.method == "adapmtl":
+        parser.error("--one-shot leaves adapmtl no time to learn thresholds.")
     try:
         make_method(options)
     except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 TINY = ["--steps", "20", "--tune-steps", "4", "--seeds", "1", "--threads", "1"]
 OPTIONS = [
+    "--method",
     *("--sparsity", "--scale", "--scaled-task", "--allocation", "--one-shot", "--backend"),
     *("--steps", "--tune-steps", "--seeds", "--seed", "--threads", "--out"),
 ]
@@ -67,6 +68,17 @@ def test_one_shot_inplace_global(quickstart, tmp_path):
         assert run["method"] == "joint" or run["differ"] == 0
 
 
+def test_adapmtl_takes_the_place_of_the_vote(quickstart, tmp_path, capsys):
+    arguments = [*TINY, "--method", "adapmtl", "--scale", "32", "--out", str(tmp_path)]
+    results = quickstart.main(arguments)
+    assert [run["method"] for run in results["runs"]] == ["adapmtl"] * 2 + ["joint"] * 2
+    for run in results["runs"]:
+        assert run["zeros"] == round(0.9 * run["weights"])
+    # What losses are multiplied by in the scoring reaches neither thresholds nor weights of tasks.
+    assert results["runs"][1]["differ"] == 0
+    assert "Where adapmtl is behind joint" in capsys.readouterr().out
+
+
 def test_digits_do_not_leak(quickstart):
     training, test = quickstart.make_data(0)
     # The left digit's first five columns are never overlapped.
@@ -85,6 +97,7 @@ def test_digits_do_not_leak(quickstart):
         (["--sparsity", "90"], r"Did you mean 0\.9"),
         (["--scale", "1"], "--scale must be positive, and not 1"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--one-shot", "--method", "adapmtl"], "no time to learn thresholds"),
     ],
 )
 def test_refuses(quickstart, capsys, arguments, message):
