@@ -306,8 +306,9 @@ def experiment(
 def make_method(options: argparse.Namespace) -> Method:
     """How to prune: by vote in ten updates, or at once; or by thresholds that rise meanwhile."""
     end = max(2, options.tune_steps)
-    if options.method == "adapmtl":
-        return recipes.adapmtl(options.sparsity, steps=4 * end // 3)
+    if options.method != "vote":
+        learned = "learned" if options.method == "adapmtl-learned" else "uniform"
+        return recipes.adapmtl(options.sparsity, steps=4 * end // 3, allocation=learned)
     vote = Vote(sparsity=options.sparsity, allocation=options.allocation)
     if options.one_shot:
         return replace(vote, observations=8)
@@ -511,7 +512,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--method", choices=["vote", "adapmtl"], default="vote", help="what joint is compared to")
+    add("--method", choices=["vote", "adapmtl", "adapmtl-learned"], default="vote", help="ours")
     add("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
     add("--scale", type=float, default=30.0, help="what one loss is multiplied by in the scoring")
     add("--scaled-task", choices=list(CLASSES), default="left", help="the task it is done to")
@@ -532,8 +533,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.scale <= 0 or options.scale == 1:
         parser.error(f"--scale must be positive, and not 1. Got {options.scale:g}.")
-    if options.one_shot and options.method == "adapmtl":
-        parser.error("--one-shot leaves adapmtl no time to learn thresholds.")
+    if options.one_shot and options.method != "vote":
+        parser.error("--one-shot leaves thresholds no time to rise.")
     try:
         make_method(options)
     except ValueError as error:

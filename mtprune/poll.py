@@ -82,6 +82,6 @@ def poll(
         names=[layer.name for _, layer in layers],
         costs=[costs[layer.name] for _, layer in layers] if costs else [],
         losses={task: float(total) for task, total in evidence.losses.items()},
-        slopes=masking.slopes().tolist() if isinstance(masking, SoftMasking) else [],
+        seen=masking.seen().tolist() if isinstance(masking, SoftMasking) else [],
         memory=memory,
     )

@@ -114,7 +114,7 @@ class MultitaskPruner:
             costs = dict(zip([layer.name for layer in self._layers], found, strict=True))
         self._masking = make_masking(backend, self._model)
         if self._method.softens:
-            self._masking = SoftMasking(self._masking, self._model, self._method.needs_slopes)
+            self._masking = SoftMasking(self._masking, self._model, self._method.watch)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
         self._generator = torch.Generator().manual_seed(seed)
         self._round = Round(

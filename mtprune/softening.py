@@ -8,7 +8,7 @@ Parameter and hands the masks to the back-end.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ from mtprune.components import Layer
 from mtprune.masking import Gate, Masking, Product, PruneMasking
 from mtprune.thresholds import soft_threshold
 
-__all__ = ["SoftMasking", "Threshold"]
+__all__ = ["EDGE", "SoftMasking", "Threshold", "Watch"]
+
+Watch = Literal["slope", "edge"]
+
+EDGE = 0.1
+"""How far above the threshold weights are at its edge, as a share of it."""
 
 
 class Leaking:
@@ -51,7 +56,7 @@ class Threshold:
     Args:
         leak: How much gradient passes below it.
         like: The layer's weight.
-        slack: Whether to note how the loss depends on it.
+        watch: What to note in every backward; see `SoftMasking`.
         source: Computes it anew in every forward; else it is a number that somebody sets.
     """
 
@@ -59,13 +64,14 @@ class Threshold:
         self,
         leak: Leaking,
         like: Tensor,
-        slack: bool,
+        watch: Watch | None,
         source: Callable[[], Tensor] | None = None,
     ) -> None:
         self.leak = leak
         self.source = source
         self.fixed = like.new_zeros((), requires_grad=False)
-        self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if slack else None
+        self.edge = EDGE if watch == "edge" else 0.0
+        self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if watch else None
         self.called = False
 
     def tau(self, weight: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ class Threshold:
         self.called = True
         if self.slack is not None and self.slack.device != weight.device:
             self.slack = self.slack.detach().to(weight.device).requires_grad_()
-        return soft_threshold(weight, self.tau(weight), self.leak, self.slack)
+        return soft_threshold(weight, self.tau(weight), self.leak, self.slack, self.edge)
 
 
 class SoftMasking(PruneMasking):
@@ -90,17 +96,19 @@ class SoftMasking(PruneMasking):
     Args:
         hard: The back-end.
         model: The model.
-        slack: Whether to note how the loss depends on each threshold.
+        watch: What to note of every layer in every backward: ``"slope"``, the derivative of the
+            loss in the log-threshold; ``"edge"``, the sum of ``|gradient|`` over the weights just
+            above it; or nothing.
     """
 
-    def __init__(self, hard: Masking, model: nn.Module, slack: bool = False) -> None:
+    def __init__(self, hard: Masking, model: nn.Module, watch: Watch | None = None) -> None:
         super().__init__(model)
         self.gate = hard.gate
         self.leak = Leaking(self.gate)
         self.thresholds: dict[str, Threshold] = {}
         self._hard = hard
-        self._slack = slack
-        self._slopes = torch.zeros(0)
+        self._watch = watch
+        self._seen = torch.zeros(0)
         self._warned = False
 
     @property
@@ -133,11 +141,11 @@ class SoftMasking(PruneMasking):
             source = None if isinstance(tau, (float, Tensor)) else tau
             threshold = self.thresholds.get(layer.name)
             if threshold is None:
-                threshold = Threshold(self.leak, layer.parameter, self._slack, source)
+                threshold = Threshold(self.leak, layer.parameter, self._watch, source)
                 self.thresholds[layer.name] = threshold
             if isinstance(tau, (float, Tensor)):
                 threshold.fixed.fill_(tau)
-        self._slopes = torch.zeros(len(layers))
+        self._seen = torch.zeros(len(layers))
         super().install(layers, masks)
         for name in self.thresholds:
             self.thresholds[name].called = False  # installing asks once
@@ -160,7 +168,7 @@ class SoftMasking(PruneMasking):
         """While thresholds are learned, weights below them move on, for they may come back."""
         if not self.is_soft:
             self._hard.enforce()
-        elif self._slack:
+        elif self._watch:
             self._settle()
 
     @override
@@ -201,12 +209,12 @@ class SoftMasking(PruneMasking):
     def mask(self, layer: Layer) -> Tensor | None:
         return super().mask(layer) if self.is_soft else self._hard.mask(layer)
 
-    def slopes(self) -> Tensor:
-        """For each soft layer, the derivative of all losses in its log-threshold, ``[layers]``.
+    def seen(self) -> Tensor:
+        """What was noted of each soft layer, ``[layers]``.
 
         Summed over all backwards since thresholds were last set.
         """
-        return self._slopes
+        return self._seen
 
     def soft_state(self, layers: Sequence[Layer]) -> dict[str, Any]:
         """The thresholds as plain containers; empty once masks are fixed."""
@@ -217,7 +225,7 @@ class SoftMasking(PruneMasking):
                 x.name: self.thresholds[x.name].tau(x.parameter).detach().clone() for x in layers
             },
             "leak": self.leak.share,
-            "slopes": self._slopes.clone(),
+            "seen": self._seen.clone(),
         }
 
     def restore(
@@ -226,7 +234,7 @@ class SoftMasking(PruneMasking):
         """Go on from `soft_state`."""
         taus = [state["thresholds"][layer.name] for layer in layers]
         self.soften(layers, taus, masks, state["leak"])
-        self._slopes = state["slopes"].clone()
+        self._seen = state["seen"].clone()
 
     @override
     def _product(self, layer: Layer) -> Product:
@@ -234,12 +242,12 @@ class SoftMasking(PruneMasking):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Take up what the last backward said about the slopes."""
+        """Take up what was noted in the last backward."""
         slack = [threshold.slack for threshold in self.thresholds.values()]
         grads = [x.new_zeros(()) if x.grad is None else x.grad for x in slack if x is not None]
         found = torch.stack([grad.to(grads[0].device) for grad in grads])
         # Neither infinite nor NaN, as where a GradScaler overflows.
-        self._slopes = self._slopes.to(found.device) + torch.where(found.isfinite(), found, 0.0)
+        self._seen = self._seen.to(found.device) + torch.where(found.isfinite(), found, 0.0)
         for x in slack:
             if x is not None:
                 x.grad = None

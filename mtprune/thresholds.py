@@ -40,7 +40,11 @@ class Leak(Protocol):
 
 
 def soft_threshold(
-    weight: Tensor, tau: Tensor, leak: Leak | None = None, slack: Tensor | None = None
+    weight: Tensor,
+    tau: Tensor,
+    leak: Leak | None = None,
+    slack: Tensor | None = None,
+    edge: float = 0.0,
 ) -> Tensor:
     r"""Move every weight towards zero by ``tau``, and stop there.
 
@@ -53,6 +57,8 @@ def soft_threshold(
         tau: 0-dim, not negative.
         leak: Gradient that passes below the threshold; none unless given.
         slack: 0-dim, stands for a change of :math:`\log \tau`; its value is not used.
+        edge: If positive, ``slack`` gets something else: the sum of :math:`|g|` over the weights at
+            the edge, those above the threshold by less than this share of it.
 
     Returns:
         The weights that are left, same shape; exact zeros where ``|weight| <= tau``.
@@ -62,7 +68,7 @@ def soft_threshold(
         tensor([-2.,  0.,  0.,  1.])
     """
     result: Tensor = _SoftThreshold.apply(  # type: ignore[no-untyped-call]
-        weight, tau, leak, slack
+        weight, tau, leak, slack, edge
     )
     return result
 
@@ -71,20 +77,21 @@ class _SoftThreshold(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, tau: Tensor, leak: Leak | None, slack: Tensor | None) -> Tensor:
+    def forward(
+        weight: Tensor, tau: Tensor, leak: Leak | None, slack: Tensor | None, edge: float
+    ) -> Tensor:
         # sign(w) * relu(|w| - tau) to the bit, in two passes.
         return weight - weight.clamp(-tau, tau)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, tau, ctx.leak, slack = inputs
-        ctx.has_slack = slack is not None
+        _, tau, ctx.leak, _, ctx.edge = inputs
         # A weight above the threshold never becomes zero (floats underflow gradually), so that the
         # result, which the layer keeps anyway, says which ones those are.
         ctx.save_for_backward(output, tau, *([] if ctx.leak is None else ctx.leak.tensors))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, tau, *leak = ctx.saved_tensors
         if leak and torch.compiler.is_compiling():
             share = torch.stack(leak).amax().to(grad)
@@ -96,11 +103,14 @@ class _SoftThreshold(torch.autograd.Function):
         else:
             of_weight = torch.where(output != 0, grad, grad * ctx.leak.now)
         of_tau = of_slack = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            slope = shrinkage(output, grad).sum()
-            of_tau = slope.to(tau.dtype)
-            of_slack = slope * tau if ctx.has_slack else None
-        return of_weight, of_tau, None, of_slack
+        if ctx.needs_input_grad[1]:
+            of_tau = shrinkage(output, grad).sum().to(tau.dtype)
+        if ctx.needs_input_grad[3] and ctx.edge:
+            near = (output != 0) & (output.abs() < ctx.edge * tau)
+            of_slack = torch.where(near, grad.abs(), 0.0).sum(dtype=torch.float32)
+        elif ctx.needs_input_grad[3]:
+            of_slack = shrinkage(output, grad).sum(dtype=torch.float32) * tau
+        return of_weight, of_tau, None, of_slack, None
 
 
 def shrinkage(weight: Tensor, grad: Tensor) -> Tensor:

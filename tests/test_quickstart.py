@@ -97,7 +97,7 @@ def test_digits_do_not_leak(quickstart):
         (["--sparsity", "90"], r"Did you mean 0\.9"),
         (["--scale", "1"], "--scale must be positive, and not 1"),
         (["--seeds", "0"], "must be at least 1"),
-        (["--one-shot", "--method", "adapmtl"], "no time to learn thresholds"),
+        (["--one-shot", "--method", "adapmtl"], "no time to rise"),
     ],
 )
 def test_refuses(quickstart, capsys, arguments, message):

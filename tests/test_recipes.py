@@ -59,13 +59,15 @@ def test_each_recipe_is_the_published_method(name, score, allocation, schedule, 
     )
 
 
-def test_adapmtl_learns_where_and_weighs_tasks_by_how_they_bear_pruning():
-    assert recipes.adapmtl(0.8, 1_000) == SoftThreshold(
+@pytest.mark.parametrize("allocation", ["uniform", "learned"])
+def test_adapmtl_weighs_tasks_by_how_they_bear_pruning(allocation):
+    assert recipes.adapmtl(0.8, 1_000, allocation=allocation) == SoftThreshold(
         0.8,
         schedule=Cubic(begin=0, end=750, every=5),
-        allocation="learned",
+        allocation=allocation,
         weighting="pruning_sensitivity",
     )
+    assert recipes.adapmtl(0.8, 1_000).allocation == "uniform"
     assert recipes.adapmtl(0.8, 1).schedule == Cubic(begin=0, end=1, every=1)
 
 

@@ -96,7 +96,7 @@ def test_the_thresholds_are_what_autograd_and_adam_make_of_them():
         loss.backward()
         adam.step()
         for name, found in logits(pruner).items():
-            assert found == pytest.approx(float(s[name]), rel=1e-4)
+            assert found == pytest.approx(s[name].item(), rel=1e-4)
 
 
 def test_it_rests_while_the_target_is_reached_and_is_not_exact():

@@ -92,6 +92,13 @@ def test_slack_gets_the_derivative_in_the_log_threshold():
     torch.testing.assert_close(slack.grad, 0.3 * threshold.grad)
 
 
+def test_at_the_edge_slack_gets_the_size_of_the_gradients():
+    weight, slack = torch.tensor([-1.05, 0.9, 1.0, 1.09, 1.2]), torch.zeros((), requires_grad=True)
+    given = torch.tensor([-2.0, 4.0, 8.0, 16.0, 32.0])
+    soft_threshold(weight, tau(1.0), None, slack, 0.1).backward(given)
+    assert slack.grad == 18.0
+
+
 def test_gradients_agree_with_finite_differences():
     weight = torch.randn(200, dtype=torch.float64)
     weight = weight[(weight.abs() - 0.5).abs() > 1e-3].requires_grad_()

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtprune.granularity import Granularity
 from mtprune.saliency import Saliency
 from mtprune.schedule import Schedule
+from mtprune.softening import Watch
 
 __all__ = ["JOINT", "Ballot", "Decision", "Method", "Softly", "describe"]
 
@@ -33,7 +34,7 @@ class Ballot:
         names: The layers' names.
         costs: What each weight of a layer costs, in multiply-adds; empty unless that was measured.
         losses: The sum of the observed losses of each task.
-        slopes: How the losses depend on the log-threshold of each layer, summed over steps.
+        seen: What was noted of each soft layer, summed over the steps since the last update.
         memory: What the last decision left to remember; empty at first.
     """
 
@@ -46,7 +47,7 @@ class Ballot:
     names: Sequence[str] = ()
     costs: Sequence[Fraction] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
-    slopes: Sequence[float] = ()
+    seen: Sequence[float] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -132,8 +133,8 @@ class Method(Protocol):
         ...
 
     @property
-    def needs_slopes(self) -> bool:
-        """Whether it asks how the losses depend on the thresholds."""
+    def watch(self) -> Watch | None:
+        """What to note of soft layers in every backward."""
         ...
 
     @property

@@ -54,7 +54,7 @@ class SigmoidThreshold:
     observations: ClassVar[int] = 1
     regrows: ClassVar[bool] = False
     softens: ClassVar[bool] = True
-    needs_slopes: ClassVar[bool] = True
+    watch: ClassVar[Literal["slope"]] = "slope"
     needs_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class SigmoidThreshold:
     def _train(self, ballot: Ballot, memory: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer does to every s, its gradient that of the last backward."""
         slope = dict.fromkeys(memory["s"], 0.0)
-        for component, found in zip(ballot.components, ballot.slopes, strict=True):
+        for component, found in zip(ballot.components, ballot.seen, strict=True):
             slope[component] += found
         count = memory["updates"] + 1
         moved: dict[str, dict[str, float]] = {"s": {}, "first": {}, "second": {}}

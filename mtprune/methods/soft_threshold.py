@@ -26,13 +26,13 @@ from mtprune.methods.vote import check_sparsity
 from mtprune.saliency import Saliency
 from mtprune.schedule import Cubic, Regrow, Schedule
 from mtprune.selection import Quota
+from mtprune.softening import EDGE, Watch
 from mtprune.thresholds import between, follow, shrinkage, waterline
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
 __all__ = ["SoftThreshold"]
 
 _FARTHEST = 2.5  # offsets stay within e^-2.5 .. e^2.5: a threshold at most 150 times another
-_WINDOW = 0.1  # weights this near to the threshold say how many a small change of it would take
 
 
 class _Sum(Element):
@@ -58,7 +58,8 @@ class SoftThreshold:
         schedule: When thresholds change, and when they are fixed.
         per: What shares a threshold: a ``"component"`` or a ``"layer"``.
         allocation: Offsets of the log-thresholds: ``"uniform"`` (none), ``"learned"`` from the
-            losses, or a mapping component -> offset.
+            gradients (a weight at the edge should be worth the same everywhere), or a mapping
+            component -> offset.
         grad_mode: Which gradient weights below the threshold get: ``"str"`` none, as published;
             ``"ste"`` all of it, so that they can come back; ``"anneal"`` ever less of it.
         control: ``"exact"`` sets the level by order statistic at every update; ``"pi"`` by a
@@ -91,7 +92,7 @@ class SoftThreshold:
     max_sparsity: float | Mapping[str, float] | None = None
     weighting: Any = "uniform"
     scale: Literal["rms", "none"] = "rms"
-    rate: float = 0.05
+    rate: float = 0.02
     observations: int = 1
 
     granularity: ClassVar[Granularity] = _Sum()
@@ -169,9 +170,9 @@ class SoftThreshold:
         return shrinkage if isinstance(weighting, PruningSensitivity) else None
 
     @property
-    def needs_slopes(self) -> bool:
-        """Whether offsets are learned."""
-        return self.allocation == "learned"
+    def watch(self) -> Watch | None:
+        """What the weights just above the thresholds are worth, if offsets are learned."""
+        return "edge" if self.allocation == "learned" else None
 
     @property
     def needs_costs(self) -> bool:
@@ -212,7 +213,7 @@ class SoftThreshold:
         units = [self._unit(ballot, groups, group, progress > 0) for group in dict.fromkeys(groups)]
         unit = dict(zip(dict.fromkeys(groups), units, strict=True))
         memory = dict(ballot.memory)
-        if self.needs_slopes:
+        if self.watch:
             memory.update(self._learn(ballot, groups, unit, memory))
         offsets = memory.get("offsets", {})
         factors = []
@@ -358,41 +359,38 @@ class SoftThreshold:
         unit: Mapping[str, float],
         memory: Mapping[str, Any],
     ) -> dict[str, Any]:
-        r"""Move offsets to where the losses mind less, at the same number of weights pruned.
+        r"""Move offsets until a weight at the edge is worth the same in every group.
 
-        With :math:`G_c` the derivative of the losses in a log-threshold and :math:`m_c` the number
-        of weights a change of it would take, the direction :math:`G_c - m_c \sum G / \sum m`
-        changes no count; Adam turns it into steps, so that the scale of the losses drops out.
+        With :math:`m_c` weights at the edge of a group, and :math:`p_c` the mean of
+        :math:`|\partial L / \partial w|` over them, the step is along
+        :math:`\log(\bar p / p_c)`, less what would change the number of weights pruned,
+        :math:`\sum m_c \delta_c`. Where p is the same everywhere no exchange of weights between
+        groups would gain anything. The scale of the losses drops out.
         """
         names = list(dict.fromkeys(groups))
-        slope = dict.fromkeys(names, 0.0)
+        worth = dict.fromkeys(names, 0.0)
         mass = dict.fromkeys(names, 1e-12)
         offsets = memory.get("offsets", {})
         level = memory.get("level")
-        if level is None or not any(ballot.slopes):
+        if level is None or not any(ballot.seen):
             return {}
-        for group, weight, found in zip(groups, ballot.weights, ballot.slopes, strict=True):
-            slope[group] += found
+        for group, weight, found in zip(groups, ballot.weights, ballot.seen, strict=True):
             line = unit[group] * math.exp(level + offsets.get(group, 0.0))
-            near = (weight.abs() > (1 - _WINDOW) * line) & (weight.abs() < (1 + _WINDOW) * line)
-            mass[group] += int(near.sum())
-        total, whole = sum(slope.values()), sum(mass.values())
-        count = memory.get("updates", 0) + 1
-        first, second, steps = {}, {}, {}
-        for name in names:
-            direction = mass[name] / whole * total - slope[name]
-            first[name] = 0.9 * memory.get("first", {}).get(name, 0.0) + 0.1 * direction
-            second[name] = 0.99 * memory.get("second", {}).get(name, 0.0) + 0.01 * direction**2
-            size = math.sqrt(second[name] / (1 - 0.99**count))
-            steps[name] = self.rate * first[name] / (1 - 0.9**count) / size if size else 0.0
-        drift = sum(mass[name] * steps[name] for name in names) / whole
-        moved = {name: offsets.get(name, 0.0) + steps[name] - drift for name in names}
-        return {
-            "offsets": {n: max(-_FARTHEST, min(_FARTHEST, value)) for n, value in moved.items()},
-            "first": first,
-            "second": second,
-            "updates": count,
+            size = weight.abs()
+            worth[group] += found
+            mass[group] += int(((size > line) & (size < (1 + EDGE) * line)).sum())
+        whole = sum(mass.values())
+        usual = sum(worth.values()) / whole
+        way = {
+            n: math.log(usual * mass[n] / worth[n]) if mass[n] >= 1 and worth[n] > 0 else 0.0
+            for n in names
         }
+        first = {n: 0.9 * memory.get("first", {}).get(n, 0.0) + 0.1 * way[n] for n in names}
+        steps = {n: self.rate * first[n] for n in names}
+        drift = sum(mass[n] * steps[n] for n in names) / whole
+        moved = {n: offsets.get(n, 0.0) + steps[n] - drift for n in names}
+        bounded = {n: max(-_FARTHEST, min(_FARTHEST, offset)) for n, offset in moved.items()}
+        return {"offsets": bounded, "first": first}
 
     def _sensitivities(self, ballot: Ballot) -> dict[str, float]:
         """For each task, the derivative of its log-loss in the common log-threshold."""

@@ -74,7 +74,7 @@ class Vote:
     min_keep: int = 1
 
     softens: ClassVar[bool] = False
-    needs_slopes: ClassVar[bool] = False
+    watch: ClassVar[None] = None
     needs_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
