@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mtprune import distributed
 from mtprune.collect import Evidence, checked
 from mtprune.components import Layer
 from mtprune.masking import Masking
@@ -82,6 +83,8 @@ def poll(
         names=[layer.name for _, layer in layers],
         costs=[costs[layer.name] for _, layer in layers] if costs else [],
         losses={task: float(total) for task, total in evidence.losses.items()},
-        seen=masking.seen().tolist() if isinstance(masking, SoftMasking) else [],
+        seen=distributed.mean_(masking.seen().clone()).tolist()
+        if isinstance(masking, SoftMasking)
+        else [],
         memory=memory,
     )

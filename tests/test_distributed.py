@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from mtprune import Cubic, SoftThreshold
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
@@ -32,13 +33,25 @@ def start(name, method, backend, rank, world):
     net = build(name)
     net.make_batch = Share(net.make_batch, rank, world)
     wrap = DistributedDataParallel if world > 1 else None
-    return Run(net, nets.METHODS[method](), backend, sgd, wrap=wrap)
+    return Run(net, METHODS[method](), backend, sgd, wrap=wrap)
+
+
+def soft():
+    return SoftThreshold(
+        0.7,
+        schedule=Cubic(begin=1, end=7, every=2),
+        allocation="learned",
+        weighting="pruning_sensitivity",
+    )
+
+
+METHODS = {**nets.METHODS, "soft": soft}
 
 
 CASES = [
     (name, method, backend)
     for name in ("plain", "skipped_layer", "tied")
-    for method in nets.METHODS
+    for method in METHODS
     for backend in ("prune", "inplace")
 ]
 
@@ -49,7 +62,8 @@ def train(case, rank, world):
     for _ in range(STEPS):
         run.step()
         masks.append(run.pruner.masks)
-    return {"masks": masks, "weights": weights(run)}
+    memory = run.pruner.state_dict()["memory"]
+    return {"masks": masks, "weights": weights(run), "offsets": memory.get("offsets", {})}
 
 
 def disagree(rank):
@@ -115,6 +129,7 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
     for one, other in zip(first["masks"], second["masks"], strict=True):
         assert same(one, other)
     assert same(first["weights"], second["weights"])
+    assert first["offsets"] == second["offsets"]
     last = first["masks"][-1]
     assert nets.zeros(last) == round(0.7 * nets.size(last))
 
@@ -125,6 +140,8 @@ def test_two_ranks_are_one_process_with_the_whole_batch(case, ranks):
     result = ranks[0]["/".join(case)]
     for one, other in zip(alone["masks"], result["masks"], strict=True):
         assert same(one, other)
+    # Sizes of gradients are noted before ranks add theirs up, so these are near, not the same.
+    assert result["offsets"] == pytest.approx(alone["offsets"], rel=0.5)
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
