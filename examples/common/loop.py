@@ -1,0 +1,368 @@
+"""The training loop, with the pruner in it. Lines that concern the pruner end in ``# mtprune``."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import data, losses, nets, results
+from common.options import Options, Problem, make_method, parse
+from mtprune import MultitaskPruner
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of.
+
+    Attributes:
+        options: How.
+        source: The data set.
+        tasks: Those to learn.
+        model: The net.
+        optimizer: Of its weights.
+        pruner: Of its weights, too.
+        scaler: Of float16 gradients; does nothing otherwise.
+    """
+
+    options: Options
+    source: data.Source
+    tasks: Mapping[str, losses.Task]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pruner: MultitaskPruner
+    scaler: torch.amp.GradScaler
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "pruner": self.pruner,
+            "scaler": self.scaler,
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, if asked for."""
+        options = self.options
+        kind = torch.float16 if options.device.startswith("cuda") else torch.bfloat16
+        return torch.autocast(options.device.split(":")[0], kind, enabled=options.amp)
+
+    def to_device(self, batch: data.Sample) -> data.Sample:
+        """A batch where the net is."""
+        return {name: x.to(self.options.device, non_blocking=True) for name, x in batch.items()}
+
+
+def open_data(problem: Problem, options: Options) -> data.Source:
+    """Find the data, and read a sample of every split: what is wrong should show now."""
+    source = data.find(options.data, problem.layouts, options.tasks)
+    for task in options.tasks:
+        if task not in source.outputs:
+            raise ValueError(f"{source.layout} has no task '{task}'. It has {[*source.outputs]}.")
+    for split in source.splits.values():
+        split[0]
+    return source
+
+
+def build(problem: Problem, options: Options, source: data.Source) -> Run:
+    """Net, optimizer and pruner, as they are before the first step."""
+    torch.manual_seed(options.seed)
+    every = problem.make_tasks(source)
+    tasks = {name: every[name] for name in options.tasks}
+    outputs = {name: source.outputs[name] for name in tasks}
+    model = nets.build(options.net, outputs, options.width, source.features)
+    if options.imagenet is not None:
+        nets.load_backbone(model, options.imagenet)
+    model.to(options.device)
+    optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.decay)
+    scales = options.loss_scale
+    pruner = MultitaskPruner(  # mtprune
+        model,
+        {name: losses.task_loss(name, task, scales.get(name, 1)) for name, task in tasks.items()},
+        shared_modules=model.shared_modules(),
+        method=make_method(options),
+        optimizer=optimizer,
+        backend=options.backend,
+        seed=options.seed,
+    )
+    on_gpu = options.device.startswith("cuda")
+    scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=options.amp and on_gpu)
+    return Run(options, source, tasks, model, optimizer, pruner, scaler)
+
+
+def batches_from(problem: Problem, run: Run, start: int, stop: int) -> Any:
+    """The training batches of these steps."""
+    options, tasks = run.options, run.tasks
+    augment = None
+    if problem.augment:
+        augment = data.Augment(
+            crop=tuple(options.crop),
+            scales=tuple(options.scales),
+            zoom=run.source.zoom,
+            normals=tuple(name for name, task in tasks.items() if task.normals),
+            padding={name: task.padding for name, task in tasks.items()},
+        )
+    return data.training_batches(
+        run.source.splits["train"],
+        augment,
+        batch=options.batch,
+        seed=options.seed,
+        start=start,
+        stop=stop,
+        workers=options.workers,
+    )
+
+
+def train(problem: Problem, options: Options) -> Results:
+    """Train, prune, pick by validation, test; the results, as written to the JSON.
+
+    Into ``--out`` go ``checkpoint.pt`` (to resume), ``best.pt``, ``model.pt`` (the finished net:
+    plain weights, zeros and all), ``results.json`` and ``curves.png``.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    source = open_data(problem, options)
+    run = build(problem, options, source)
+    model, optimizer, pruner, scaler = run.model, run.optimizer, run.pruner, run.scaler
+    weight = {
+        name: options.weight.get(name, task.weight) / options.loss_scale.get(name, 1)
+        for name, task in run.tasks.items()
+    }
+    log: dict[str, Any] = {"step": 0, "train": [], "val": [], "best": None, "seconds": 0.0}
+    saved = options.out / "checkpoint.pt"
+    if options.resume and saved.exists():
+        log = load(run, saved)
+    elif options.pretrained is not None:
+        start_from(problem, run)
+    if log["step"] == 0 and prunes_at_once(options):
+        scoring = islice(batches_from(problem, run, 0, options.observations), options.observations)
+        pruner.prune(map(run.to_device, scoring), forward=forward)  # mtprune
+        if options.rewind:
+            rewind(problem, run)
+
+    net = compiled(model) if options.compile else model
+    began, sparsity = time.perf_counter() - log["seconds"], pruner.sparsity
+    batches = batches_from(problem, run, log["step"], options.steps)
+    bar = tqdm(batches, initial=log["step"], total=options.steps, unit="step", disable=None)
+    for batch in map(run.to_device, bar):
+        step = log["step"]
+        set_rate(optimizer, options, step)
+        optimizer.zero_grad()
+        with run.autocast():
+            outputs = forward(net, batch)
+        parts = pruner.observe(outputs, batch, scaler=scaler if options.amp else None)  # mtprune
+        total = pruner.weigh({name: weight[name] * part for name, part in parts.items()})  # mtprune
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if pruner.step():  # mtprune
+            sparsity = pruner.sparsity
+
+        log["step"] = step + 1
+        if step % max(1, options.steps // 500) == 0:
+            scale = options.loss_scale
+            now = {name: float(part.detach()) / scale.get(name, 1) for name, part in parts.items()}
+            log["train"].append({"step": step, "sparsity": sparsity, **now})
+            shown = {name: f"{loss:.3g}" for name, loss in now.items()}
+            bar.set_postfix(shown | {"sparsity": f"{sparsity:.1%}"}, refresh=False)
+        if log["step"] % options.save_every == 0 or log["step"] == options.steps:
+            validate(run, log)
+            log["seconds"] = time.perf_counter() - began
+            save(run, log, saved)
+    return finish(problem, options, source, log)
+
+
+def forward(model: nn.Module, batch: data.Sample) -> dict[str, Tensor]:
+    """``{task: output}``."""
+    outputs: dict[str, Tensor] = model(batch["input"])
+    return outputs
+
+
+def compiled(model: nn.Module) -> Any:
+    """The compiled net, whose graph can be swept before its backward pass."""
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(model)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, options: Options, step: int) -> None:
+    """The learning rate of a step: a staircase downwards."""
+    for group in optimizer.param_groups:
+        group["lr"] = options.lr * options.lr_factor ** (step // options.lr_every)
+
+
+def prunes_at_once(options: Options) -> bool:
+    """Whether masks come before training, and do not change in it."""
+    method = make_method(options)
+    schedule = getattr(method, "schedule", None)
+    return type(schedule).__name__ == "OneShot" and schedule.at == 0
+
+
+def start_from(problem: Problem, run: Run) -> None:
+    """Load the weights of a finished run."""
+    path = run.options.pretrained
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}. Train with --method dense to get a model.pt.")
+    try:
+        run.model.load_state_dict(torch.load(path, weights_only=True))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another net than these options describe. {error}") from None
+
+
+@torch.no_grad()
+def rewind(problem: Problem, run: Run) -> None:
+    """Bring the weights that were kept back to where they began."""
+    masks, state = run.pruner.masks, run.model.state_dict()
+    torch.manual_seed(run.options.seed)
+    outputs = {name: run.source.outputs[name] for name in run.tasks}
+    options = run.options
+    fresh = nets.build(options.net, outputs, options.width, run.source.features).state_dict()
+    for name, value in state.items():
+        plain = name.removesuffix("_orig")
+        if plain in fresh:
+            kept = fresh[plain].to(value.device)
+            value.copy_(kept * masks[plain] if plain in masks else kept)
+
+
+@torch.no_grad()
+def evaluate(run: Run, split: str) -> dict[str, dict[str, float]]:
+    """Loss and metrics of every task on a split."""
+    model, options = run.model, run.options
+    model.eval()
+    metrics = {name: task.metric() for name, task in run.tasks.items()}
+    sums, count = dict.fromkeys(run.tasks, 0.0), 0
+    batches = data.test_batches(
+        run.source.splits[split], batch=options.batch, workers=options.workers
+    )
+    for batch in map(run.to_device, batches):
+        with run.autocast():
+            outputs = forward(model, batch)
+        size = len(batch["input"])
+        count += size
+        for name, task in run.tasks.items():
+            sums[name] += size * float(losses.task_loss(name, task)(outputs, batch))
+            metrics[name].update(outputs[name].float(), batch[name])
+    model.train()
+    return {name: {"loss": sums[name] / count, **metrics[name].compute()} for name in run.tasks}
+
+
+def validate(run: Run, log: dict[str, Any]) -> None:
+    """Evaluate on the validation split; keep the weights if they are the best so far.
+
+    Best is the smallest mean over tasks of the loss, in units of that of the first validation, so
+    that no task's scale counts. Weights that are not yet as sparse as they shall be do not qualify.
+    """
+    found = evaluate(run, "val")
+    log["val"].append({"step": log["step"], "sparsity": run.pruner.sparsity, "results": found})
+    first = log["val"][0]["results"]
+    ratios = [found[name]["loss"] / max(first[name]["loss"], 1e-12) for name in run.tasks]
+    score = sum(ratios) / len(ratios)
+    if is_sparse(run) and (log["best"] is None or score < log["best"]["score"]):
+        log["best"] = {"step": log["step"], "score": score}
+        states = {name: part.state_dict() for name, part in run.parts().items()}
+        write({name: states[name] for name in ("model", "pruner")}, run.options.out / "best.pt")
+
+
+def is_sparse(run: Run) -> bool:
+    """Whether the number of zeros is what it shall be."""
+    target = 0.0 if run.options.method == "dense" else run.options.sparsity
+    masks = run.pruner.masks.values()
+    zeros = sum(int((~mask).sum()) for mask in masks)
+    return zeros == round(target * sum(mask.numel() for mask in masks))
+
+
+def save(run: Run, log: Mapping[str, Any], path: Path) -> None:
+    """All that is needed to go on as if nothing had happened."""
+    state = {name: part.state_dict() for name, part in run.parts().items()}
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    write({**state, "random": random, "log": log, "options": comparable(run.options)}, path)
+
+
+def load(run: Run, path: Path) -> dict[str, Any]:
+    """Go on from a checkpoint; the log so far.
+
+    Raises:
+        ValueError: If it is of a run with other options.
+    """
+    state = torch.load(path, weights_only=True, map_location=run.options.device)
+    mine = comparable(run.options)
+    for name, value in state["options"].items():
+        if mine[name] != value:
+            raise ValueError(
+                f"{path} is of a run with --{name.replace('_', '-')} {value}. Got {mine[name]}."
+            )
+    for name, part in run.parts().items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"]["cpu"].cpu())
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
+    log: dict[str, Any] = state["log"]
+    return log
+
+
+def comparable(options: Options) -> dict[str, Any]:
+    """The options that a run hangs on, as plain values."""
+    free = {"out", "resume", "workers", "threads", "data", "pretrained", "imagenet"}
+    return {name: value for name, value in vars(options).items() if name not in free}
+
+
+def write(state: Mapping[str, Any], path: Path) -> None:
+    """Save at once or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def finish(problem: Problem, options: Options, source: data.Source, log: Results) -> Results:
+    """Bake the best weights in, test them, and tell what came out."""
+    if log["best"] is None:
+        raise RuntimeError(
+            f"The net never got as sparse as --sparsity {options.sparsity}: the last masks are due "
+            f"after the last step. Use more --steps, or fewer --dense-steps."
+        )
+    run = build(problem, options, source)
+    best = torch.load(options.out / "best.pt", weights_only=True, map_location=options.device)
+    for name in ("model", "pruner"):
+        run.parts()[name].load_state_dict(best[name])
+    run.pruner.finalize()  # mtprune
+    weights = dict(run.model.named_parameters())
+    masks = run.pruner.masks
+    found = {
+        "problem": problem.name,
+        "layout": source.layout,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "weights": sum(mask.numel() for mask in masks.values()),
+        "zeros": sum(int((weights[name][~mask] == 0).sum()) for name, mask in masks.items()),
+        "step": log["best"]["step"],
+        "val": next(v["results"] for v in log["val"] if v["step"] == log["best"]["step"]),
+        "test": evaluate(run, "test"),
+        "judged": {
+            name: sorted(task.judge(log["val"][0]["results"][name]))
+            for name, task in run.tasks.items()
+        },
+        "report": run.pruner.report().to_dict(),
+        "history": {"train": log["train"], "val": log["val"]},
+        "seconds": log["seconds"],
+    }
+    write(run.model.state_dict(), options.out / "model.pt")
+    results.write(found, options.out)
+    print(f"\n{run.pruner.report()}\n" if found["zeros"] else "")
+    print(results.table(found))
+    print(f"Wrote results.json, curves.png and model.pt to {options.out}.")
+    return found
+
+
+def main(problem: Problem, arguments: Sequence[str] | None = None) -> Results:
+    """Read the command line, and train."""
+    return train(problem, parse(problem, arguments))

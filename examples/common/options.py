@@ -1,0 +1,249 @@
+"""The command line that all trainers share, and what each pruning method makes of it."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.data import Layout, Source
+from common.losses import Task
+from common.nets import NETS
+from mtprune import Cubic, OneShot, Vote, recipes, votes
+
+Options = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A data set and how it is trained on: all that differs between the trainers.
+
+    Attributes:
+        name: Of the data set.
+        tasks: What its tasks can be called.
+        layouts: How it may lie on disk.
+        make_tasks: ``f(source) -> {name: task}``, all of them.
+        defaults: Of options, as published where there is something published.
+        nets: Which nets suit it, the default first.
+        augment: Whether pictures are scaled, mirrored and cropped.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    make_tasks: Callable[[Source], Mapping[str, Task]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    nets: tuple[str, ...] = tuple(net for net in NETS if net != "mmoe")
+    augment: bool = True
+
+
+# Methods: what to call, and when it prunes. ``None`` is when the method itself says.
+
+METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
+    "dense": (lambda o: Vote(0.0, schedule=OneShot(o.steps + 1)), None),  # never due
+    "vote": (lambda o: Vote(o.sparsity), "gradual"),
+    "majority": (lambda o: Vote(o.sparsity, vote=votes.majority), "gradual"),
+    "mean": (lambda o: Vote(o.sparsity, vote=votes.mean), "gradual"),
+    "intersection": (lambda o: Vote(o.sparsity, vote=votes.intersection), "gradual"),
+    "joint": (lambda o: Vote(o.sparsity, disentangled=False), "gradual"),
+    "disparse_static": (lambda o: recipes.disparse_static(o.sparsity), "init"),
+    "disparse_pretrained": (lambda o: recipes.disparse_pretrained(o.sparsity), "trained"),
+    "disparse_dynamic": (
+        lambda o: recipes.disparse_dynamic(o.sparsity, every=o.update_every, end=o.freeze),
+        None,
+    ),
+    "snip": (lambda o: recipes.snip(o.sparsity), "init"),
+    "rigl": (lambda o: recipes.rigl(o.sparsity, every=o.update_every, end=o.freeze), None),
+    "set_": (lambda o: recipes.set_(o.sparsity, every=o.update_every, end=o.freeze), None),
+    "magnitude": (lambda o: recipes.magnitude(o.sparsity), "trained"),
+    "gradual_magnitude": (
+        lambda o: replace(recipes.magnitude(o.sparsity), schedule=_cubic(o)),
+        "gradual",
+    ),
+    "random": (lambda o: recipes.random(o.sparsity), "init"),
+}
+
+
+def make_method(options: Options) -> Any:
+    """The method that the options describe."""
+    build, when = METHODS[options.method]
+    method, when = build(options), options.when or when
+    if not isinstance(method, Vote):
+        return method
+    if when == "init":
+        method = replace(method, schedule=OneShot(), observations=options.observations)
+    elif when == "trained":
+        wait = options.dense_steps or options.observations
+        observations = min(options.observations, wait)
+        schedule = OneShot(options.dense_steps)
+        method = replace(method, schedule=schedule, observations=observations)
+    elif when == "gradual":
+        schedule = _cubic(options)
+        observations = min(options.observations, 4, schedule.every)
+        method = replace(method, schedule=schedule, observations=observations)
+    if options.allocation and options.method != "dense":
+        method = replace(method, allocation=options.allocation)
+    return method
+
+
+def _cubic(options: Options) -> Cubic:
+    """From where the dense phase ends, over half of what is left, in about ten updates."""
+    begin = max(1, options.dense_steps)
+    end = max(begin + 1, begin + (options.steps - begin) // 2)
+    return Cubic(begin=begin, end=end, every=max(1, (end - begin) // 10))
+
+
+# The command line.
+
+
+def parse(problem: Problem, arguments: Sequence[str] | None = None) -> Options:
+    """The options, with what follows from others filled in."""
+    parser = argparse.ArgumentParser(
+        description=f"Train and prune a multitask net on {problem.name}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_options(parser, problem)
+    options = parser.parse_args(arguments)
+    try:
+        return settle(problem, options)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
+    """What a trainer can be told."""
+    several: dict[str, Any] = {"nargs": "+", "type": assignment, "metavar": "TASK=X", "default": []}
+    group = parser.add_argument_group("data and net").add_argument
+    group("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    group("--tasks", nargs="+", default=list(problem.tasks), metavar="TASK", help="what to learn")
+    group("--net", choices=list(problem.nets), default=problem.nets[0], help="which net")
+    group("--width", type=positive_float, default=1.0, help="factor on the net's channels")
+    group("--imagenet", type=Path, metavar="FILE", help="torchvision's weights of the backbone")
+    group("--workers", type=whole, default=2, help="processes that read data")
+
+    group = parser.add_argument_group("pruning").add_argument
+    group("--method", choices=list(METHODS), default="vote", help="how to prune, or not")
+    group("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
+    group(
+        "--when",
+        choices=["init", "trained", "gradual"],
+        help="prune at the start, at once after the dense phase, or gradually after it; "
+        "unless given, as the method has it",
+    )
+    group(
+        "--allocation",
+        choices=["floor", "global", "erk", "uniform"],
+        help="how the budget is spread over layers; unless given, as the method has it",
+    )
+    group("--dense-steps", type=whole, help="steps before pruning; half of all unless given")
+    group("--pretrained", type=Path, metavar="FILE", help="model.pt of a run; no dense phase then")
+    group("--rewind", action="store_true", help="prune --pretrained, then train from the start")
+    group("--observations", type=positive, default=50, help="batches to score on, at most")
+    group("--update-every", type=positive, help="steps between updates of sparse training")
+    group(
+        "--loss-scale",
+        **several,
+        help="multiply a task's loss, in the scoring only",
+    )
+    group("--backend", choices=["prune", "inplace"], default="prune", help="how masks are held")
+
+    group = parser.add_argument_group("training").add_argument
+    group("--steps", type=positive, default=20_000, help="in all")
+    group("--batch", type=positive, default=16, help="samples in a batch")
+    group("--lr", type=positive_float, help="of Adam at the start")
+    group("--lr-every", type=positive, default=4000, help="steps after which it is multiplied")
+    group("--lr-factor", type=positive_float, default=0.5, help="by this")
+    group("--decay", type=float, default=5e-4, help="weight decay")
+    group(
+        "--weight",
+        **several,
+        help="of a task's loss in the total; unless given, as published",
+    )
+    if problem.augment:
+        group("--crop", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"), help="size")
+        group("--scales", type=positive_float, nargs=2, default=[0.5, 1.5], help="range of zoom")
+    group("--amp", action="store_true", help="mixed precision: float16 on a GPU, else bfloat16")
+    group("--compile", action="store_true", help="torch.compile the net")
+
+    group = parser.add_argument_group("running").add_argument
+    group("--seed", type=whole, default=0, help="of weights, data order and masks")
+    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    group("--threads", type=positive, help="CPU threads")
+    group("--save-every", type=positive, help="steps between validations, each with a checkpoint")
+    group("--resume", action="store_true", help="go on from --out, if there is something")
+    group("--out", type=Path, default=Path(f"{problem.name}_out"), help="folder for what comes out")
+    parser.set_defaults(**{"lr_tuned": 1e-5, **problem.defaults})
+
+
+def settle(problem: Problem, options: Options) -> Options:
+    """Fill in what follows from other options, and check.
+
+    Raises:
+        ValueError: If they contradict each other.
+    """
+    for task in options.tasks:
+        if task not in problem.tasks:
+            raise ValueError(
+                f"{problem.name} has no task '{task}'. It has {', '.join(problem.tasks)}."
+            )
+    if len(set(options.tasks)) < len(options.tasks):
+        raise ValueError(f"--tasks names a task twice. Got {options.tasks}.")
+    for option in ("loss_scale", "weight"):
+        given = getattr(options, option)
+        setattr(options, option, dict(given.items() if isinstance(given, Mapping) else given))
+        if unknown := set(getattr(options, option)) - set(options.tasks):
+            raise ValueError(
+                f"--{option.replace('_', '-')} names {sorted(unknown)}, not in --tasks."
+            )
+    if options.rewind and options.pretrained is None:
+        raise ValueError("--rewind needs --pretrained: the weights that say what to prune.")
+    if options.when and METHODS[options.method][1] is None:
+        raise ValueError(f"--when does not apply to --method {options.method}.")
+    if options.dense_steps is None:
+        options.dense_steps = 0 if options.pretrained else options.steps // 2
+    if options.dense_steps >= options.steps:
+        raise ValueError(
+            f"--dense-steps must be less than --steps {options.steps}. Got {options.dense_steps}."
+        )
+    if options.lr is None:
+        tune = options.pretrained and not options.rewind
+        options.lr = options.lr_tuned if tune else options.lr_trained
+    options.update_every = options.update_every or max(1, options.steps // 400)
+    options.freeze = max(1, options.steps * 3 // 4)
+    options.save_every = options.save_every or max(1, options.steps // 10)
+    make_method(options)
+    return options
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(int(text), 0)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _at_least(int(text), 1)
+
+
+def _at_least(number: int, least: int) -> int:
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}. Got {number}.")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive. Got {text}.")
+    return number
+
+
+def assignment(text: str) -> tuple[str, float]:
+    """``TASK=X``."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must look like seg=30. Got {text}.")
+    return name, positive_float(value)

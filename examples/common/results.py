@@ -1,0 +1,70 @@
+"""What came out of a run: a table, a JSON, curves."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Every task's metrics, of the checkpoint that did best on the validation split."""
+    options = found["options"]
+    lines = [
+        f"{found['problem']} ({found['layout']}), {options['net']}, {options['method']}: "
+        f"{found['zeros']:,} zeros of {found['weights']:,} weights "
+        f"({found['zeros'] / found['weights']:.2%}); "
+        f"step {found['step']} of {options['steps']}, best on val",
+        f"  {'task':15}{'metric':18}{'val':>10}{'test':>10}",
+    ]
+    for task, metrics in found["test"].items():
+        for i, (name, value) in enumerate(metrics.items()):
+            val = found["val"][task][name]
+            lines.append(f"  {task if i == 0 else '':15}{name:18}{val:10.4g}{value:10.4g}")
+    return "\n".join(lines)
+
+
+def write(found: Mapping[str, Any], out: Path) -> None:
+    """``results.json`` and ``curves.png``."""
+    draw(found).savefig(out / "curves.png", dpi=110)
+    partial = out / "results.partial"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(out / "results.json")
+
+
+def draw(found: Mapping[str, Any]) -> Figure:
+    """Training losses, validation losses and sparsity, over the steps."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    losses, validation, sparsity = figure.subplots(1, 3)
+    history = found["history"]
+    steps = [row["step"] for row in history["train"]]
+    checks = [row["step"] for row in history["val"]]
+    for task in found["test"]:
+        values = [row[task] for row in history["train"]]
+        line = losses.plot(steps, values, lw=0.6, alpha=0.3)[0]
+        losses.plot(steps, _smooth(values), color=line.get_color(), label=task)
+        loss = [row["results"][task]["loss"] for row in history["val"]]
+        validation.plot(checks, loss, ".-", label=task)
+    validation.axvline(found["step"], color="0.5", lw=0.8, ls=":", label="chosen")
+    losses.set(title="training loss", yscale="log")
+    validation.set(title="validation loss", yscale="log")
+    sparsity.step(steps, [100 * row["sparsity"] for row in history["train"]], where="post")
+    sparsity.set(title="zeros, %", ylim=(-2, 102))
+    for axes in (losses, validation, sparsity):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (losses, validation):
+        axes.legend(frameon=False)
+    figure.suptitle(f"{found['problem']}, {found['options']['method']}", fontweight="bold")
+    return figure
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """A running mean that forgets over a twentieth of the run."""
+    keep = 1 - 1 / max(1, len(values) // 20)
+    smooth, weight, found = 0.0, 0.0, []
+    for value in values:
+        smooth, weight = keep * smooth + (1 - keep) * value, keep * weight + (1 - keep)
+        found.append(smooth / weight)
+    return found
