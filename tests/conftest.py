@@ -1,7 +1,11 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 torch.set_num_threads(1)  # tiny tensors: more threads only get in the way of other workers
 

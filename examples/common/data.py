@@ -14,7 +14,7 @@ A file that is missing or broken is an error that names it.
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -715,10 +715,6 @@ class Places(Sampler[list[tuple[int, int | None]]]):
             yield keys
 
 
-def _same(batch: Sample) -> Sample:
-    return batch
-
-
 def training_batches(
     split: Split,
     augment: Augment | None,
@@ -728,16 +724,33 @@ def training_batches(
     start: int,
     stop: int,
     workers: int,
-) -> "DataLoader[Any]":
+) -> "DataLoader[Sample]":
     """Batches of steps ``start`` to ``stop``."""
-    data = split if isinstance(split, Table) else Prepared(split, augment, seed)
     places = Places(len(split), batch, seed, start, stop)
-    return DataLoader(data, batch_sampler=places, num_workers=workers, collate_fn=_same)  # type: ignore[arg-type]
+    return _loader(split, augment, seed, places, workers)
 
 
-def test_batches(split: Split, *, batch: int, workers: int) -> "DataLoader[Any]":
+def test_batches(split: Split, *, batch: int, workers: int) -> "DataLoader[Sample]":
     """All samples in order, as they are."""
-    data = split if isinstance(split, Table) else Prepared(split, None, 0)
-    keys = [(number, None) for number in range(len(split))]
+    keys: list[tuple[int, int | None]] = [(number, None) for number in range(len(split))]
     chunks = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    return DataLoader(data, batch_sampler=chunks, num_workers=workers, collate_fn=_same)  # type: ignore[arg-type]
+    return _loader(split, None, 0, chunks, workers)
+
+
+def _loader(
+    split: Split,
+    augment: Augment | None,
+    seed: int,
+    batches: Iterable[list[tuple[int, int | None]]],
+    workers: int,
+) -> "DataLoader[Sample]":
+    data: Any = split if isinstance(split, Table) else Prepared(split, augment, seed)
+    own: Any = batches
+    generator = torch.Generator()  # its own, so that the global one does not move
+    return DataLoader(
+        data, batch_sampler=own, num_workers=workers, collate_fn=_same, generator=generator
+    )
+
+
+def _same(batch: Sample) -> Sample:
+    return batch

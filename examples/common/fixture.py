@@ -83,6 +83,7 @@ def render(height: int, width: int, generator: np.random.Generator) -> Scene:
         signs = np.stack(np.meshgrid(*[[-1, 1]] * 3), -1).reshape(-1, 3)
         corners.append(place + (signs * half) @ turn.T)
     shade = 0.35 + 0.65 * np.abs(normal @ np.array([0.3, 0.5, 0.81]))
+    edge = _edges(face)
     image = PALETTE[kind] * shade[:, :, None] + generator.normal(0, 0.02, (height, width, 3))
     return Scene(
         image=image.clip(0, 1),
@@ -90,8 +91,8 @@ def render(height: int, width: int, generator: np.random.Generator) -> Scene:
         normal=normal * np.array([1, -1, -1]),
         face=face,
         kind=kind,
-        edge=_edges(face),
-        keypoint=_keypoints(np.concatenate(corners), depth),
+        edge=edge,
+        keypoint=_keypoints(np.concatenate(corners), depth, edge),
     )
 
 
@@ -134,7 +135,7 @@ def _edges(face: np.ndarray) -> np.ndarray:
     return edge
 
 
-def _keypoints(corners: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def _keypoints(corners: np.ndarray, depth: np.ndarray, edge: np.ndarray) -> np.ndarray:
     """Bumps of two pixels around the corners that nothing hides, ``[H, W]``."""
     height, width = depth.shape
     rows, columns = np.mgrid[:height, :width]
@@ -143,8 +144,10 @@ def _keypoints(corners: np.ndarray, depth: np.ndarray) -> np.ndarray:
         column, row = x / z * FOCAL * width + width / 2, y / z * FOCAL * width + height / 2
         if not (0 <= row < height and 0 <= column < width):
             continue
-        if z > depth[int(row), int(column)] * 1.05:
-            continue
+        near = (slice(max(0, int(row) - 1), int(row) + 2),)
+        near += (slice(max(0, int(column) - 1), int(column) + 2),)
+        if z > depth[int(row), int(column)] * 1.02 or not edge[near].any():
+            continue  # behind something
         distance = (rows + 0.5 - row) ** 2 + (columns + 0.5 - column) ** 2
         response = np.maximum(response, np.exp(-distance / 8))
     return response

@@ -14,7 +14,7 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['problem']} ({found['layout']}), {options['net']}, {options['method']}: "
         f"{found['zeros']:,} zeros of {found['weights']:,} weights "
-        f"({found['zeros'] / found['weights']:.2%}); "
+        f"({found['zeros'] / found['weights']:.2%}), "
         f"step {found['step']} of {options['steps']}, best on val",
         f"  {'task':15}{'metric':18}{'val':>10}{'test':>10}",
     ]
@@ -35,7 +35,8 @@ def write(found: Mapping[str, Any], out: Path) -> None:
 
 def draw(found: Mapping[str, Any]) -> Figure:
     """Training losses, validation losses and sparsity, over the steps."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4))
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.84, wspace=0.22)
     losses, validation, sparsity = figure.subplots(1, 3)
     history = found["history"]
     steps = [row["step"] for row in history["train"]]

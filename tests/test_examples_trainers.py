@@ -1,0 +1,256 @@
+"""Every trainer runs, on every method, ends as sparse as asked, and resumes bitwise."""
+
+import json
+import re
+from pathlib import Path
+
+import camvid
+import census
+import cityscapes
+import nyuv2
+import pytest
+import taskonomy
+import torch
+from common import fixture, loop, options, results
+from matplotlib.figure import Figure
+from torch.utils._pytree import tree_leaves
+
+from mtprune import recipes
+
+PROBLEMS = {m.PROBLEM.name: m.PROBLEM for m in (nyuv2, cityscapes, taskonomy, camvid, census)}
+METHODS = ["dense", "disparse_static", "disparse_dynamic", "disparse_pretrained", "magnitude"]
+TINY = ["--steps", "3", "--batch", "2", "--workers", "0", "--observations", "2", "--width", "0.02"]
+CROP = ["--crop", "32", "32"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _fast_pictures(request, monkeypatch):
+    """Drawing takes most of a tiny run: one method's pictures are enough."""
+    if "dense" not in request.node.name:
+        monkeypatch.setattr(results, "draw", lambda found: Figure())
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains on a problem's fixture, into a new folder or a given one."""
+    root = tmp_path_factory.mktemp("data")
+
+    def run(name, *arguments, out=None):
+        problem = PROBLEMS[name]
+        if not (root / name).exists():
+            fixture.write(name, root / name, (32, 48))
+        out = out or tmp_path_factory.mktemp("out")
+        where = ["--data", str(root / name), "--out", str(out)]
+        crop = CROP if problem.augment else []
+        return loop.main(problem, [*where, *TINY, *crop, *arguments])
+
+    return run
+
+
+def weights(out):
+    return torch.load(Path(out) / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_runs_to_the_sparsity_asked_for(train, tmp_path, capsys, name, method):
+    found = train(name, "--method", method, "--sparsity", "0.8", out=tmp_path)
+    share = 0 if method == "dense" else 0.8
+    assert found["zeros"] == round(share * found["weights"])
+    assert list(found["test"]) == list(PROBLEMS[name].tasks)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    state = weights(tmp_path)
+    assert not any(key.endswith(("_orig", "_mask")) for key in state)
+    said = capsys.readouterr().out
+    for task, metrics in found["test"].items():
+        assert task in said
+        assert all(metric in said for metric in metrics)
+    assert f"{found['zeros']:,} zeros of {found['weights']:,} weights" in said
+
+
+@pytest.mark.parametrize("method", [name for name in options.METHODS if name not in METHODS])
+def test_every_other_method(train, method):
+    found = train("census", "--method", method, "--steps", "4")
+    assert found["zeros"] == round(0.9 * found["weights"])
+
+
+def test_every_recipe_is_a_method():
+    assert set(recipes.__all__) <= set(options.METHODS)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("nyuv2", ["--method", "vote", "--backend", "prune", "--workers", "1"]),
+        ("nyuv2", ["--method", "disparse_dynamic", "--backend", "inplace"]),
+        ("cityscapes", ["--method", "disparse_static"]),
+        ("taskonomy", ["--method", "dense"]),
+        ("camvid", ["--method", "disparse_pretrained", "--net", "mtan_segnet"]),
+        ("census", ["--method", "magnitude"]),
+    ],
+)
+def test_killed_and_resumed_is_bitwise_the_same(train, tmp_path, monkeypatch, name, arguments):
+    arguments = [*arguments, "--steps", "4", "--save-every", "1"]
+    whole = train(name, *arguments, out=tmp_path / "whole")
+
+    save, calls = loop.save, []
+
+    def save_and_die(*what):
+        save(*what)
+        calls.append(what)
+        if len(calls) == 2:
+            raise KilledError
+
+    monkeypatch.setattr(loop, "save", save_and_die)
+    with pytest.raises(KilledError):
+        train(name, *arguments, out=tmp_path / "parts")
+    monkeypatch.setattr(loop, "save", save)
+    parts = train(name, *arguments, "--resume", out=tmp_path / "parts")
+    for key in ("zeros", "step", "val", "test", "report", "history"):
+        assert whole[key] == parts[key], key
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    ends = [
+        torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)
+        for run in ("whole", "parts")
+    ]
+    one, two = (tree_leaves([end["optimizer"], end["pruner"], end["random"]]) for end in ends)
+    for value, other in zip(one, two, strict=True):
+        assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+
+
+def test_pretrained_and_rewound(train, tmp_path):
+    train("census", "--method", "dense", out=tmp_path)
+    pretrained = ["--pretrained", str(tmp_path / "model.pt"), "--method", "magnitude"]
+    found = train("census", *pretrained, "--steps", "1", "--lr", "1e-12")
+    assert found["zeros"] == round(0.9 * found["weights"])
+    assert found["options"]["dense_steps"] == 0
+    tuned = weights(found["options"]["out"])
+    trained = weights(tmp_path)
+    name = "experts.0.0.weight"
+    kept = tuned[name] != 0
+    assert torch.allclose(tuned[name][kept], trained[name][kept])
+
+    found = train("census", *pretrained, "--rewind", "--steps", "1", "--lr", "1e-12")
+    assert found["zeros"] == round(0.9 * found["weights"])
+    rewound = weights(found["options"]["out"])
+    assert torch.equal(rewound[name] != 0, kept)
+    torch.manual_seed(0)
+    fresh = loop.nets.build("mmoe", census.CLASSES, 0.02, 19).state_dict()[name]
+    assert torch.allclose(rewound[name][kept], fresh[kept])
+    assert not torch.allclose(rewound[name][kept], trained[name][kept], atol=1e-5)
+
+
+def test_scale_of_a_loss_in_the_scoring_moves_no_mask_and_no_weight(train, tmp_path):
+    arguments = ["--method", "disparse_static"]
+    plain = train("census", *arguments)
+    scaled = train("census", *arguments, "--loss-scale", "college=32", "marital7=0.25")
+    one, two = (weights(run["options"]["out"]) for run in (plain, scaled))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    joint = [train("census", "--method", "snip", *x) for x in ([], ["--loss-scale", "college=32"])]
+    one, two = (weights(run["options"]["out"]) for run in joint)
+    assert any(not torch.equal(one[key] == 0, two[key] == 0) for key in one)
+
+
+def test_best_is_by_validation_and_only_when_sparse(train):
+    found = train("census", "--method", "vote", "--steps", "12", "--save-every", "1")
+    first = found["history"]["val"][0]["results"]
+
+    def score(row):
+        return sum(row["results"][task]["loss"] / first[task]["loss"] for task in first)
+
+    sparse = [row for row in found["history"]["val"] if abs(row["sparsity"] - 0.9) < 1e-3]
+    assert 0 < len(sparse) < 12
+    assert found["step"] == min(sparse, key=score)["step"]
+    assert found["val"] == min(sparse, key=score)["results"]
+
+
+def test_mixed_precision_and_a_task_alone(train):
+    found = train(
+        "nyuv2", "--amp", "--tasks", "depth", "seg", "--scales", "1", "1", "--net", "mobilenetv2"
+    )
+    assert list(found["test"]) == ["depth", "seg"]
+    assert found["zeros"] == round(0.9 * found["weights"])
+
+
+def test_options_shape_the_method():
+    def method(*arguments):
+        return options.make_method(
+            options.parse(census.PROBLEM, ["--data", "x", "--steps", "400", *arguments])
+        )
+
+    assert method("--method", "magnitude").schedule.at == 200
+    assert method("--method", "magnitude", "--dense-steps", "7").schedule.at == 7
+    assert method("--method", "magnitude", "--pretrained", "x").schedule.at == 0
+    assert method("--method", "disparse_static").observations == 50
+    assert method("--method", "disparse_dynamic").schedule.end == 300
+    gradual = method("--method", "random", "--when", "gradual").schedule
+    assert (gradual.begin, gradual.end, gradual.every) == (200, 300, 10)
+    assert method("--method", "vote", "--allocation", "erk").allocation == "erk"
+    assert method("--method", "vote").allocation == "floor"
+    assert method("--method", "snip").allocation == "global"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "90"], r"Did you mean 0\.9"),
+        (["--tasks", "depth"], "census has no task 'depth'. It has income_50k, never_married"),
+        (["--tasks", "college", "college"], "names a task twice"),
+        (["--loss-scale", "college"], r"must look like seg=30"),
+        (["--loss-scale", "seg=30"], r"--loss-scale names \['seg'\], not in --tasks"),
+        (["--rewind"], "--rewind needs --pretrained"),
+        (["--method", "rigl", "--when", "init"], "--when does not apply to --method rigl"),
+        (["--dense-steps", "5000"], r"--dense-steps must be less than --steps 2000\. Got 5000"),
+        (["--steps", "0"], "must be at least 1"),
+        (["--lr", "0"], "must be positive"),
+        (["--net", "mtan_segnet"], "invalid choice"),
+    ],
+)
+def test_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        options.parse(census.PROBLEM, ["--data", "x", *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_refuses_at_run_time(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no .*none\.pt\. Train with"):
+        train("census", "--pretrained", str(tmp_path / "none.pt"))
+    train("census", "--method", "dense", out=tmp_path)
+    with pytest.raises(ValueError, match=r"model\.pt is of another net"):
+        train("census", "--pretrained", str(tmp_path / "model.pt"), "--width", "0.1")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with --seed 0\. Got 1"):
+        train("census", "--method", "dense", "--seed", "1", "--resume", out=tmp_path)
+
+
+def test_the_plugin_takes_few_marked_lines():
+    lines = Path(loop.__file__).read_text().splitlines()
+    marked = [line for line in lines if line.endswith("# mtprune")]
+    assert 4 <= len(marked) <= 8
+    for name in ("MultitaskPruner(", ".prune(", ".observe(", ".weigh(", ".step()", ".finalize()"):
+        assert sum(name in line for line in marked) >= 1, name
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_help(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        options.parse(PROBLEMS[name], ["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    for option in (
+        *("--data", "--tasks", "--net", "--method", "--sparsity", "--backend", "--steps"),
+        *("--seed", "--amp", "--compile", "--resume", "--out", "--pretrained", "--allocation"),
+    ):
+        assert f"  {option} " in said or f"  {option}\n" in said
