@@ -122,16 +122,17 @@ def batches_from(problem: Problem, run: Run, start: int, stop: int) -> Any:
     )
 
 
-def train(problem: Problem, options: Options) -> Results:
+def train(problem: Problem, options: Options, source: data.Source | None = None) -> Results:
     """Train, prune, pick by validation, test; the results, as written to the JSON.
 
-    Into ``--out`` go ``checkpoint.pt`` (to resume), ``best.pt``, ``model.pt`` (the finished net:
-    plain weights, zeros and all), ``results.json`` and ``curves.png``.
+    The data set is opened unless given. Into ``--out`` go ``checkpoint.pt`` (to resume),
+    ``best.pt``, ``model.pt`` (the finished net: plain weights, zeros and all), ``results.json``
+    and ``curves.png``.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    source = open_data(problem, options)
+    source = source or open_data(problem, options)
     run = build(problem, options, source)
     model, optimizer, pruner, scaler = run.model, run.optimizer, run.pruner, run.scaler
     weight = {
@@ -146,7 +147,7 @@ def train(problem: Problem, options: Options) -> Results:
         start_from(problem, run)
     if log["step"] == 0 and prunes_at_once(options):
         scoring = islice(batches_from(problem, run, 0, options.observations), options.observations)
-        pruner.prune(map(run.to_device, scoring), forward=forward)  # mtprune
+        pruner.prune(map(run.to_device, scoring), forward=forward, progress=False)  # mtprune
         if options.rewind:
             rewind(problem, run)
 

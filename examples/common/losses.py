@@ -45,7 +45,7 @@ class Task:
         loss: ``loss(output, target)``, a mean over what is valid.
         metric: Makes a `Metric`.
         weight: Of the loss in the training total.
-        judged: Which metrics count in Delta_T; all unless given.
+        judged: Which metrics count in Delta_T; all but the loss unless given.
         padding: What is put around labels.
         normals: Whether labels are directions, whose x a mirror turns round.
     """
@@ -59,7 +59,8 @@ class Task:
 
     def judge(self, results: Mapping[str, float]) -> dict[str, float]:
         """The metrics that count."""
-        return {name: results[name] for name in self.judged or results}
+        names = self.judged or tuple(name for name in results if name != "loss")
+        return {name: results[name] for name in names}
 
 
 def task_loss(name: str, task: Task, scale: float = 1.0) -> Callable[[Any, Any], Tensor]:

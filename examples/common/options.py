@@ -210,7 +210,8 @@ def settle(problem: Problem, options: Options) -> Options:
     if options.lr is None:
         tune = options.pretrained and not options.rewind
         options.lr = options.lr_tuned if tune else options.lr_trained
-    options.update_every = options.update_every or max(1, options.steps // 400)
+    if options.update_every is None:  # a 400th, as published; further apart in short runs
+        options.update_every = max(1, options.steps // 400, min(25, options.steps // 10))
     options.freeze = max(1, options.steps * 3 // 4)
     options.save_every = options.save_every or max(1, options.steps // 10)
     make_method(options)

@@ -1,0 +1,374 @@
+r"""Compare pruning methods on one of the trainers: methods x sparsities x seeds, in one command.
+
+    python compare.py census --data DIR --out DIR --seeds 5 --sparsities 0.8 0.9 0.95 \
+        --methods vote joint magnitude random:init:erk disparse_static disparse_dynamic lth imp
+
+A method is ``name[:when[:allocation]]`` with the trainer's names, for instance
+``vote:trained:global``; ``when`` may be empty. For every seed a dense net is trained first.
+
+* ``init`` methods and sparse training start from scratch and train for --steps;
+* ``trained`` and ``gradual`` ones start from the dense net and train for --tune-steps; so does
+  ``dense_tuned``, the dense net with the same extra training;
+* ``imp`` prunes the dense net by magnitude in --rounds, each followed by --tune-steps;
+* ``lth`` does the same, but goes back to the initial weights each time and trains for --steps.
+
+With ``--loss-scale TASK=30`` every method that looks at gradients runs a second time, that task's
+loss multiplied in the scoring only. Options not known here go to the trainer. Runs that are done
+are not done again. All numbers are of the test split; checkpoints are chosen on the validation
+split.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from common.data import Source
+from common.loop import comparable, open_data, train
+from common.options import METHODS, Options, Problem, assignment, make_method, parse, positive
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from tqdm import tqdm
+
+from mtprune.metrics import delta_t, lower_is_better
+from mtprune.saliency import uses_gradient
+
+TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
+CHAINS = ("imp", "lth")
+TUNED = "dense_tuned"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the comparison: all seeds of a method at a sparsity.
+
+    Attributes:
+        spec: The method, as given.
+        sparsity: Share of zeros.
+        scaled: Whether a loss is multiplied in the scoring.
+    """
+
+    spec: str
+    sparsity: float
+    scaled: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.spec.replace(':', '-')}-{self.sparsity:g}{'-scaled' * self.scaled}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a trainer.
+
+    Attributes:
+        arguments: Its command line, without data and folder.
+        out: Its folder.
+    """
+
+    arguments: tuple[str, ...]
+    out: Path
+
+
+# What to run.
+
+
+def jobs(entry: Entry, seed: int, options: Options) -> list[Job]:
+    """The runs that an entry needs for a seed, in order; the last is the one that counts."""
+    name, when, allocation = (*entry.spec.split(":"), "", "")[:3]
+    out = options.out / entry.name / f"seed{seed}"
+    dense = dense_job(seed, options).out / "model.pt"
+    common = ["--seed", str(seed), "--sparsity", str(entry.sparsity)]
+    if allocation:
+        common += ["--allocation", allocation]
+    if entry.scaled:
+        common += ["--loss-scale", *(f"{task}={x}" for task, x in options.loss_scale)]
+    scratch, tuned = (["--steps", str(n)] for n in (options.steps, options.tune_steps))
+    if name == TUNED:
+        arguments = ["--method", "dense", "--seed", str(seed), "--pretrained", str(dense), *tuned]
+        return [Job(tuple(arguments), out)]
+    if name in CHAINS:
+        steps = [*scratch, "--rewind"] if name == "lth" else tuned
+        chain, start = [], dense
+        for i in range(1, options.rounds + 1):
+            sparsity = 1 - (1 - entry.sparsity) ** (i / options.rounds)
+            last = i == options.rounds
+            folder = out if last else out / f"round{i}"
+            arguments = ["--method", "magnitude", "--seed", str(seed), *steps]
+            arguments += ["--sparsity", str(entry.sparsity if last else sparsity)]
+            arguments += ["--allocation", allocation] if allocation else []
+            chain.append(Job((*arguments, "--pretrained", str(start)), folder))
+            start = folder / "model.pt"
+        return chain
+    common += ["--when", when] if when else []
+    from_dense = (when or METHODS[name][1]) in ("trained", "gradual")
+    start_from = [*tuned, "--pretrained", str(dense)] if from_dense else scratch
+    return [Job(("--method", name, *common, *start_from), out)]
+
+
+def dense_job(seed: int, options: Options) -> Job:
+    """The dense run of a seed."""
+    arguments = ("--method", "dense", "--seed", str(seed), "--steps", str(options.steps))
+    return Job(arguments, options.out / "dense" / f"seed{seed}")
+
+
+def entries(options: Options) -> list[Entry]:
+    """All lines of the comparison."""
+    found = [Entry(TUNED, 0.0)] if TUNED in options.methods else []
+    for sparsity in options.sparsities:
+        for spec in (spec for spec in options.methods if spec != TUNED):
+            found.append(Entry(spec, sparsity))
+            if options.loss_scale and looks_at_losses(spec):
+                found.append(Entry(spec, sparsity, scaled=True))
+    return found
+
+
+def looks_at_losses(spec: str) -> bool:
+    """Whether a method's scores depend on the losses."""
+    name = spec.split(":")[0]
+    if name in (*CHAINS, TUNED):
+        return False
+    stand_in = argparse.Namespace(sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1)
+    method = METHODS[name][0](stand_in)
+    return not hasattr(method, "saliency") or uses_gradient(method.saliency)
+
+
+def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[str, Any]:
+    """Do a run, or read what it gave.
+
+    Raises:
+        ValueError: If its folder holds a run with other options.
+    """
+    where = ["--data", str(options.data), "--out", str(job.out), "--resume"]
+    own = parse(problem, [*options.rest, *job.arguments, *where])
+    path = job.out / "results.json"
+    if not path.exists():
+        with redirect_stdout(io.StringIO()):
+            train(problem, own, source)
+        for name in ("checkpoint.pt", "best.pt"):
+            (job.out / name).unlink()
+    found: dict[str, Any] = json.loads(path.read_text())
+    for name, value in json.loads(json.dumps(comparable(own))).items():
+        if found["options"].get(name) != value:
+            raise ValueError(
+                f"{job.out} holds a run with --{name.replace('_', '-')} "
+                f"{found['options'].get(name)}. Got {value}. Choose another --out."
+            )
+    return found
+
+
+# What came out.
+
+
+def judged(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The test metrics that count."""
+    return {
+        task: {name: found["test"][task][name] for name in names}
+        for task, names in found["judged"].items()
+    }
+
+
+def summarize(
+    runs: Mapping[Entry, Sequence[Mapping[str, Any]]],
+    dense: Sequence[Mapping[str, Any]],
+    options: Options,
+) -> list[dict[str, Any]]:
+    """A row for each entry: Delta_T of every seed, in all, by task, and less the reference's."""
+    base = [judged(found) for found in dense]
+    deltas = {
+        entry: [
+            delta_t(judged(one), before, lower_is_better(before))
+            for one, before in zip(found, base, strict=True)
+        ]
+        for entry, found in runs.items()
+    }
+    rows = []
+    for entry, found in runs.items():
+        values = [delta.overall for delta in deltas[entry]]
+        reference = deltas.get(Entry(options.reference, entry.sparsity, entry.scaled))
+        reference = reference or deltas.get(Entry(options.reference, entry.sparsity))
+        row = {
+            "method": entry.spec,
+            "sparsity": entry.sparsity,
+            "scaled": entry.scaled,
+            "weights": found[0]["weights"],
+            "zeros": sorted({one["zeros"] for one in found}),
+            "delta": values,
+            "tasks": {task: [delta.tasks[task] for delta in deltas[entry]] for task in base[0]},
+        }
+        if reference is not None and entry.spec != options.reference:
+            row["behind"] = [a - b.overall for a, b in zip(values, reference, strict=True)]
+        rows.append(row)
+    return rows
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean (Student's t)."""
+    if len(values) < 2:
+        return float("nan")
+    quantile = float(student.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def table(rows: Sequence[Mapping[str, Any]], options: Options) -> str:
+    """Markdown: mean and standard deviation over seeds, and the paired difference."""
+    tasks = list(rows[0]["tasks"])
+    head = ["zeros", "method", "Delta_T, %", f"minus {options.reference} (95 %)", *tasks]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        exact = all(zeros == round(row["sparsity"] * row["weights"]) for zeros in row["zeros"])
+        zeros = f"{row['sparsity']:.1%}" if exact else f"{row['zeros']} of {row['weights']}"
+        difference = ""
+        if "behind" in row:
+            mean = statistics.fmean(row["behind"])
+            difference = f"{mean:+.2f} \N{PLUS-MINUS SIGN} {interval(row['behind']):.2f}"
+        name = row["method"]
+        if row["scaled"]:
+            name += ", " + ", ".join(f"{task} x{x:g}" for task, x in options.loss_scale)
+        parts = [f"{statistics.fmean(row['tasks'][task]):.1f}" for task in tasks]
+        lines.append(f"| {zeros} | {name} | {spread(row['delta'])} | {difference} | ")
+        lines[-1] += " | ".join(parts) + " |"
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    mean = f"{statistics.fmean(values):.2f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} \N{PLUS-MINUS SIGN} {statistics.stdev(values):.2f}"
+
+
+def dense_table(dense: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: the dense net's test metrics, mean over seeds."""
+    lines = ["| task | metric | dense |", "|---|---|---|"]
+    for task, metrics in judged(dense[0]).items():
+        for name in metrics:
+            values = [found["test"][task][name] for found in dense]
+            lines.append(f"| {task} | {name} | {statistics.fmean(values):.4g} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], options: Options) -> Figure:
+    """Delta_T over sparsity, a line for each method; dashed with a loss scaled."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["tab20"].colors
+    for i, spec in enumerate(options.methods):
+        for scaled in (False, True):
+            mine = [row for row in rows if row["method"] == spec and row["scaled"] == scaled]
+            if not mine:
+                continue
+            means = [statistics.fmean(row["delta"]) for row in mine]
+            spreads = [statistics.pstdev(row["delta"]) for row in mine]
+            label, color = spec + ", a loss scaled" * scaled, colors[i % 20]
+            if spec == TUNED:
+                axes.axhline(means[0], color=color, label=label)
+                continue
+            aside = 0.15 * (i - len(options.methods) / 2)  # so that bars do not hide each other
+            places = [100 * row["sparsity"] + aside for row in mine]
+            style: dict[str, Any] = {"ls": "--" if scaled else "-", "marker": "o", "ms": 4}
+            axes.errorbar(places, means, spreads, color=color, label=label, capsize=2, **style)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_yscale("symlog", linthresh=10)
+    low, high = axes.get_ylim()
+    ticks = [-1000, -300, -100, -30, -10, -5, 0, 5, 10, 30, 100]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes.set_xticks([100 * sparsity for sparsity in options.sparsities])
+    axes.set(xlabel="zeros, %", ylabel="Delta_T, % (0 = dense)")
+    axes.set_title(f"{options.trainer}: mean and standard deviation of {options.seeds} seed(s)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+# The command line.
+
+
+def read(arguments: Sequence[str] | None) -> Options:
+    """The options; what is not known here is the trainer's."""
+    parser = argparse.ArgumentParser(
+        description="Compare pruning methods on one of the trainers.",
+        epilog="Other options go to the trainer: python census.py --help.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("trainer", choices=TRAINERS, help="what to train")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    add("--methods", nargs="+", default=["vote", "joint", "magnitude"], help="what to compare")
+    add("--reference", help="the method that the others are held against; the first unless given")
+    add("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95], help="shares of zeros")
+    add("--seeds", type=positive, default=3, help="how many")
+    add("--steps", type=positive, default=2000, help="of training from scratch")
+    add("--tune-steps", type=positive, default=500, help="of training from the dense net")
+    add("--rounds", type=positive, default=3, help="of imp and lth")
+    add("--loss-scale", nargs="+", type=assignment, default=[], metavar="TASK=X", help="see above")
+    add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")
+    options, options.rest = parser.parse_known_args(arguments)
+    options.reference = options.reference or options.methods[0]
+    for spec in options.methods:
+        if spec.split(":")[0] not in (*METHODS, *CHAINS, TUNED):
+            known = ", ".join([*METHODS, *CHAINS, TUNED])
+            parser.error(f"there is no method '{spec}'. There is {known}.")
+        if spec.split(":")[0] in (*CHAINS, TUNED) and (*spec.split(":"), "")[1]:
+            parser.error(f"when to prune does not apply to '{spec}'.")
+    if options.reference not in options.methods:
+        parser.error(f"--reference {options.reference} is none of --methods.")
+    return options
+
+
+def plan(options: Options) -> Iterator[tuple[Entry | None, int, Job]]:
+    """All runs: the dense one of a seed, then what starts from it."""
+    for seed in range(options.seeds):
+        yield None, seed, dense_job(seed, options)
+        for entry in entries(options):
+            for job in jobs(entry, seed, options):
+                yield entry, seed, job
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Do what is not done yet, and tell what came out."""
+    options = read(arguments)
+    problem: Problem = import_module(options.trainer).PROBLEM
+    todo = list(plan(options))
+    for _, _, job in todo:  # what is wrong should show before hours have passed
+        make_method(parse(problem, [*options.rest, *job.arguments, "--data", "."]))
+    dense: list[dict[str, Any]] = []
+    last: dict[tuple[Entry, int], dict[str, Any]] = {}
+    first = parse(problem, [*options.rest, *todo[0][2].arguments, "--data", str(options.data)])
+    source = open_data(problem, first)
+    bar = tqdm(todo, unit="run", disable=None)
+    for entry, seed, job in bar:
+        bar.set_description(str(job.out.relative_to(options.out)))
+        found = run(problem, job, options, source)
+        if entry is None:
+            dense.append(found)
+        else:
+            last[entry, seed] = found
+    runs = {
+        entry: [last[entry, seed] for seed in range(options.seeds)] for entry in entries(options)
+    }
+    rows = summarize(runs, dense, options)
+    command = " ".join(["python compare.py", *(sys.argv[1:] if arguments is None else arguments)])
+    text = f"{dense_table(dense)}\n\n{table(rows, options)}\n"
+    print(f"\n{text}")
+    (options.out / "compare.md").write_text(f"`{command}`\n\n{text}")
+    (options.out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, options).savefig(options.out / "compare.png", dpi=130)
+    print(f"Wrote compare.md, compare.json and compare.png to {options.out}.")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The comparison runs, does nothing twice, and counts right."""
+
+import json
+import re
+import statistics
+
+import compare
+import pytest
+from common import fixture, results
+from matplotlib.figure import Figure
+
+TRAINER = ["--width", "0.02", "--batch", "8", "--observations", "2", "--save-every", "2"]
+FEW = ["--seeds", "2", "--steps", "4", "--tune-steps", "4", "--rounds", "2", "--sparsities", "0.8"]
+
+
+@pytest.fixture(scope="module")
+def census(tmp_path_factory):
+    root = tmp_path_factory.mktemp("census")
+    fixture.write("census", root)
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    monkeypatch.setattr(results, "draw", lambda found: Figure())
+
+
+def test_compares_and_does_nothing_twice(census, tmp_path, monkeypatch, capsys):
+    methods = ["vote", "joint:init", "random:init:erk", "imp", "lth", "dense_tuned"]
+    arguments = ["census", "--data", census, "--out", str(tmp_path), "--methods", *methods]
+    arguments += [*FEW, *TRAINER, "--loss-scale", "college=32"]
+    rows = compare.main(arguments)
+    lines = [(row["method"], row["sparsity"], row["scaled"]) for row in rows]
+    assert lines == [
+        ("dense_tuned", 0.0, False),
+        *(("vote", 0.8, False), ("vote", 0.8, True)),
+        *(("joint:init", 0.8, False), ("joint:init", 0.8, True)),
+        *((name, 0.8, False) for name in ("random:init:erk", "imp", "lth")),
+    ]
+    for row in rows:
+        assert row["zeros"] == [round(row["sparsity"] * row["weights"])]
+        assert len(row["delta"]) == 2
+        for seed, delta in enumerate(row["delta"]):
+            tasks = [row["tasks"][task][seed] for task in row["tasks"]]
+            assert delta == pytest.approx(statistics.fmean(tasks))
+    named = {(row["method"], row["scaled"]): row for row in rows}
+    vote, joint = named["vote", False], named["joint:init", False]
+    assert named["vote", True]["delta"] == vote["delta"]
+    assert named["joint:init", True]["delta"] != joint["delta"]
+    assert "behind" not in vote
+    behind = [a - b for a, b in zip(joint["delta"], vote["delta"], strict=True)]
+    assert joint["behind"] == pytest.approx(behind)
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(rows))
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "| 80.0% | joint:init, college x32 |" in said
+    assert (tmp_path / "compare.md").read_text().startswith("`python compare.py census")
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(compare, "train", refuse)
+    assert compare.main(arguments) == rows
+    with pytest.raises(ValueError, match=r"holds a run with --lr 0\.001\. Got 0\.5\. Choose"):
+        compare.main([*arguments, "--lr", "0.5"])
+
+
+def test_lottery_tickets_start_where_they_began(census, tmp_path):
+    options = compare.read(["census", "--data", census, "--out", str(tmp_path), "--rounds", "2"])
+    first, second = compare.jobs(compare.Entry("lth::erk", 0.75), 3, options)
+    assert "--rewind" in first.arguments
+    assert "--rewind" in second.arguments
+    sparsities = [job.arguments[job.arguments.index("--sparsity") + 1] for job in (first, second)]
+    assert [float(sparsity) for sparsity in sparsities] == pytest.approx([0.5, 0.75])
+    assert first.arguments[-1] == str(tmp_path / "dense" / "seed3" / "model.pt")
+    assert second.arguments[-1] == str(first.out / "model.pt")
+    assert second.arguments[second.arguments.index("--allocation") + 1] == "erk"
+
+
+def test_interval_is_student_s():
+    assert compare.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert compare.interval([1.0]) != compare.interval([1.0])  # nan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "dispare_static"], "there is no method 'dispare_static'. There is dense, v"),
+        (["--reference", "joint:init"], "--reference joint:init is none of --methods"),
+        (["--methods", "lth:init"], "when to prune does not apply to 'lth:init'"),
+        (["--seeds", "0"], "must be at least 1"),
+    ],
+)
+def test_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        compare.read(["census", "--data", "x", *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_refuses_before_anything_has_run(census, tmp_path, capsys):
+    arguments = ["census", "--data", census, "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--methods", "vote", "rigl:init"])
+    assert "--when does not apply to --method rigl" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--methods", "vote", "--no-such-option"])
+    assert "unrecognized arguments" in capsys.readouterr().err
