@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_leaves
 from mtprune import recipes
 
 PROBLEMS = {m.PROBLEM.name: m.PROBLEM for m in (nyuv2, cityscapes, taskonomy, camvid, census)}
-METHODS = ["dense", "disparse_static", "disparse_dynamic", "disparse_pretrained", "magnitude"]
+METHODS = [
+    "dense",
+    "adapmtl",
+    "disparse_static",
+    "disparse_dynamic",
+    "disparse_pretrained",
+    "magnitude",
+]
 TINY = ["--steps", "3", "--batch", "2", "--workers", "0", "--observations", "2", "--width", "0.02"]
 CROP = ["--crop", "32", "32"]
 
@@ -79,7 +86,8 @@ def test_runs_to_the_sparsity_asked_for(train, tmp_path, capsys, name, method):
 @pytest.mark.parametrize("method", [name for name in options.METHODS if name not in METHODS])
 def test_every_other_method(train, method):
     found = train("census", "--method", method, "--steps", "4")
-    assert found["zeros"] == round(0.9 * found["weights"])
+    exact = method != "adapmtl_published"  # it rests where its thresholds lead it
+    assert not exact or found["zeros"] == round(0.9 * found["weights"])
 
 
 def test_every_recipe_is_a_method():
@@ -99,6 +107,7 @@ class KilledError(Exception):
         ("taskonomy", ["--method", "dense"]),
         ("camvid", ["--method", "disparse_pretrained", "--net", "mtan_segnet"]),
         ("census", ["--method", "magnitude"]),
+        ("nyuv2", ["--method", "adapmtl"]),
     ],
 )
 def test_killed_and_resumed_is_bitwise_the_same(train, tmp_path, monkeypatch, name, arguments):
