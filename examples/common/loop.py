@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import data, losses, nets, results
 from common.options import Options, Problem, make_method, parse
-from mtprune import MultitaskPruner
+from mtprune import MultitaskPruner, OneShot
 
 Results = dict[str, Any]
 
@@ -75,14 +75,9 @@ def open_data(problem: Problem, options: Options) -> data.Source:
 
 def build(problem: Problem, options: Options, source: data.Source) -> Run:
     """Net, optimizer and pruner, as they are before the first step."""
-    torch.manual_seed(options.seed)
     every = problem.make_tasks(source)
     tasks = {name: every[name] for name in options.tasks}
-    outputs = {name: source.outputs[name] for name in tasks}
-    model = nets.build(options.net, outputs, options.width, source.features)
-    if options.imagenet is not None:
-        nets.load_backbone(model, options.imagenet)
-    model.to(options.device)
+    model = make_net(options, source)
     optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.decay)
     scales = options.loss_scale
     pruner = MultitaskPruner(  # mtprune
@@ -97,6 +92,16 @@ def build(problem: Problem, options: Options, source: data.Source) -> Run:
     on_gpu = options.device.startswith("cuda")
     scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=options.amp and on_gpu)
     return Run(options, source, tasks, model, optimizer, pruner, scaler)
+
+
+def make_net(options: Options, source: data.Source) -> nn.Module:
+    """The net with its initial weights, which hang on the seed alone."""
+    torch.manual_seed(options.seed)
+    outputs = {name: source.outputs[name] for name in options.tasks}
+    model = nets.build(options.net, outputs, options.width, source.features)
+    if options.imagenet is not None:
+        nets.load_backbone(model, options.imagenet)
+    return model.to(options.device)
 
 
 def batches_from(problem: Problem, run: Run, start: int, stop: int) -> Any:
@@ -144,12 +149,12 @@ def train(problem: Problem, options: Options, source: data.Source | None = None)
     if options.resume and saved.exists():
         log = load(run, saved)
     elif options.pretrained is not None:
-        start_from(problem, run)
+        start_from(run)
     if log["step"] == 0 and prunes_at_once(options):
         scoring = islice(batches_from(problem, run, 0, options.observations), options.observations)
         pruner.prune(map(run.to_device, scoring), forward=forward, progress=False)  # mtprune
         if options.rewind:
-            rewind(problem, run)
+            rewind(run)
 
     net = compiled(model) if options.compile else model
     began, sparsity = time.perf_counter() - log["seconds"], pruner.sparsity
@@ -203,12 +208,11 @@ def set_rate(optimizer: torch.optim.Optimizer, options: Options, step: int) -> N
 
 def prunes_at_once(options: Options) -> bool:
     """Whether masks come before training, and do not change in it."""
-    method = make_method(options)
-    schedule = getattr(method, "schedule", None)
-    return type(schedule).__name__ == "OneShot" and schedule.at == 0
+    schedule = getattr(make_method(options), "schedule", None)
+    return isinstance(schedule, OneShot) and schedule.at == 0
 
 
-def start_from(problem: Problem, run: Run) -> None:
+def start_from(run: Run) -> None:
     """Load the weights of a finished run."""
     path = run.options.pretrained
     if not path.exists():
@@ -220,18 +224,14 @@ def start_from(problem: Problem, run: Run) -> None:
 
 
 @torch.no_grad()
-def rewind(problem: Problem, run: Run) -> None:
+def rewind(run: Run) -> None:
     """Bring the weights that were kept back to where they began."""
-    masks, state = run.pruner.masks, run.model.state_dict()
-    torch.manual_seed(run.options.seed)
-    outputs = {name: run.source.outputs[name] for name in run.tasks}
-    options = run.options
-    fresh = nets.build(options.net, outputs, options.width, run.source.features).state_dict()
-    for name, value in state.items():
+    masks = run.pruner.masks
+    fresh = make_net(run.options, run.source).state_dict()
+    for name, value in run.model.state_dict().items():
         plain = name.removesuffix("_orig")
-        if plain in fresh:
-            kept = fresh[plain].to(value.device)
-            value.copy_(kept * masks[plain] if plain in masks else kept)
+        if plain in fresh:  # masks are not
+            value.copy_(fresh[plain] * masks[plain] if plain in masks else fresh[plain])
 
 
 @torch.no_grad()
