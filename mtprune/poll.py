@@ -1,8 +1,11 @@
 """The poll: from what has been observed to the ballot a method decides on."""
 
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from mtprune.collect import Evidence, checked
 from mtprune.components import Layer
@@ -37,9 +40,9 @@ def poll(
     Raises:
         RuntimeError: If a saliency that looks at no data is not finite.
     """
-    weights = [masking.effective(layer).reshape(-1) for _, layer in layers]
+    weights = _Weights([layer for _, layer in layers], masking)
     scores = []
-    for (index, layer), weight in zip(layers, weights, strict=True):
+    for place, (index, layer) in enumerate(layers):
         voters = [task for task, flags in users.items() if flags[index]]
         voters = voters if method.disentangled else [JOINT]
         if uses_gradient(method.saliency):
@@ -47,13 +50,13 @@ def poll(
             scores.append(
                 {
                     # Used, but not in this graph: a gradient of zero.
-                    voter: torch.zeros_like(weight, dtype=torch.float32) if s is None else s
+                    voter: _zeros(layer) if s is None else s
                     for voter, s in seen.items()
                 }
             )
         else:
             own = {"generator": generator} if takes_generator(method.saliency) else {}
-            shaped = weight.view(layer.shape).to(torch.float32)
+            shaped = weights[place].view(layer.shape).to(torch.float32)
             asked = checked(method.saliency(shaped, None, **own), layer)
             if not bool(torch.isfinite(asked).all()):
                 raise RuntimeError(
@@ -69,3 +72,32 @@ def poll(
         weights=weights,
         generator=generator,
     )
+
+
+class _Weights(Sequence[Tensor]):
+    """The effective weights of some layers, flat, made when asked for: few methods ask."""
+
+    def __init__(self, layers: Sequence[Layer], masking: Masking) -> None:
+        self._layers = layers
+        self._masking = masking
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Tensor]: ...
+
+    @override
+    def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(place, slice):
+            return _Weights(self._layers[place], self._masking)
+        return self._masking.effective(self._layers[place]).reshape(-1)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _zeros(layer: Layer) -> Tensor:
+    weight = layer.parameter
+    return torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)

@@ -421,11 +421,9 @@ class MultitaskPruner:
         alone: dict[str, dict[str, Tensor]] = {task: {} for task in self._losses}
         voters = {task: JOINT if JOINT in decision.alone else task for task in self._losses}
         for place, layer in enumerate(layers):
-            wishes = {
-                task: decision.alone[voter][place]
-                for task, voter in voters.items()
-                if self._usage.uses(task, layer)
-            }
+            using = [task for task in voters if self._usage.uses(task, layer)]
+            known = {voter: decision.alone[voter][place] for voter in {voters[t] for t in using}}
+            wishes = {task: known[voters[task]] for task in using}
             for task, wish in wishes.items():
                 alone[task][layer.name] = pack(wish)
             counts.append(count(layer.name, components[layer.name], decision.masks[place], wishes))

@@ -72,9 +72,9 @@ def count(name: str, component: str, mask: Tensor, alone: Mapping[str, Tensor]) 
         name=name,
         component=component,
         parameters=mask.numel(),
-        kept=int(mask.sum()),
-        wanted={task: int((mask & wish).sum()) for task, wish in alone.items()},
-        unanimous=int(every.sum()),
+        kept=int(mask.count_nonzero()),
+        wanted={task: int((mask & wish).count_nonzero()) for task, wish in alone.items()},
+        unanimous=int(every.count_nonzero()),
     )
 
 
