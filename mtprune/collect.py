@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from mtprune import distributed
 from mtprune.components import Layer
-from mtprune.granularity import Granularity
-from mtprune.masking import Masking
+from mtprune.granularity import Element, Granularity
+from mtprune.masking import Masking, zeroed
 from mtprune.methods.base import JOINT
-from mtprune.saliency import Saliency, uses_gradient
+from mtprune.saliency import ELEMENTWISE, Saliency, uses_gradient
 
 __all__ = ["Collector", "Evidence", "checked", "reachable", "untouched"]
 
 Sink = Callable[[int, Tensor], None]
+
+_CHUNK = 1 << 17  # weights scored together on a CPU: what comes between stays in a core's cache
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Evidence:
     Attributes:
         scores: For each voter, the summed saliency of each layer it reaches: flat float32.
         counts: Observations of each task.
-        reached: For each task, bool ``[layers]``: some gradient was not zero.
+        hits: For each task and each layer swept for it, a flag: some gradient was not zero.
         walked: For each task, bool ``[layers]``: the autograd graph leads there.
         finite: For each task, one flag per observation: the loss was finite.
         discarded: Observations of each task that a `GradScaler` overflow made worthless.
@@ -42,10 +44,22 @@ class Evidence:
 
     scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    reached: dict[str, Tensor] = field(default_factory=dict)
+    hits: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     walked: dict[str, Tensor] = field(default_factory=dict)
     finite: dict[str, list[Tensor]] = field(default_factory=dict)
     discarded: dict[str, int] = field(default_factory=dict)
+
+    def reached(self, task: str, layers: int) -> Tensor:
+        """Where some gradient of a task was not zero, bool ``[layers]``.
+
+        The flags stay on their device until somebody asks: observing waits for nothing.
+        """
+        reached = torch.zeros(layers, dtype=torch.bool)
+        hits = self.hits.get(task, {})
+        for device in {flag.device for flag in hits.values()}:
+            here = [i for i, flag in hits.items() if flag.device == device]
+            reached[here] = torch.stack([hits[i] for i in here]).cpu()
+        return reached
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """As plain containers, with layers under their ``names``."""
@@ -55,7 +69,7 @@ class Evidence:
                 for voter, scores in self.scores.items()
             },
             "counts": dict(self.counts),
-            "reached": {task: flags.clone() for task, flags in self.reached.items()},
+            "reached": {task: self.reached(task, len(names)) for task in self.hits},
             "walked": {task: flags.clone() for task, flags in self.walked.items()},
             "finite": {task: torch.stack(flags) for task, flags in self.finite.items()},
             "discarded": dict(self.discarded),
@@ -74,7 +88,10 @@ class Evidence:
                 for voter, scores in state["scores"].items()
             },
             counts=dict(state["counts"]),
-            reached={task: flags.cpu().clone() for task, flags in state["reached"].items()},
+            hits={
+                task: dict(enumerate(flags.cpu().clone().unbind()))
+                for task, flags in state["reached"].items()
+            },
             walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
             finite={task: list(flags.unbind()) for task, flags in state["finite"].items()},
             discarded=dict(state["discarded"]),
@@ -88,16 +105,23 @@ class Evidence:
                     f"Loss of task '{task}' is not finite. Check the loss and its targets; "
                     "masks are unchanged, and this evidence is dropped."
                 )
-        for voter, scores in self.scores.items():
-            for index, score in scores.items():
+        # A range says whether all is finite, in one look and without a copy.
+        found = [
+            (voter, index, torch.stack(score.aminmax()).isfinite().all())
+            for voter, scores in self.scores.items()
+            for index, score in scores.items()
+            if score.numel()
+        ]
+        for (voter, index, _), fine in zip(found, _fetched([f for *_, f in found]), strict=True):
+            if not fine:
+                score = self.scores[voter][index]
                 bad = int((~torch.isfinite(score)).sum())
-                if bad:
-                    whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
-                    return (
-                        f"Saliency of {whose} is not finite in '{layers[index].name}' "
-                        f"({bad} of {score.numel()}). Check the loss; masks are unchanged, and "
-                        "this evidence is dropped."
-                    )
+                whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
+                return (
+                    f"Saliency of {whose} is not finite in '{layers[index].name}' "
+                    f"({bad} of {score.numel()}). Check the loss; masks are unchanged, and "
+                    "this evidence is dropped."
+                )
         return None
 
 
@@ -111,6 +135,8 @@ class Collector:
         saliency: A function of weight and gradient.
         granularity: Pools saliency over what is pruned as one.
         disentangled: Score each loss apart from the others, or their sum.
+        dtype: Of the scores.
+        device: Where the scores are kept; None for where the weights are.
     """
 
     def __init__(
@@ -122,6 +148,8 @@ class Collector:
         saliency: Saliency,
         granularity: Granularity,
         disentangled: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -130,6 +158,9 @@ class Collector:
         self._granularity = granularity
         self._disentangled = disentangled
         self._data_free = not uses_gradient(saliency)
+        self._piecewise = saliency in ELEMENTWISE and isinstance(granularity, Element)
+        self._dtype = dtype
+        self._device = device
         self.evidence = Evidence()
 
     def reset(self) -> None:
@@ -212,7 +243,8 @@ class Collector:
             return [int(i) for i in users[task].nonzero().flatten()]
         found = reachable(loss)
         walked = torch.tensor([id(layer.parameter) in found for layer in self._layers])
-        walked = distributed.any_rank(walked.to(loss.device)).cpu()
+        if distributed.world() > 1:
+            walked = distributed.any_rank(walked.to(loss.device)).cpu()
         before = self.evidence.walked.get(task)
         self.evidence.walked[task] = walked if before is None else walked | before
         return [int(i) for i in walked.nonzero().flatten()]
@@ -233,16 +265,14 @@ class Collector:
             loss = loss + other
         if scale != 1.0:
             loss = loss * scale
-        touched: list[tuple[int, Tensor]] = []
+        hits = evidence.hits.setdefault(losses[0][0], {}) if probe else {}
 
         def sink(index: int, grad: Tensor) -> None:
-            grad = grad.detach().to(torch.float32)
-            if scale != 1.0:
-                grad = grad / scale
+            grad = grad.detach()
             if probe:
-                touched.append((index, grad.any()))
+                hits[index] = _any(grad) | hits[index] if index in hits else _any(grad)
             if voter is not None:
-                self._score(voter, index, grad)
+                self._score(voter, index, grad, scale)
 
         parameters = [self._layers[i].parameter for i in targets]
         if not parameters:
@@ -252,25 +282,44 @@ class Collector:
                 return False
         else:
             _sweep_streaming(loss, targets, parameters, sink)
-        if probe:
-            [(task, _)] = losses
-            hit = evidence.reached.setdefault(
-                task, torch.zeros(len(self._layers), dtype=torch.bool)
-            )
-            if touched:
-                flags = torch.stack([flag.to(loss.device) for _, flag in touched]).cpu()
-                hit[[i for i, _ in touched]] |= flags
         return True
 
-    def _score(self, voter: str, index: int, grad: Tensor) -> None:
+    def _score(self, voter: str, index: int, grad: Tensor, scale: float) -> None:
         """Add a layer's saliency to a voter's buffer."""
         layer = self._layers[index]
-        weight = self._masking.effective(layer).to(torch.float32)
-        flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
+        weight, mask = layer.parameter.detach(), self._masking.mask(layer)
         buffers = self.evidence.scores.setdefault(voter, {})
-        if index not in buffers:
-            buffers[index] = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-        buffers[index] += flat
+        if not (self._piecewise and weight.is_contiguous()):
+            whole = self._one(weight, mask, grad, scale)
+            flat = self._granularity.pool(checked(whole, layer))
+            if index not in buffers:
+                buffers[index] = self._buffer(flat.numel(), flat.device)
+            buffers[index] += flat.to(buffers[index].device)
+            return
+        # Piece by piece, so that what comes between is never in memory, only in cache.
+        first = index not in buffers
+        if first:
+            buffers[index] = self._buffer(weight.numel(), weight.device)
+        size = _CHUNK if weight.device.type == "cpu" else max(weight.numel(), 1)
+        masks = None if mask is None else mask.reshape(-1).split(size)
+        for i, (part, w, g) in enumerate(
+            zip(*(t.reshape(-1).split(size) for t in (buffers[index], weight, grad)), strict=True)
+        ):
+            score = self._one(w, None if masks is None else masks[i], g, scale)
+            if first:
+                part.copy_(score)
+            else:
+                part += score.to(part.device)
+
+    def _one(self, weight: Tensor, mask: Tensor | None, grad: Tensor, scale: float) -> Tensor:
+        """The saliency of effective weights, in the weights' shape."""
+        weight = (weight if mask is None else zeroed(weight, mask)).to(torch.float32)
+        grad = grad.to(torch.float32)
+        return self._saliency(weight, grad if scale == 1.0 else grad / scale)
+
+    def _buffer(self, size: int, device: torch.device) -> Tensor:
+        """An empty score buffer, flat."""
+        return torch.zeros(size, dtype=self._dtype, device=self._device or device)
 
     @contextmanager
     def _dense_gradients(self) -> Iterator[None]:
@@ -280,6 +329,23 @@ class Collector:
             yield
         finally:
             self._masking.gate.set(False)
+
+
+def _any(grad: Tensor) -> Tensor:
+    """Whether any of a gradient is not zero, bool, on its device."""
+    if grad.device.type != "cpu":
+        return grad.any()
+    parts = grad.reshape(-1).split(_CHUNK)
+    return torch.tensor(any(bool(part.any()) for part in parts))  # the first has it, as a rule
+
+
+def _fetched(flags: Sequence[Tensor]) -> list[bool]:
+    """Flags as Python values, with one transfer for each device."""
+    values: dict[int, bool] = {}
+    for device in {flag.device for flag in flags}:
+        here = [i for i, flag in enumerate(flags) if flag.device == device]
+        values.update(zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True))
+    return [values[i] for i in range(len(flags))]
 
 
 def checked(score: object, layer: Layer) -> Tensor:

@@ -104,6 +104,10 @@ def random(
     return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
 
 
+ELEMENTWISE = frozenset({taylor, snip, fisher, gradient, movement})
+"""Those of ours that look at each weight alone, and so may be asked piece by piece."""
+
+
 def uses_gradient(saliency: Saliency) -> bool:
     """Whether ``saliency`` must be called with a gradient, that is, needs observations.
 
