@@ -20,7 +20,7 @@ from mtprune.components import Layer
 from mtprune.granularity import Element, Granularity
 from mtprune.masking import Masking, zeroed
 from mtprune.methods.base import JOINT
-from mtprune.saliency import ELEMENTWISE, Saliency, uses_gradient
+from mtprune.saliency import IN_PLACE, Saliency, uses_gradient
 
 __all__ = ["Collector", "Evidence", "checked", "reachable", "untouched"]
 
@@ -158,7 +158,8 @@ class Collector:
         self._granularity = granularity
         self._disentangled = disentangled
         self._data_free = not uses_gradient(saliency)
-        self._piecewise = saliency in ELEMENTWISE and isinstance(granularity, Element)
+        self._into = IN_PLACE.get(saliency) if isinstance(granularity, Element) else None
+        self._space = torch.empty(0)
         self._dtype = dtype
         self._device = device
         self.evidence = Evidence()
@@ -289,15 +290,15 @@ class Collector:
         layer = self._layers[index]
         weight, mask = layer.parameter.detach(), self._masking.mask(layer)
         buffers = self.evidence.scores.setdefault(voter, {})
-        if not (self._piecewise and weight.is_contiguous()):
-            whole = self._one(weight, mask, grad, scale)
-            flat = self._granularity.pool(checked(whole, layer))
-            if index not in buffers:
+        first = index not in buffers
+        if self._into is None or not weight.is_contiguous():
+            weight, grad = _prepared(weight, mask, grad, scale)
+            flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
+            if first:
                 buffers[index] = self._buffer(flat.numel(), flat.device)
             buffers[index] += flat.to(buffers[index].device)
             return
         # Piece by piece, so that what comes between is never in memory, only in cache.
-        first = index not in buffers
         if first:
             buffers[index] = self._buffer(weight.numel(), weight.device)
         size = _CHUNK if weight.device.type == "cpu" else max(weight.numel(), 1)
@@ -305,17 +306,19 @@ class Collector:
         for i, (part, w, g) in enumerate(
             zip(*(t.reshape(-1).split(size) for t in (buffers[index], weight, grad)), strict=True)
         ):
-            score = self._one(w, None if masks is None else masks[i], g, scale)
-            if first:
-                part.copy_(score)
+            w, g = _prepared(w, None if masks is None else masks[i], g, scale)
+            if first and part.dtype == w.dtype and part.device == w.device:
+                self._into(w, g, part)
             else:
-                part += score.to(part.device)
+                part += self._into(w, g, self._scratch(w)).to(part.device)
 
-    def _one(self, weight: Tensor, mask: Tensor | None, grad: Tensor, scale: float) -> Tensor:
-        """The saliency of effective weights, in the weights' shape."""
-        weight = (weight if mask is None else zeroed(weight, mask)).to(torch.float32)
-        grad = grad.to(torch.float32)
-        return self._saliency(weight, grad if scale == 1.0 else grad / scale)
+    def _scratch(self, like: Tensor) -> Tensor:
+        """A place for what is between, float32; the same one again on a CPU."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like)
+        if self._space.numel() < like.numel():
+            self._space = torch.empty(_CHUNK)
+        return self._space[: like.numel()]
 
     def _buffer(self, size: int, device: torch.device) -> Tensor:
         """An empty score buffer, flat."""
@@ -331,12 +334,21 @@ class Collector:
             self._masking.gate.set(False)
 
 
+def _prepared(
+    weight: Tensor, mask: Tensor | None, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The effective weight and the gradient of the unscaled loss, float32."""
+    weight = (weight if mask is None else zeroed(weight, mask)).to(torch.float32)
+    grad = grad.to(torch.float32)
+    return weight, grad if scale == 1.0 else grad / scale
+
+
 def _any(grad: Tensor) -> Tensor:
     """Whether any of a gradient is not zero, bool, on its device."""
     if grad.device.type != "cpu":
         return grad.any()
-    parts = grad.reshape(-1).split(_CHUNK)
-    return torch.tensor(any(bool(part.any()) for part in parts))  # the first has it, as a rule
+    flat = grad.reshape(-1)
+    return flat[:1024].any() or flat.any()  # the first few tell, as a rule
 
 
 def _fetched(flags: Sequence[Tensor]) -> list[bool]:
