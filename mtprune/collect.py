@@ -22,7 +22,7 @@ from mtprune.masking import Masking, zeroed
 from mtprune.methods.base import JOINT
 from mtprune.saliency import IN_PLACE, Saliency, uses_gradient
 
-__all__ = ["Collector", "Evidence", "checked", "reachable", "untouched"]
+__all__ = ["Collector", "Evidence", "backward", "checked", "reachable", "untouched"]
 
 Sink = Callable[[int, Tensor], None]
 
@@ -76,13 +76,21 @@ class Evidence:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], layers: Sequence[Layer]) -> "Evidence":
-        """The inverse of `state_dict`, on the layers' devices."""
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        layers: Sequence[Layer],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> "Evidence":
+        """The inverse of `state_dict`; for ``dtype`` and ``device`` see `Collector`."""
         place = {layer.name: i for i, layer in enumerate(layers)}
         return cls(
             scores={
                 voter: {
-                    place[name]: score.to(layers[place[name]].parameter.device, copy=True)
+                    place[name]: score.to(
+                        device or layers[place[name]].parameter.device, dtype, copy=True
+                    )
                     for name, score in scores.items()
                 }
                 for voter, scores in state["scores"].items()
@@ -123,6 +131,17 @@ class Evidence:
                     "this evidence is dropped."
                 )
         return None
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A sweep is to be part of the training's backward.
+
+    Attributes:
+        keep: Whether the graph is needed again after it.
+    """
+
+    keep: bool
 
 
 class Collector:
@@ -174,6 +193,7 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float = 1.0,
         guarded: bool = False,
+        fold: Sequence[Tensor] | None = None,
     ) -> None:
         """One observation of each task in ``losses``.
 
@@ -182,11 +202,13 @@ class Collector:
             users: For each task, bool ``[layers]``, the layers it uses; None while that is unknown.
             scale: Factor for the sweep, taken out of the gradients again.
             guarded: Discard a task's observation if a gradient is not finite.
+            fold: If given, the sweeps are the training's backward as well: ``.grad`` receives the
+                gradient of the sum of ``losses`` and of these, which are not observed.
 
         If this fails half way, all evidence is forgotten.
         """
         try:
-            self._add(losses, users, scale, guarded)
+            self._add(losses, users, scale, guarded, fold)
         except BaseException:
             self.reset()  # half an observation is none
             raise
@@ -197,29 +219,44 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float,
         guarded: bool,
+        fold: Sequence[Tensor] | None,
     ) -> None:
         evidence = self.evidence
+        scored = not self._data_free
+        rest = list(fold or ())  # what no sweep has folded yet
         with untouched(self._model), self._dense_gradients():
-            valid = {}
+            flags, able = {}, []
             for task, loss in losses.items():
-                flag = ~distributed.any_rank(~torch.isfinite(loss.detach()))
-                good = not guarded or bool(flag)
-                if good:
-                    good = self._probe(task, loss, users, scale, guarded)
-                if good:
-                    valid[task] = flag
-            if valid and not self._disentangled and not self._data_free:
+                flags[task] = ~distributed.any_rank(~torch.isfinite(loss.detach()))
+                if not guarded or bool(flags[task]):
+                    able.append(task)
+                else:
+                    rest.append(loss)
+            valid = []
+            folds = fold is not None and scored
+            for task in able:
+                last = not rest and task == able[-1]
+                folding = _Fold(keep=not last) if folds and self._disentangled else None
+                if self._probe(task, losses[task], users, scale, guarded, folding):
+                    valid.append(task)
+            if scored and not self._disentangled and valid:
                 walked = [evidence.walked[task] for task in valid]
                 targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
                 chosen = [(task, losses[task]) for task in valid]
-                if not self._sweep(chosen, targets, JOINT, scale, guarded, False):
-                    valid = {}
+                rest += [losses[task] for task in able if task not in valid]
+                folding = _Fold(keep=bool(rest)) if folds else None
+                if not self._sweep(chosen, targets, JOINT, scale, guarded, False, folding):
+                    valid = []
+            elif not (scored and self._disentangled):
+                rest += [losses[task] for task in able]
             for task in losses:
                 if task in valid:
                     evidence.counts[task] = evidence.counts.get(task, 0) + 1
-                    evidence.finite.setdefault(task, []).append(valid[task])
+                    evidence.finite.setdefault(task, []).append(flags[task])
                 else:
                     evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+        if fold is not None and rest:
+            backward(rest, scale)
 
     def _probe(
         self,
@@ -228,6 +265,7 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float,
         guarded: bool,
+        folding: "_Fold | None",
     ) -> bool:
         """Sweep for what is asked of one task alone; whether its gradients could be used."""
         targets = self._targets(task, loss, users)
@@ -235,7 +273,7 @@ class Collector:
         if not scored and users is not None:
             return True
         voter = task if scored else None
-        return self._sweep([(task, loss)], targets, voter, scale, guarded, users is None)
+        return self._sweep([(task, loss)], targets, voter, scale, guarded, users is None, folding)
 
     def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
         """The layers worth sweeping for a task; remembers where its graph leads."""
@@ -258,6 +296,7 @@ class Collector:
         scale: float,
         guarded: bool,
         probe: bool,
+        folding: "_Fold | None",
     ) -> bool:
         """One pass over the graph of the summed losses; whether its gradients could be used."""
         evidence = self.evidence
@@ -276,7 +315,11 @@ class Collector:
                 self._score(voter, index, grad, scale)
 
         parameters = [self._layers[i].parameter for i in targets]
-        if not parameters:
+        if folding is not None:
+            shown = {i: self._masking.trained(self._layers[i]) for i in targets}
+            if not _sweep_folding(loss, targets, parameters, sink, guarded, shown, folding.keep):
+                return False
+        elif not parameters:
             pass
         elif guarded or distributed.world() > 1:
             if not _sweep_whole(loss, targets, parameters, sink, guarded):
@@ -422,6 +465,63 @@ def _sweep_streaming(
             handle.remove()
 
 
+def _sweep_folding(
+    loss: Tensor,
+    targets: Sequence[int],
+    parameters: Sequence[Tensor],
+    sink: Sink,
+    guarded: bool,
+    shown: Mapping[int, Tensor | None],
+    keep: bool,
+) -> bool:
+    """A backward whose gradients are fed to ``sink`` on their way into ``.grad``.
+
+    Args:
+        loss: What to differentiate.
+        targets: The layers to score.
+        parameters: Their Parameters.
+        sink: Takes their dense gradients.
+        guarded: See `Collector.add`; False is returned if a gradient is not finite.
+        shown: For each target the mask that training's gradient goes through, or None.
+        keep: Whether the graph is needed again.
+    """
+    held: list[tuple[int, Tensor]] = []
+    handles = []
+
+    def consume(index: int) -> Callable[[Tensor], Tensor | None]:
+        def hook(grad: Tensor) -> Tensor | None:
+            dense = grad.to_dense() if grad.is_sparse else grad
+            if guarded:
+                held.append((index, dense))
+            else:
+                sink(index, dense)
+            mask = shown[index]
+            return None if mask is None else zeroed(dense, mask)
+
+        return hook
+
+    try:
+        for index, parameter in zip(targets, parameters, strict=True):
+            handles.append(parameter.register_hook(consume(index)))
+        with _advised():
+            torch.autograd.backward(loss, retain_graph=keep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(bool(torch.isfinite(grad).all()) for _, grad in held):
+        return False
+    for index, grad in held:
+        sink(index, grad)
+    return True
+
+
+def backward(losses: Sequence[Tensor], scale: float) -> None:
+    """The training's backward of summed losses."""
+    total = torch.stack(list(losses)).sum()
+    with _advised():
+        torch.autograd.backward(total if scale == 1.0 else total * scale)
+
+
 def _sweep_whole(
     loss: Tensor,
     targets: Sequence[int],
@@ -460,8 +560,14 @@ _ADVICE = {
 
 
 def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    try:
+    with _advised():
         return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         for symptom, advice in _ADVICE.items():
             if symptom in str(error):

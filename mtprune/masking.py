@@ -158,6 +158,10 @@ class Masking(ABC):
         weight, mask = layer.parameter.detach(), self.mask(layer)
         return weight if mask is None else zeroed(weight, mask)
 
+    def trained(self, layer: Layer) -> Tensor | None:
+        """The mask that a layer's gradient goes through on its way to ``.grad``, if any."""
+        return None
+
     @abstractmethod
     def mask(self, layer: Layer) -> Tensor | None:
         """The mask of a layer, on its device, or None if it has none."""
@@ -212,6 +216,10 @@ class PruneMasking(Masking):
     def mask(self, layer: Layer) -> Tensor | None:
         module, attribute = layer.places[0]
         return module._buffers.get(attribute + "_mask")
+
+    @override
+    def trained(self, layer: Layer) -> Tensor | None:
+        return self.mask(layer)
 
     @override
     def _add(self, layer: Layer, mask: Tensor) -> None:

@@ -25,6 +25,7 @@ def poll(
     masking: Masking,
     components: Mapping[str, str],
     generator: torch.Generator,
+    device: torch.device | None = None,
 ) -> Ballot:
     """The ballot over ``layers``, each given with its index among all prunable ones.
 
@@ -36,11 +37,12 @@ def poll(
         masking: Where their masks are.
         components: Their components.
         generator: The pruner's own.
+        device: Where to decide; None for where the weights are.
 
     Raises:
         RuntimeError: If a saliency that looks at no data is not finite.
     """
-    weights = _Weights([layer for _, layer in layers], masking)
+    weights = _Weights([layer for _, layer in layers], masking, device)
     scores = []
     for place, (index, layer) in enumerate(layers):
         voters = [task for task, flags in users.items() if flags[index]]
@@ -50,7 +52,7 @@ def poll(
             scores.append(
                 {
                     # Used, but not in this graph: a gradient of zero.
-                    voter: _zeros(layer) if s is None else s
+                    voter: _zeros(layer, device) if s is None else s
                     for voter, s in seen.items()
                 }
             )
@@ -68,7 +70,7 @@ def poll(
         shapes=[layer.shape for _, layer in layers],
         components=[components[layer.name] for _, layer in layers],
         scores=scores,
-        masks=[masking.current(layer).reshape(-1) for _, layer in layers],
+        masks=[_moved(masking.current(layer).reshape(-1), device) for _, layer in layers],
         weights=weights,
         generator=generator,
     )
@@ -77,9 +79,12 @@ def poll(
 class _Weights(Sequence[Tensor]):
     """The effective weights of some layers, flat, made when asked for: few methods ask."""
 
-    def __init__(self, layers: Sequence[Layer], masking: Masking) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], masking: Masking, device: torch.device | None
+    ) -> None:
         self._layers = layers
         self._masking = masking
+        self._device = device
 
     @overload
     def __getitem__(self, place: int) -> Tensor: ...
@@ -90,14 +95,18 @@ class _Weights(Sequence[Tensor]):
     @override
     def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(place, slice):
-            return _Weights(self._layers[place], self._masking)
-        return self._masking.effective(self._layers[place]).reshape(-1)
+            return _Weights(self._layers[place], self._masking, self._device)
+        return _moved(self._masking.effective(self._layers[place]).reshape(-1), self._device)
 
     @override
     def __len__(self) -> int:
         return len(self._layers)
 
 
-def _zeros(layer: Layer) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    return tensor if device is None else tensor.to(device)
+
+
+def _zeros(layer: Layer, device: torch.device | None) -> Tensor:
     weight = layer.parameter
-    return torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+    return torch.zeros(weight.numel(), dtype=torch.float32, device=device or weight.device)

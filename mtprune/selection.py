@@ -276,7 +276,7 @@ def select(
         grid = _Grid(min(low for low, _ in ranges), max(high for _, high in ranges))
         for ranking in rankings.values():
             ranking.tabulate(grid)
-        contests = [_Picked(ballot, quota, needed) for quota in quotas]
+        contests: list[_Contest] = [_Picked(ballot, quota, needed) for quota in quotas]
     else:
         contests = [_Reduced(ballot, quota) for quota in quotas]
     for contest in contests:
