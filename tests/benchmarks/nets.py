@@ -108,7 +108,7 @@ def _deeplab(size: str, tasks: int | None) -> Subject:
     width, depths, head = {
         "full": (64, (3, 4, 6, 3), 1024),
         "quick": (32, (2, 2, 2, 2), 256),
-        "toy": (4, (1, 1), 4),
+        "toy": (8, (1, 1), 8),
     }[size]
     shape = {"full": (2, 3, 128, 160), "quick": (2, 3, 64, 80), "toy": (2, 3, 16, 16)}[size]
     model = DeepLab(names, width, depths, head)
