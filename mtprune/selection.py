@@ -17,7 +17,7 @@ then a matter of how many of its saliencies are, and those are compared as they 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from mtprune.votes import Vote
 __all__ = ["Best", "Quota", "Ranking", "rank", "select"]
 
 _CODES = 1 << 16  # a float's leading 16 bits, rounded away from zero: zero is alone in its code
+_INFINITY = 0x7F800000  # its bits: edges are bits, because some CPUs flush subnormal numbers
+_ZERO = _CODES // 2  # the cell of 0.0; that of -0.0 is the one before
 _GRID = 1 << 14  # resolution of worth while looking for the cut
 _CHUNK = 1 << 17  # weights looked at together: bounds all temporaries, and fits a core's cache
 
@@ -73,7 +75,7 @@ class Ranking:
             found = torch.bincount(_codes(chunk))
             by_code[: found.numel()] += found
         # From here on by cell: the codes in the order of the values they stand for.
-        self._cells = _CELLS.to(device)
+        self._cells, self._edges = _layout(device)
         self.counts = torch.empty_like(by_code).scatter_(0, self._cells, by_code)
         self._below = self.counts.cumsum(0) - self.counts
         self._below[_ZERO] = self._below[_ZERO - 1]  # 0.0 and -0.0 are one number
@@ -113,11 +115,13 @@ class Ranking:
         last = torch.searchsorted(self._grid_low, cuts) - 1
         return torch.where(last < 0, -1, self._grid_high[last.clamp_(min=0)])
 
-    def edges(self, surely_in: Tensor, surely_out: Tensor) -> tuple[list[float], list[float]]:
-        """For each cut, from which value on percentiles reach it surely, and from which maybe."""
-        edges = _EDGES.to(self._low.device)
-        surely = edges[torch.searchsorted(self._grid_low, surely_in)]
-        maybe = edges[torch.searchsorted(self._grid_high, surely_out)]
+    def edges(self, surely_in: Tensor, surely_out: Tensor) -> tuple[list[int], list[int]]:
+        """For each cut, from which value on percentiles reach it surely, and from which maybe.
+
+        Of the values the bits.
+        """
+        surely = self._edges[torch.searchsorted(self._grid_low, surely_in)]
+        maybe = self._edges[torch.searchsorted(self._grid_high, surely_out)]
         return surely.tolist(), maybe.tolist()
 
     def exact(self, values: Tensor) -> Tensor:
@@ -138,8 +142,10 @@ class Ranking:
         )
         return self.percentile(rank)
 
-    def cut(self, keep: int) -> tuple[float, int, int]:
+    def cut(self, keep: int) -> tuple[int, int, int]:
         """The least of the ``keep`` highest, how many are equal to it, and how many of them count.
+
+        Of the least the bits.
 
         Args:
             keep: At least 1.
@@ -147,12 +153,13 @@ class Ranking:
         cell = int((self.total - self._below >= min(keep, self.total)).sum()) - 1
         left = keep - int(self.counts[cell + 1 :].sum())
         if cell == _ZERO:
-            return 0.0, int(self.counts[_ZERO - 1 : _ZERO + 1].sum()), left
+            return 0, int(self.counts[_ZERO - 1 : _ZERO + 1].sum()), left
         touched = torch.zeros(_CODES, dtype=torch.bool, device=self.counts.device)
         touched[cell] = True
         near = self._within(touched)
         value = _sorted(near)[near.numel() - left]
-        return float(value), int((near == value).sum()), left - int((near > value).sum())
+        equal, above = int((near == value).sum()), int((near > value).sum())
+        return int(value.view(torch.int32)), equal, left - above
 
     def _within(self, touched: Tensor) -> Tensor:
         """The task's saliencies that fall into some cells, float32."""
@@ -160,7 +167,7 @@ class Ranking:
         if not found.numel():
             return self._low.new_zeros(0, dtype=torch.float32)
         first, last = int(found[0]), int(found[-1])
-        low, high = float(_EDGES[first]), float(_EDGES[last + 1])
+        low, high = int(self._edges[first]), int(self._edges[last + 1])
         # Few in between: two comparisons spare most of them the table.
         narrow = int(self.counts[first : last + 1].sum()) < self.total // 8
         by_code = touched[self._cells]
@@ -189,13 +196,13 @@ class Best(Mapping[int, Tensor]):
 
     def __init__(self, pieces: Mapping[int, Tensor], ranking: Ranking, keep: int) -> None:
         self._pieces = pieces
-        self._value, equal, left = ranking.cut(keep) if keep > 0 else (float("inf"), 0, 0)
+        self._value, equal, left = ranking.cut(keep) if keep > 0 else (_INFINITY, 0, 0)
         # Of those equal to the last one kept, how many each layer keeps; None for all of them.
         self._ties: dict[int, int] | None = None
         if left < equal:
             self._ties = {}
             for layer, piece in pieces.items():
-                here = _count(_level(piece, self._value)) if left else 0
+                here = _count(piece == _number(self._value)) if left else 0
                 self._ties[layer] = min(here, left)
                 left -= self._ties[layer]
 
@@ -205,7 +212,7 @@ class Best(Mapping[int, Tensor]):
         piece = self._pieces[layer]
         mask = _at_least(piece, self._value)
         if self._ties is not None:
-            mask[_where(_level(piece, self._value))[self._ties[layer] :]] = False
+            mask[_where(piece == _number(self._value))[self._ties[layer] :]] = False
         return mask
 
     @override
@@ -589,20 +596,15 @@ def _codes(values: Tensor) -> Tensor:
     return (values.view(torch.int32) + 0xFFFF).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
-def _layout() -> tuple[Tensor, Tensor]:
-    """For each code its cell; for each cell, and one more, the least value in it."""
-    size = torch.arange(_CODES // 2)  # of the codes of one sign
+@cache
+def _layout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each code its cell; for each cell, and one more, the bits of the least value in it."""
+    size = torch.arange(_ZERO)  # of the codes of one sign
     cells = torch.cat([_ZERO + size, _ZERO - 1 - size])
-    positive = ((size - 1) << 16) + 1
-    positive[0] = 0
-    bits = torch.cat([(size << 16).flip(0), positive]).to(torch.int32)
-    edges = bits.view(torch.float32).nan_to_num(nan=float("inf"), posinf=float("inf"))
-    edges[:_ZERO] *= -1
-    return cells, torch.cat([edges, torch.tensor([float("inf")])])
-
-
-_ZERO = _CODES // 2  # the cell of 0.0; that of -0.0 is the one before
-_CELLS, _EDGES = _layout()
+    negative = (size << 16).clamp(max=_INFINITY).flip(0) - (1 << 31)
+    positive = (((size - 1) << 16) + 1).clamp(min=0, max=_INFINITY)
+    edges = torch.cat([negative, positive, torch.tensor([_INFINITY])]).to(torch.int32)
+    return cells.to(device), edges.to(device)
 
 
 def _span(like: Tensor) -> int:
@@ -610,43 +612,44 @@ def _span(like: Tensor) -> int:
     return _CHUNK if like.device.type == "cpu" else 64 * _CHUNK
 
 
-# Where NumPy is several times as fast as torch on a CPU, it is asked.
+def _uses_numpy(values: Tensor) -> bool:
+    """On a CPU NumPy is several times as fast as torch in what follows, and gives the same."""
+    return values.device.type == "cpu"
 
 
-def _at_least(values: Tensor, edge: float) -> Tensor:
-    """Whether each value is at least ``edge``, bool."""
+def _at_least(values: Tensor, edge: int) -> Tensor:
+    """Whether each value is at least the one with these bits, bool."""
     if values.dtype == torch.bfloat16:
         values = values.to(torch.float32)
-    if values.device.type != "cpu":
-        return values >= edge
-    if edge > 0:  # by their bits, which also tell subnormal numbers apart where these are flushed
-        bits = np.float32(edge).view(np.int32)
-        return torch.from_numpy(values.view(torch.int32).numpy() >= bits)
-    return torch.from_numpy(values.numpy() >= np.float32(edge))
+    if not _uses_numpy(values):
+        return values >= _number(edge)
+    if edge > 0:  # larger numbers have larger bits
+        return torch.from_numpy(values.view(torch.int32).numpy() >= np.int32(edge))
+    return torch.from_numpy(values.numpy() >= np.int32(edge).view(np.float32))
 
 
-def _level(values: Tensor, value: float) -> Tensor:
-    """Whether each value is ``value``, bool."""
-    return values == value
+def _number(bits: int) -> float:
+    """The number with these bits."""
+    return float(np.int32(bits).view(np.float32))
 
 
 def _where(mask: Tensor) -> Tensor:
     """The positions that are True, int64."""
-    if mask.device.type != "cpu":
+    if not _uses_numpy(mask):
         return mask.nonzero().squeeze(1)
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def _count(mask: Tensor) -> int:
     """How many are True."""
-    if mask.device.type != "cpu":
+    if not _uses_numpy(mask):
         return int(mask.sum())
     return int(np.count_nonzero(mask.numpy()))
 
 
 def _sorted(values: Tensor) -> Tensor:
     """Values in ascending order, float32."""
-    if values.device.type != "cpu":
+    if not _uses_numpy(values):
         return values.sort().values
     return torch.from_numpy(np.sort(values.numpy()))
 
