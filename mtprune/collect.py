@@ -97,7 +97,10 @@ class Evidence:
             },
             counts=dict(state["counts"]),
             hits={
-                task: dict(enumerate(flags.cpu().clone().unbind()))
+                task: {
+                    i: flag.to(layer.parameter.device, copy=True)
+                    for i, (flag, layer) in enumerate(zip(flags, layers, strict=True))
+                }
                 for task, flags in state["reached"].items()
             },
             walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
