@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from mtprune import distributed
 from mtprune.components import Layer
-from mtprune.granularity import Granularity
-from mtprune.masking import Masking
+from mtprune.granularity import Element, Granularity
+from mtprune.masking import Masking, zeroed
 from mtprune.methods.base import JOINT
-from mtprune.saliency import Saliency, uses_gradient
+from mtprune.saliency import IN_PLACE, Saliency, uses_gradient
 
-__all__ = ["Collector", "Evidence", "checked", "reachable", "untouched"]
+__all__ = ["Collector", "Evidence", "backward", "checked", "reachable", "untouched"]
 
 Sink = Callable[[int, Tensor], None]
+
+_CHUNK = 1 << 17  # weights scored together on a CPU: what comes between stays in a core's cache
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Evidence:
     Attributes:
         scores: For each voter, the summed saliency of each layer it reaches: flat float32.
         counts: Observations of each task.
-        reached: For each task, bool ``[layers]``: some gradient was not zero.
+        hits: For each task and each layer swept for it, a flag: some gradient was not zero.
         walked: For each task, bool ``[layers]``: the autograd graph leads there.
         finite: For each task, one flag per observation: the loss was finite.
         discarded: Observations of each task that a `GradScaler` overflow made worthless.
@@ -43,11 +45,23 @@ class Evidence:
 
     scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    reached: dict[str, Tensor] = field(default_factory=dict)
+    hits: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     walked: dict[str, Tensor] = field(default_factory=dict)
     finite: dict[str, list[Tensor]] = field(default_factory=dict)
     discarded: dict[str, int] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def reached(self, task: str, layers: int) -> Tensor:
+        """Where some gradient of a task was not zero, bool ``[layers]``.
+
+        The flags stay on their device until somebody asks: observing waits for nothing.
+        """
+        reached = torch.zeros(layers, dtype=torch.bool)
+        hits = self.hits.get(task, {})
+        for device in {flag.device for flag in hits.values()}:
+            here = [i for i, flag in hits.items() if flag.device == device]
+            reached[here] = torch.stack([hits[i] for i in here]).cpu()
+        return reached
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """As plain containers, with layers under their ``names``."""
@@ -57,7 +71,7 @@ class Evidence:
                 for voter, scores in self.scores.items()
             },
             "counts": dict(self.counts),
-            "reached": {task: flags.clone() for task, flags in self.reached.items()},
+            "reached": {task: self.reached(task, len(names)) for task in self.hits},
             "walked": {task: flags.clone() for task, flags in self.walked.items()},
             "finite": {task: torch.stack(flags) for task, flags in self.finite.items()},
             "discarded": dict(self.discarded),
@@ -65,19 +79,33 @@ class Evidence:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], layers: Sequence[Layer]) -> "Evidence":
-        """The inverse of `state_dict`, on the layers' devices."""
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        layers: Sequence[Layer],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> "Evidence":
+        """The inverse of `state_dict`; for ``dtype`` and ``device`` see `Collector`."""
         place = {layer.name: i for i, layer in enumerate(layers)}
         return cls(
             scores={
                 voter: {
-                    place[name]: score.to(layers[place[name]].parameter.device, copy=True)
+                    place[name]: score.to(
+                        device or layers[place[name]].parameter.device, dtype, copy=True
+                    )
                     for name, score in scores.items()
                 }
                 for voter, scores in state["scores"].items()
             },
             counts=dict(state["counts"]),
-            reached={task: flags.cpu().clone() for task, flags in state["reached"].items()},
+            hits={
+                task: {
+                    i: flag.to(layer.parameter.device, copy=True)
+                    for i, (flag, layer) in enumerate(zip(flags, layers, strict=True))
+                }
+                for task, flags in state["reached"].items()
+            },
             walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
             finite={task: list(flags.unbind()) for task, flags in state["finite"].items()},
             discarded=dict(state["discarded"]),
@@ -92,17 +120,35 @@ class Evidence:
                     f"Loss of task '{task}' is not finite. Check the loss and its targets; "
                     "masks are unchanged, and this evidence is dropped."
                 )
-        for voter, scores in self.scores.items():
-            for index, score in scores.items():
+        # A range says whether all is finite, in one look and without a copy.
+        found = [
+            (voter, index, torch.stack(score.aminmax()).isfinite().all())
+            for voter, scores in self.scores.items()
+            for index, score in scores.items()
+            if score.numel()
+        ]
+        for (voter, index, _), fine in zip(found, _fetched([f for *_, f in found]), strict=True):
+            if not fine:
+                score = self.scores[voter][index]
                 bad = int((~torch.isfinite(score)).sum())
-                if bad:
-                    whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
-                    return (
-                        f"Saliency of {whose} is not finite in '{layers[index].name}' "
-                        f"({bad} of {score.numel()}). Check the loss; masks are unchanged, and "
-                        "this evidence is dropped."
-                    )
+                whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
+                return (
+                    f"Saliency of {whose} is not finite in '{layers[index].name}' "
+                    f"({bad} of {score.numel()}). Check the loss; masks are unchanged, and "
+                    "this evidence is dropped."
+                )
         return None
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A sweep is to be part of the training's backward.
+
+    Attributes:
+        keep: Whether the graph is needed again after it.
+    """
+
+    keep: bool
 
 
 class Collector:
@@ -115,6 +161,8 @@ class Collector:
         saliency: A function of weight and gradient; None to learn only who uses what.
         granularity: Pools saliency over what is pruned as one.
         disentangled: Score each loss apart from the others, or their sum.
+        dtype: Of the scores.
+        device: Where the scores are kept; None for where the weights are.
     """
 
     def __init__(
@@ -126,6 +174,8 @@ class Collector:
         saliency: Saliency | None,
         granularity: Granularity,
         disentangled: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -134,6 +184,11 @@ class Collector:
         self._granularity = granularity
         self._disentangled = disentangled
         self._data_free = not uses_gradient(saliency)
+        plain = type(granularity) is Element
+        self._into = IN_PLACE.get(saliency) if plain and saliency is not None else None
+        self._space = torch.empty(0)
+        self._dtype = dtype
+        self._device = device
         self.evidence = Evidence()
 
     def reset(self) -> None:
@@ -146,6 +201,7 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float = 1.0,
         guarded: bool = False,
+        fold: Sequence[Tensor] | None = None,
     ) -> None:
         """One observation of each task in ``losses``.
 
@@ -154,11 +210,13 @@ class Collector:
             users: For each task, bool ``[layers]``, the layers it uses; None while that is unknown.
             scale: Factor for the sweep, taken out of the gradients again.
             guarded: Discard a task's observation if a gradient is not finite.
+            fold: If given, the sweeps are the training's backward as well: ``.grad`` receives the
+                gradient of the sum of ``losses`` and of these, which are not observed.
 
         If this fails half way, all evidence is forgotten.
         """
         try:
-            self._add(losses, users, scale, guarded)
+            self._add(losses, users, scale, guarded, fold)
         except BaseException:
             self.reset()  # half an observation is none
             raise
@@ -169,31 +227,46 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float,
         guarded: bool,
+        fold: Sequence[Tensor] | None,
     ) -> None:
         evidence = self.evidence
+        scored = not self._data_free
+        rest = list(fold or ())  # what no sweep has folded yet
         with untouched(self._model), self._dense_gradients():
-            valid = {}
+            flags, able = {}, []
             for task, loss in losses.items():
-                flag = ~distributed.any_rank(~torch.isfinite(loss.detach()))
-                good = not guarded or bool(flag)
-                if good:
-                    good = self._probe(task, loss, users, scale, guarded)
-                if good:
-                    valid[task] = flag
-            if valid and not self._disentangled and not self._data_free:
+                flags[task] = ~distributed.any_rank(~torch.isfinite(loss.detach()))
+                if not guarded or bool(flags[task]):
+                    able.append(task)
+                else:
+                    rest.append(loss)
+            valid = []
+            folds = fold is not None and scored
+            for task in able:
+                last = not rest and task == able[-1]
+                folding = _Fold(keep=not last) if folds and self._disentangled else None
+                if self._probe(task, losses[task], users, scale, guarded, folding):
+                    valid.append(task)
+            if scored and not self._disentangled and valid:
                 walked = [evidence.walked[task] for task in valid]
                 targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
                 chosen = [(task, losses[task]) for task in valid]
-                if not self._sweep(chosen, targets, JOINT, scale, guarded, False):
-                    valid = {}
+                rest += [losses[task] for task in able if task not in valid]
+                folding = _Fold(keep=bool(rest)) if folds else None
+                if not self._sweep(chosen, targets, JOINT, scale, guarded, False, folding):
+                    valid = []
+            elif not (scored and self._disentangled):
+                rest += [losses[task] for task in able]
             for task in losses:
                 if task in valid:
                     evidence.counts[task] = evidence.counts.get(task, 0) + 1
-                    evidence.finite.setdefault(task, []).append(valid[task])
+                    evidence.finite.setdefault(task, []).append(flags[task])
                     value = distributed.mean_(losses[task].detach().to(torch.float32).clone())
                     evidence.losses[task] = evidence.losses.get(task, 0.0) + value
                 else:
                     evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+        if fold is not None and rest:
+            backward(rest, scale)
 
     def _probe(
         self,
@@ -202,6 +275,7 @@ class Collector:
         users: Mapping[str, Tensor] | None,
         scale: float,
         guarded: bool,
+        folding: "_Fold | None",
     ) -> bool:
         """Sweep for what is asked of one task alone; whether its gradients could be used."""
         targets = self._targets(task, loss, users)
@@ -209,7 +283,7 @@ class Collector:
         if not scored and users is not None:
             return True
         voter = task if scored else None
-        return self._sweep([(task, loss)], targets, voter, scale, guarded, users is None)
+        return self._sweep([(task, loss)], targets, voter, scale, guarded, users is None, folding)
 
     def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
         """The layers worth sweeping for a task; remembers where its graph leads."""
@@ -218,7 +292,8 @@ class Collector:
             return [int(i) for i in users[task].nonzero().flatten()]
         found = reachable(loss)
         walked = torch.tensor([id(layer.parameter) in found for layer in self._layers])
-        walked = distributed.any_rank(walked.to(loss.device)).cpu()
+        if distributed.world() > 1:
+            walked = distributed.any_rank(walked.to(loss.device)).cpu()
         before = self.evidence.walked.get(task)
         self.evidence.walked[task] = walked if before is None else walked | before
         return [int(i) for i in walked.nonzero().flatten()]
@@ -231,6 +306,7 @@ class Collector:
         scale: float,
         guarded: bool,
         probe: bool,
+        folding: "_Fold | None",
     ) -> bool:
         """One pass over the graph of the summed losses; whether its gradients could be used."""
         evidence = self.evidence
@@ -239,45 +315,68 @@ class Collector:
             loss = loss + other
         if scale != 1.0:
             loss = loss * scale
-        touched: list[tuple[int, Tensor]] = []
+        hits = evidence.hits.setdefault(losses[0][0], {}) if probe else {}
 
         def sink(index: int, grad: Tensor) -> None:
-            grad = grad.detach().to(torch.float32)
-            if scale != 1.0:
-                grad = grad / scale
+            grad = grad.detach()
             if probe:
-                touched.append((index, grad.any()))
+                hits[index] = _any(grad) | hits[index] if index in hits else _any(grad)
             if voter is not None:
-                self._score(voter, index, grad)
+                self._score(voter, index, grad, scale)
 
         parameters = [self._layers[i].parameter for i in targets]
-        if not parameters:
+        if folding is not None:
+            shown = {i: self._masking.gradient_mask(self._layers[i]) for i in targets}
+            if not _sweep_folding(loss, targets, parameters, sink, guarded, shown, folding.keep):
+                return False
+        elif not parameters:
             pass
         elif guarded or distributed.world() > 1:
             if not _sweep_whole(loss, targets, parameters, sink, guarded):
                 return False
         else:
             _sweep_streaming(loss, targets, parameters, sink)
-        if probe:
-            [(task, _)] = losses
-            hit = evidence.reached.setdefault(
-                task, torch.zeros(len(self._layers), dtype=torch.bool)
-            )
-            if touched:
-                flags = torch.stack([flag.to(loss.device) for _, flag in touched]).cpu()
-                hit[[i for i, _ in touched]] |= flags
         return True
 
-    def _score(self, voter: str, index: int, grad: Tensor) -> None:
+    def _score(self, voter: str, index: int, grad: Tensor, scale: float) -> None:
         """Add a layer's saliency to a voter's buffer."""
         layer = self._layers[index]
-        weight = self._masking.effective(layer).to(torch.float32)
-        assert self._saliency is not None
-        flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
+        weight, mask = layer.parameter.detach(), self._masking.mask(layer)
         buffers = self.evidence.scores.setdefault(voter, {})
-        if index not in buffers:
-            buffers[index] = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-        buffers[index] += flat
+        first = index not in buffers
+        if self._into is None or not weight.is_contiguous() or not self._masking.masks_only:
+            assert self._saliency is not None
+            weight, grad = _prepared(self._masking.effective(layer), None, grad, scale)
+            flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
+            if first:
+                buffers[index] = self._buffer(flat.numel(), flat.device)
+            buffers[index] += flat.to(buffers[index].device)
+            return
+        # Piece by piece, so that what comes between is never in memory, only in cache.
+        if first:
+            buffers[index] = self._buffer(weight.numel(), weight.device)
+        size = _CHUNK if weight.device.type == "cpu" else max(weight.numel(), 1)
+        masks = None if mask is None else mask.reshape(-1).split(size)
+        for i, (part, w, g) in enumerate(
+            zip(*(t.reshape(-1).split(size) for t in (buffers[index], weight, grad)), strict=True)
+        ):
+            w, g = _prepared(w, None if masks is None else masks[i], g, scale)
+            if first and part.dtype == w.dtype and part.device == w.device:
+                self._into(w, g, part)
+            else:
+                part += self._into(w, g, self._scratch(w)).to(part.device)
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """A place for what is between, float32; the same one again on a CPU."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like)
+        if self._space.numel() < like.numel():
+            self._space = torch.empty(_CHUNK)
+        return self._space[: like.numel()]
+
+    def _buffer(self, size: int, device: torch.device) -> Tensor:
+        """An empty score buffer, flat."""
+        return torch.zeros(size, dtype=self._dtype, device=self._device or device)
 
     @contextmanager
     def _dense_gradients(self) -> Iterator[None]:
@@ -287,6 +386,32 @@ class Collector:
             yield
         finally:
             self._masking.gate.set(False)
+
+
+def _prepared(
+    weight: Tensor, mask: Tensor | None, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The effective weight and the gradient of the unscaled loss, float32."""
+    weight = (weight if mask is None else zeroed(weight, mask)).to(torch.float32)
+    grad = grad.to(torch.float32)
+    return weight, grad if scale == 1.0 else grad / scale
+
+
+def _any(grad: Tensor) -> Tensor:
+    """Whether any of a gradient is not zero, bool, on its device."""
+    if grad.device.type != "cpu":
+        return grad.any()
+    flat = grad.reshape(-1)
+    return flat[:1024].any() or flat.any()  # the first few tell, as a rule
+
+
+def _fetched(flags: Sequence[Tensor]) -> list[bool]:
+    """Flags as Python values, with one transfer for each device."""
+    values: dict[int, bool] = {}
+    for device in {flag.device for flag in flags}:
+        here = [i for i, flag in enumerate(flags) if flag.device == device]
+        values.update(zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True))
+    return [values[i] for i in range(len(flags))]
 
 
 def checked(score: object, layer: Layer) -> Tensor:
@@ -351,6 +476,63 @@ def _sweep_streaming(
             handle.remove()
 
 
+def _sweep_folding(
+    loss: Tensor,
+    targets: Sequence[int],
+    parameters: Sequence[Tensor],
+    sink: Sink,
+    guarded: bool,
+    shown: Mapping[int, Tensor | None],
+    keep: bool,
+) -> bool:
+    """A backward whose gradients are fed to ``sink`` on their way into ``.grad``.
+
+    Args:
+        loss: What to differentiate.
+        targets: The layers to score.
+        parameters: Their Parameters.
+        sink: Takes their dense gradients.
+        guarded: See `Collector.add`; False is returned if a gradient is not finite.
+        shown: For each target the mask that training's gradient goes through, or None.
+        keep: Whether the graph is needed again.
+    """
+    held: list[tuple[int, Tensor]] = []
+    handles = []
+
+    def consume(index: int) -> Callable[[Tensor], Tensor | None]:
+        def hook(grad: Tensor) -> Tensor | None:
+            dense = grad.to_dense() if grad.is_sparse else grad
+            if guarded:
+                held.append((index, dense))
+            else:
+                sink(index, dense)
+            mask = shown[index]
+            return None if mask is None else zeroed(dense, mask)
+
+        return hook
+
+    try:
+        for index, parameter in zip(targets, parameters, strict=True):
+            handles.append(parameter.register_hook(consume(index)))
+        with _advised():
+            torch.autograd.backward(loss, retain_graph=keep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(bool(torch.isfinite(grad).all()) for _, grad in held):
+        return False
+    for index, grad in held:
+        sink(index, grad)
+    return True
+
+
+def backward(losses: Sequence[Tensor], scale: float) -> None:
+    """The training's backward of summed losses."""
+    total = torch.stack(list(losses)).sum()
+    with _advised():
+        torch.autograd.backward(total if scale == 1.0 else total * scale)
+
+
 def _sweep_whole(
     loss: Tensor,
     targets: Sequence[int],
@@ -389,8 +571,14 @@ _ADVICE = {
 
 
 def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    try:
+    with _advised():
         return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         for symptom, advice in _ADVICE.items():
             if symptom in str(error):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -30,7 +31,16 @@ from typing_extensions import override
 
 from mtprune.components import Layer
 
-__all__ = ["BACKENDS", "Gate", "Masking", "accept_pruned_keys", "make_masking", "pack", "unpack"]
+__all__ = [
+    "BACKENDS",
+    "Gate",
+    "Masking",
+    "accept_pruned_keys",
+    "make_masking",
+    "pack",
+    "unpack",
+    "zeroed",
+]
 
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -52,8 +62,58 @@ class Gate:
         self.flag.data.fill_(dense)
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 17
+
+
+def zeroed(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """A weight with exact zeros where its mask is False, whatever stood there.
+
+    A product will not do: inf * 0 is NaN. But the bits of a number, taken as a whole number, times
+    0 or 1 are those of 0 or of the number itself; that is as fast as a product with a mask of the
+    weight's type, and several times as fast as choosing.
+
+    Args:
+        weight: Any shape.
+        mask: Same shape, bool.
+        out: Where to write it; ``weight`` itself is allowed.
+    """
+    flat = None if torch.compiler.is_compiling() else _flat(weight, mask)
+    bits = _BITS.get(weight.element_size()) if flat is not None else None
+    if flat is None or bits is None:
+        result = torch.where(mask, weight, 0.0)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty_like(weight)
+    target = out.as_strided((out.numel(),), (1,))
+    size = _CHUNK if weight.device.type == "cpu" else max(weight.numel(), 1)
+    for numbers, kept, to in zip(*(t.split(size) for t in (*flat, target)), strict=True):
+        torch.mul(numbers.view(bits), kept, out=to.view(bits))
+    return out
+
+
+def _flat(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both in the order of memory; None if they differ in that, or have no memory to speak of."""
+    if weight.stride() != mask.stride() or weight.is_complex() or type(mask) is not Tensor:
+        return None
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if not weight.is_contiguous() and not (last and weight.is_contiguous(memory_format=last)):
+        return None
+    try:
+        weight.untyped_storage(), mask.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # seen through a transform of torch.func
+        return None
+    size = (weight.numel(),)
+    return weight.detach().as_strided(size, (1,)), mask.as_strided(size, (1,))
+
+
 class Masking(ABC):
     """A back-end. Masks are bool, shaped like their layer."""
+
+    @property
+    def masks_only(self) -> bool:
+        """Whether what the model sees is the Parameter, masked."""
+        return True
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -79,8 +139,8 @@ class Masking(ABC):
         for layer in self._layers:
             mask = self.mask(layer)
             if mask is not None:
-                # Not a product: what stands at a pruned place must not matter, and inf * 0 is NaN.
-                layer.parameter.masked_fill_(~mask, 0.0)
+                weight = layer.parameter.detach()
+                zeroed(weight, mask, out=weight)
 
     def remove(self) -> None:
         """Bake the zeros in and leave plain modules."""
@@ -106,7 +166,11 @@ class Masking(ABC):
     def effective(self, layer: Layer) -> Tensor:
         """A layer's weight as the model sees it: zero where it is pruned."""
         weight, mask = layer.parameter.detach(), self.mask(layer)
-        return weight if mask is None else torch.where(mask, weight, 0.0)
+        return weight if mask is None else zeroed(weight, mask)
+
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        """The mask that a layer's gradient goes through on its way to ``.grad``, if any."""
+        return None
 
     def trained(self, layer: Layer) -> Tensor:
         """A layer's weight as the optimizer sees it, but zero where it is pruned for good."""
@@ -166,6 +230,10 @@ class PruneMasking(Masking):
     def mask(self, layer: Layer) -> Tensor | None:
         module, attribute = layer.places[0]
         return module._buffers.get(attribute + "_mask")
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        return self.mask(layer)
 
     @override
     def _add(self, layer: Layer, mask: Tensor) -> None:
@@ -252,7 +320,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
-        return torch.where(mask, weight, 0.0)
+        return zeroed(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,7 +332,7 @@ class _Product(torch.autograd.Function):
         mask, flag = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return grad * (mask | flag), None, None
-        return (grad if ctx.gate.dense else grad * mask), None, None
+        return (grad if ctx.gate.dense else zeroed(grad, mask)), None, None
 
 
 def _masked(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
@@ -360,6 +428,11 @@ def accept_pruned_keys(layers: Iterable[Layer]) -> list[RemovableHandle]:
     ]
 
 
+def _uses_numpy(bits: Tensor) -> bool:
+    """On a CPU NumPy packs thirty times as fast as torch."""
+    return bits.device.type == "cpu"
+
+
 def pack(mask: Tensor) -> Tensor:
     """A bool tensor as bits, uint8 ``[ceil(n / 8)]``, row-major, lowest bit first.
 
@@ -368,6 +441,8 @@ def pack(mask: Tensor) -> Tensor:
         tensor([5], dtype=torch.uint8)
     """
     flat = mask.reshape(-1)
+    if _uses_numpy(mask):
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
     bits = torch.zeros(len(padded), dtype=torch.uint8, device=mask.device)
     for i in range(8):
@@ -382,6 +457,9 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
         >>> unpack(torch.tensor([5], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """
+    if _uses_numpy(bits):
+        ones = np.unpackbits(bits.numpy(), count=torch.Size(shape).numel(), bitorder="little")
+        return torch.from_numpy(ones).view(torch.bool).view(shape)
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = ((bits.unsqueeze(1) >> shifts) & 1).bool().view(-1)
     return flat[: torch.Size(shape).numel()].view(shape).clone()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtprune import distributed
 from mtprune.clock import Clock
-from mtprune.collect import untouched
+from mtprune.collect import backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
 from mtprune.macs import macs_per_weight
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
@@ -17,7 +17,7 @@ from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
 from mtprune.optimizers import follow, raw, restart_
 from mtprune.report import Count, Facts, Report, count, make_report, moment, remember
-from mtprune.round import Round
+from mtprune.round import Round, scale_of
 from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
 from mtprune.usage import Usage
@@ -48,6 +48,10 @@ class MultitaskPruner:
         backend: ``"prune"`` (``torch.nn.utils.prune`` state) or ``"inplace"`` (masks beside the
             model: faster, and parameter names stay).
         seed: Of the pruner's own generator; the global one is never touched.
+        score_dtype: Of the scores, ``torch.float32`` or ``torch.bfloat16``: half the memory, and
+            masks that differ a little (``docs/results/speed.md``).
+        score_device: Where scores are kept and masks are decided, for example ``"cpu"``; where the
+            weights are unless given.
 
     Example:
         >>> model = nn.ModuleDict({"trunk": nn.Linear(4, 8), "a": nn.Linear(8, 1),
@@ -73,6 +77,8 @@ class MultitaskPruner:
         exclude: Spec = (),
         backend: str = "prune",
         seed: int = 0,
+        score_dtype: torch.dtype = torch.float32,
+        score_device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
@@ -101,6 +107,10 @@ class MultitaskPruner:
                 "Regrowth resets the optimizer's state of weights that come back. "
                 "Pass optimizer=... to the pruner."
             )
+        if score_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"`score_dtype` must be torch.float32 or torch.bfloat16. Got {score_dtype!r}."
+            )
         check = getattr(self._method, "check_reach", None)
         if check is not None:
             check(*self._usage.sizes())
@@ -126,6 +136,8 @@ class MultitaskPruner:
             self._usage,
             self._generator,
             costs,
+            score_dtype,
+            None if score_device is None else torch.device(score_device),
         )
         self._costs = costs
         self._alone: dict[str, dict[str, Tensor]] | None = {}
@@ -146,6 +158,7 @@ class MultitaskPruner:
         *,
         tasks: Collection[str] | None = None,
         scaler: Any = None,
+        fold: bool = False,
     ) -> dict[str, Any]:
         """Compute the tasks' losses, and collect their saliency when an update is near.
 
@@ -157,16 +170,21 @@ class MultitaskPruner:
             batch: The batch; likewise.
             tasks: The tasks this batch is for; all of them unless given.
             scaler: Your ``GradScaler``, if you train in float16.
+            fold: Let the scoring be the training's backward too: the gradient of the plain sum of
+                these losses, scaled if there is a ``scaler``, is added to the ``.grad`` of all that
+                they reach, near an update or not. One backward is saved where scores are taken, and
+                the gradient equals the usual one to rounding. Do not call ``backward`` on these
+                losses again, which fails, and do not weigh them.
 
         Returns:
-            ``{task: loss}``, untouched: yours to weigh and to call ``backward`` on.
+            ``{task: loss}``, untouched: yours to weigh and to call ``backward`` on, unless folded.
         """
         self._check_alive("observe")
         losses = compute(self._losses, outputs, batch, tasks)
-        self._collect(losses, scaler, strict=True)
+        self._collect(losses, scaler, strict=True, fold=fold)
         return losses
 
-    def observe_losses(self, losses: Any, *, scaler: Any = None) -> Any:
+    def observe_losses(self, losses: Any, *, scaler: Any = None, fold: bool = False) -> Any:
         """`observe`, for losses you computed.
 
         Args:
@@ -174,12 +192,13 @@ class MultitaskPruner:
                 ignored; a task that is missing, or whose loss has no graph, sits this one out), or
                 a sequence or 1-D tensor in the declared order. A list of tensors is summed.
             scaler: Your ``GradScaler``, if you train in float16.
+            fold: See `observe`. Only declared tasks' losses are part of the sum.
 
         Returns:
             ``losses``, untouched.
         """
         self._check_alive("observe_losses")
-        self._collect(given(self._losses, losses), scaler, strict=False)
+        self._collect(given(self._losses, losses), scaler, strict=False, fold=fold)
         return losses
 
     def step(self) -> bool:
@@ -402,9 +421,25 @@ class MultitaskPruner:
         self._masking.enforce()
 
     def _collect(
-        self, losses: Mapping[str, Any], scaler: Any, *, strict: bool, final: int | None = None
+        self,
+        losses: Mapping[str, Any],
+        scaler: Any,
+        *,
+        strict: bool,
+        final: int | None = None,
+        fold: bool = False,
     ) -> None:
         """Check the losses, and let the collector see those that are wanted now."""
+        if fold and self._method.softens:
+            raise ValueError(
+                "fold=True cannot train thresholds. Call observe() without it, then "
+                "pruner.weigh(losses).backward()."
+            )
+        if fold and distributed.world() > 1:
+            raise RuntimeError(
+                "fold=True works in one process only: in several, gradients are averaged by hooks "
+                "that allow one backward per forward. Call observe() without it, then backward()."
+            )
         scalars = {name: scalar(name, loss) for name, loss in losses.items()}
         if not torch.is_grad_enabled():
             return
@@ -413,6 +448,8 @@ class MultitaskPruner:
         near = self._clock.next if self._clock.near(lead) else None
         update = near if final is None else final
         if update is None:
+            if fold and present:
+                backward(list(present.values()), scale_of(scaler))
             return
         check_devices(present, {layer.parameter.device for layer in self._layers})
         for name in losses:
@@ -421,13 +458,13 @@ class MultitaskPruner:
                     f"Loss of task '{name}' carries no gradient. Was it computed from detached "
                     "outputs, or under torch.no_grad()?"
                 )
-        self._round.observe(present, scaler, update)
+        self._round.observe(present, scaler, update, fold)
 
     def _update(self, step: int) -> bool:
         """Make the update of ``step`` from the evidence; whether masks changed."""
         layers, decision = self._round.decide(step)
         masks = [
-            self._method.granularity.spread(mask, layer.parameter)
+            self._method.granularity.spread(mask, layer.parameter).to(layer.parameter.device)
             for layer, mask in zip(layers, decision.masks, strict=True)
         ]
         distributed.check_equal(masks)
@@ -458,7 +495,9 @@ class MultitaskPruner:
         for place, layer in enumerate(layers):
             mask = decision.masks[place]
             using = [task for task in self._losses if self._usage.uses(task, layer)]
-            wishes = {task: decision.alone[voters[task]][place] for task in using if decision.alone}
+            asked = {voters[task] for task in using} if decision.alone else set()
+            known = {voter: decision.alone[voter][place] for voter in asked}
+            wishes = {task: known[voters[task]] for task in using if asked}
             for task in using:
                 alone[task][layer.name] = pack(wishes.get(task, mask))
             tau = None if softly is None else float(softly.thresholds[place])

@@ -16,7 +16,7 @@ from mtprune.saliency import uses_gradient
 from mtprune.stability import Stability
 from mtprune.usage import Usage
 
-__all__ = ["Round"]
+__all__ = ["Round", "scale_of"]
 
 
 class Round:
@@ -31,6 +31,8 @@ class Round:
         usage: Who uses what.
         generator: The pruner's own.
         costs: What a weight of each layer costs, if that was measured.
+        score_dtype: Of the scores.
+        score_device: Where they are kept; None for where the weights are.
 
     Attributes:
         memory: What the last decision left to remember.
@@ -46,6 +48,8 @@ class Round:
         usage: Usage,
         generator: torch.Generator,
         costs: Mapping[str, Fraction],
+        score_dtype: torch.dtype = torch.float32,
+        score_device: torch.device | None = None,
     ) -> None:
         self.memory: Mapping[str, Any] = {}
         self._costs = costs
@@ -64,7 +68,11 @@ class Round:
             saliency=method.saliency,
             granularity=method.granularity,
             disentangled=method.disentangled,
+            dtype=score_dtype,
+            device=score_device,
         )
+        self._score_dtype = score_dtype
+        self._score_device = score_device
 
     @property
     def evidence(self) -> Evidence:
@@ -83,14 +91,25 @@ class Round:
         batches = 4 if wanted == "auto" else wanted
         return batches * len(self._tasks) if self._singly else batches
 
-    def observe(self, losses: Mapping[str, Tensor], scaler: Any, step: int) -> None:
-        """Take in the losses that are still wanted for the update of ``step``."""
+    def observe(
+        self, losses: Mapping[str, Tensor], scaler: Any, step: int, fold: bool = False
+    ) -> None:
+        """Take in the losses that are still wanted for the update of ``step``.
+
+        With ``fold`` the gradient of all losses goes to ``.grad`` on the way.
+        """
         lacking = list(self._tasks) if self._automatic else self.lacking()
         wanted = {task: loss for task, loss in losses.items() if task in lacking}
-        if not wanted:
+        others = [loss for task, loss in losses.items() if task not in wanted] if fold else None
+        if not wanted and not fold:
             return
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        self._collector.add(wanted, self._usage.settled, scale, guarded=scaler is not None)
+        self._collector.add(
+            wanted,
+            self._usage.settled,
+            scale_of(scaler),
+            guarded=scaler is not None,
+            fold=others,
+        )
         if self._automatic and not self.lacking():
             self._stability.enough(*self._question(step))
 
@@ -155,7 +174,9 @@ class Round:
         """The inverse of `state_dict`."""
         self._singly = state["singly"]
         self.memory = dict(state["memory"])
-        self._collector.evidence = Evidence.from_state_dict(state["evidence"], self._layers)
+        self._collector.evidence = Evidence.from_state_dict(
+            state["evidence"], self._layers, self._score_dtype, self._score_device
+        )
         self._stability = Stability()
         self._stability.load_state_dict(state["stability"])
 
@@ -188,5 +209,11 @@ class Round:
             self._generator,
             self._costs,
             self.memory,
+            self._score_device,
         )
         return [layer for _, layer in active], self._method.decide(ballot, step)
+
+
+def scale_of(scaler: Any) -> float:
+    """By what a ``GradScaler`` multiplies losses; 1 if there is none."""
+    return 1.0 if scaler is None else float(scaler.get_scale())

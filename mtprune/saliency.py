@@ -104,6 +104,16 @@ def random(
     return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
 
 
+IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    taylor: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
+    snip: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
+    fisher: lambda weight, grad, out: torch.mul(weight, grad, out=out).square_(),
+    gradient: lambda weight, grad, out: torch.abs(grad, out=out),
+    movement: lambda weight, grad, out: torch.mul(weight, grad, out=out).neg_(),
+}
+"""Those of ours that look at each weight alone, with a place for the result to go."""
+
+
 def uses_gradient(saliency: Saliency | None) -> bool:
     """Whether ``saliency`` must be called with a gradient; None asks nothing.
 

@@ -116,6 +116,11 @@ class SoftMasking(PruneMasking):
         """Whether thresholds are being learned."""
         return bool(self.thresholds)
 
+    @property
+    @override
+    def masks_only(self) -> bool:
+        return not self.is_soft
+
     @torch.no_grad()
     def soften(
         self,
@@ -204,6 +209,10 @@ class SoftMasking(PruneMasking):
     @override
     def trained(self, layer: Layer) -> Tensor:
         return layer.parameter.detach() if self.is_soft else self._hard.trained(layer)
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        return None if self.is_soft else self._hard.gradient_mask(layer)
 
     @override
     def mask(self, layer: Layer) -> Tensor | None:

@@ -158,8 +158,7 @@ class Usage:
         return known, others
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
-        reached = evidence.reached.get(task)
-        return torch.zeros(len(self._layers), dtype=torch.bool) if reached is None else reached
+        return evidence.reached(task, len(self._layers))
 
     def _check_declared(self, reached: Users, walked: Users) -> list[str]:
         """Refuse what is not shared; name what the graph promises and no gradient bears out."""

@@ -401,3 +401,113 @@ def test_what_falls_when_a_percentile_rises_is_no_vote(name, kind, device):
     scores = ODD.scores(sampler(kind, device))
     with pytest.raises(ValueError, match=r"The vote is not one.*must be non-decreasing"):
         select(scores, FALLING[name], everything(ODD, 60))
+
+
+# --- Ways that must agree ------------------------------------------------------------------------
+
+
+def unknown(vote):
+    """The same vote, but nobody knows that it picks by rank."""
+    return lambda percentiles: vote(percentiles)
+
+
+LARGE = oracles.Net(
+    shapes=((40, 50), (30, 7, 3, 3), (1, 1), (30, 30)),
+    components=("trunk", "trunk", "a", "b"),
+    tasks=("abc", "ac", "a", "b"),
+)
+
+MIXED = {
+    **{kind: kind for kind in KINDS},
+    "tied": lambda n, g: torch.randint(0, 40, (n,), generator=g) / 8.0,
+    "negative": lambda n, g: -torch.rand(n, generator=g) - 1e-3,
+    "subnormal": lambda n, g: torch.randint(-5, 2000, (n,), generator=g).int().abs() * 1e-45,
+    "around zero": lambda n, g: torch.randn(n, generator=g).mul(1e-39).bfloat16().float(),
+    "infinite range": lambda n, g: torch.randn(n, generator=g).mul(80).clamp(-87, 87).exp(),
+}
+
+
+def drawn(kind, device):
+    generator = torch.Generator().manual_seed(3)
+    if isinstance(MIXED[kind], str):
+        return LARGE.scores(sampler(kind, device, seed=3))
+    return LARGE.scores(lambda n: MIXED[kind](n, generator).float().to(device))
+
+
+def cases(scores, device):
+    """Quotas over everything and over single layers, with floors and eligible weights."""
+    generator = torch.Generator().manual_seed(4)
+    able = [(torch.rand(n, generator=generator) < 0.5).to(device) for n in LARGE.sizes]
+    able[2][:] = True
+    for eligible, upper in ((None, LARGE.sizes), (able, [int(e.sum()) for e in able])):
+        keep = sum(upper) // 3
+        floors = tuple(min(n // 7, keep // 5) for n in upper)
+        yield [Quota((0, 1, 2, 3), keep, floors)], eligible
+    yield [Quota((i,), n // 3, (n // 3,)) for i, n in enumerate(upper)], able
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("name", ORDERED)
+def test_votes_that_pick_by_rank_give_what_any_vote_of_these_values_gives(name, kind, device):
+    scores = drawn(kind, device)
+    for plan, eligible in cases(scores, device):
+        priority = {"a": 2.0, "c": 0.5} if eligible is None else None
+        fast = select(scores, VOTES[name], plan, eligible=eligible, priority=priority)
+        slow = select(scores, unknown(VOTES[name]), plan, eligible=eligible, priority=priority)
+        assert all(torch.equal(f, s) for f, s in zip(fast, slow, strict=True))
+        assert count(fast) == sum(quota.keep for quota in plan)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("name", ["unanimous", "majority", "mean"])
+def test_without_numpy_masks_are_the_same(name, kind, device, monkeypatch):
+    """The way taken on a GPU."""
+    scores = drawn(kind, device)
+    plans = list(cases(scores, device))
+    usual = [select(scores, VOTES[name], plan, eligible=may) for plan, may in plans]
+    best = selection.Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0]
+    monkeypatch.setattr(selection, "_uses_numpy", lambda values: False)
+    for (plan, eligible), masks in zip(plans, usual, strict=True):
+        again = select(scores, VOTES[name], plan, eligible=eligible)
+        assert all(torch.equal(a, m) for a, m in zip(again, masks, strict=True))
+    assert torch.equal(selection.Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0], best)
+
+
+@pytest.mark.parametrize("name", ["unanimous", "majority", "mean"])
+@pytest.mark.parametrize("kind", ["random", "signed", "80 % zero"])
+def test_scores_in_bfloat16_are_ranked_as_the_numbers_they_are(name, kind, device):
+    halves = [{t: s.bfloat16() for t, s in layer.items()} for layer in drawn(kind, device)]
+    wide = [{t: s.float() for t, s in layer.items()} for layer in halves]
+    for plan, eligible in cases(wide, device):
+        masks = select(halves, VOTES[name], plan, eligible=eligible)
+        expected = select(wide, VOTES[name], plan, eligible=eligible)
+        assert all(torch.equal(m, e) for m, e in zip(masks, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_tasks_own_best_are_the_highest_and_earlier_ones_of_equals(kind, device):
+    scores = drawn(kind, device)
+    pieces = {i: layer["a"] for i, layer in enumerate(scores) if "a" in layer}
+    flat = torch.cat(list(pieces.values())).cpu()
+    order = torch.sort(flat, descending=True, stable=True).indices
+    ranking = Ranking(list(pieces.values()))
+    for keep in (0, 1, 17, flat.numel() // 3, flat.numel() - 1, flat.numel()):
+        best = selection.Best(pieces, ranking, keep)
+        expected = torch.zeros_like(flat, dtype=torch.bool)
+        expected[order[:keep]] = True
+        assert list(best) == list(pieces)
+        assert len(best) == len(pieces)
+        assert torch.equal(torch.cat([best[i] for i in best]).cpu(), expected)
+
+
+@pytest.mark.parametrize("name", ["unanimous", "intersection"])
+def test_flushed_subnormal_numbers_do_not_mislead_comparisons(name, device):
+    """What is 0 stays apart from what is the next larger number, also for a CPU that flushes it."""
+    values = on(device, *([0.0] * 80 + [float(i) for i in range(1, 21)]))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush")
+    try:
+        [mask] = select([{"a": values, "b": values}], VOTES[name], [Quota((0,), 20, (0,))])
+    finally:
+        torch.set_flush_denormal(False)
+    assert mask.tolist() == [False] * 80 + [True] * 20

@@ -40,6 +40,10 @@ def losses_of(*tasks):
     return {task: Square(task, 1.0 + i) for i, task in enumerate(tasks)}
 
 
+def hits(reached):
+    return {task: dict(enumerate(found.unbind())) for task, found in reached.items()}
+
+
 def flags(*values):
     return torch.tensor(values, dtype=torch.bool)
 
@@ -72,7 +76,7 @@ def test_a_task_is_clear_when_graph_and_gradients_agree():
     usage = make_usage()
     evidence = Evidence(
         walked={"a": flags(1, 1, 0), "b": flags(1, 1, 1)},
-        reached={"a": flags(1, 1, 0), "b": flags(1, 0, 1)},
+        hits=hits({"a": flags(1, 1, 0), "b": flags(1, 0, 1)}),
     )
     assert usage.is_clear(evidence, "a")
     assert not usage.is_clear(evidence, "b")
@@ -85,16 +89,16 @@ def test_a_graph_that_leads_everywhere_for_every_task_promises_nothing():
     usage = make_usage()
     everywhere = flags(1, 1, 1)
     reached = {"a": flags(1, 1, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked={"a": everywhere, "b": everywhere}, reached=reached))
-    assert usage.settled == reached
+    usage.settle(Evidence(walked={"a": everywhere, "b": everywhere}, hits=hits(reached)))
+    assert all(torch.equal(usage.settled[task], found) for task, found in reached.items())
 
 
 def test_what_is_settled_stays():
     usage = make_usage()
     walked = {"a": flags(1, 1, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked=walked, reached=walked))
+    usage.settle(Evidence(walked=walked, hits=hits(walked)))
     other = {"a": flags(0, 0, 1), "b": flags(0, 0, 1)}
-    usage.settle(Evidence(walked=other, reached=other))
+    usage.settle(Evidence(walked=other, hits=hits(other)))
     assert all(torch.equal(usage.settled[task], walked[task]) for task in walked)
     assert usage.components(usage.now(Evidence())) == {
         "one.weight": "shared",
@@ -112,7 +116,7 @@ def test_every_candidate_is_active_until_it_is_known_who_uses_what():
     ]
     assert usage.left_alone() == {}
     seen = {"a": flags(1, 0, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked=seen, reached=seen))
+    usage.settle(Evidence(walked=seen, hits=hits(seen)))
     assert [(i, layer.name) for i, layer in usage.active()] == [
         (0, "one.weight"),
         (2, "three.weight"),
@@ -125,7 +129,7 @@ def test_a_gradient_where_the_graph_does_not_lead_is_no_reason_to_warn():
     usage.settle(
         Evidence(
             walked={"a": flags(1, 0, 0), "b": flags(1, 0, 0)},
-            reached={"a": flags(1, 1, 0), "b": flags(1, 0, 1)},
+            hits=hits({"a": flags(1, 1, 0), "b": flags(1, 0, 1)}),
         )
     )
     assert usage.components(usage.settled)["two.weight"] == "a"
@@ -139,7 +143,7 @@ def test_a_declared_layer_that_the_graph_promises_to_a_task_is_named_with_that_t
     )
     seen = {"a": flags(1, 0), "b": flags(1, 0), "c": flags(0, 1)}
     with pytest.warns(UserWarning, match=r"The autograd graph leads to 'one' from task 'c', but"):
-        usage.settle(Evidence(walked=seen | {"c": flags(1, 1)}, reached=seen))
+        usage.settle(Evidence(walked=seen | {"c": flags(1, 1)}, hits=hits(seen)))
 
 
 # Through the pruner.

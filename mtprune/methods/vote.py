@@ -1,12 +1,13 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mtprune import saliency as saliencies
 from mtprune import votes
@@ -15,7 +16,7 @@ from mtprune.granularity import Element, Granularity
 from mtprune.methods.base import Ballot, Decision
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.selection import Quota, select
+from mtprune.selection import Best, Quota, Ranking, rank, select
 
 __all__ = ["PerTaskKeep", "Vote"]
 
@@ -135,14 +136,17 @@ class Vote:
             return self._per_task(ballot, ratio if progress == 1 else 1 - (1 - ratio) * progress)
         zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
+        rankings = rank(ballot.scores, self.priority)
         if isinstance(self.schedule, Regrow):
-            masks = self._exchange(ballot, keep, self.schedule, step)
+            masks = self._exchange(ballot, rankings, keep, self.schedule, step)
         else:
-            masks = self._shrink(ballot, keep, self.schedule.progress(step))
+            masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
         share = 1 - self.sparsity * self.schedule.progress(step)
-        return Decision(masks, self._alone(ballot, lambda n: round(share * n)))
+        return Decision(masks, _Alone(ballot, rankings, lambda n: round(share * n)))
 
-    def _shrink(self, ballot: Ballot, keep: int, progress: float) -> list[Tensor]:
+    def _shrink(
+        self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
+    ) -> list[Tensor]:
         allocation = self.allocation
         if isinstance(allocation, Mapping):
             allocation = {name: s * progress for name, s in allocation.items()}
@@ -150,9 +154,18 @@ class Vote:
         plan = quotas(
             allocation, ballot.shapes, ballot.components, keep, upper, min_keep=self.min_keep
         )
-        return select(ballot.scores, self.vote, plan, eligible=ballot.masks, priority=self.priority)
+        return select(
+            ballot.scores, self.vote, plan, eligible=_unless_all(ballot.masks), rankings=rankings
+        )
 
-    def _exchange(self, ballot: Ballot, keep: int, schedule: Regrow, step: int) -> list[Tensor]:
+    def _exchange(
+        self,
+        ballot: Ballot,
+        rankings: Mapping[str, Ranking],
+        keep: int,
+        schedule: Regrow,
+        step: int,
+    ) -> list[Tensor]:
         """Random masks at first; then drop by magnitude and grow by vote, layer by layer."""
         if step == 0:
             counts = self._layer_counts(ballot, keep)
@@ -176,7 +189,7 @@ class Vote:
             self.vote,
             [Quota((layer,), n, (n,)) for layer, n in enumerate(drop)],
             eligible=[~mask for mask in survivors],
-            priority=self.priority,
+            rankings=rankings,
         )
         return [old | new for old, new in zip(survivors, grown, strict=True)]
 
@@ -200,24 +213,40 @@ class Vote:
         return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
 
     def _per_task(self, ballot: Ballot, ratio: float) -> Decision:
-        alone = self._alone(ballot, lambda n: int(ratio * n))
+        alone = _Alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
         masks = []
         for layer, voters in enumerate(ballot.scores):
             wishes = torch.stack([alone[task][layer] for task in voters])
             masks.append((self.vote(wishes.to(torch.float64)) >= 0.5) & ballot.masks[layer])
         return Decision(masks, alone)
 
-    def _alone(self, ballot: Ballot, keep: Callable[[int], int]) -> dict[str, dict[int, Tensor]]:
-        """What each voter would keep if it were the only one."""
-        result: dict[str, dict[int, Tensor]] = {}
-        for task in dict.fromkeys(task for voters in ballot.scores for task in voters):
-            layers = [i for i, voters in enumerate(ballot.scores) if task in voters]
-            own = [{task: ballot.scores[i][task]} for i in layers]
-            size = sum(ballot.masks[i].numel() for i in layers)
-            quota = Quota(tuple(range(len(layers))), keep(size), (0,) * len(layers))
-            kept = select(own, votes.unanimous, [quota])
-            result[task] = dict(zip(layers, kept, strict=True))
-        return result
+
+class _Alone(Mapping[str, Mapping[int, Tensor]]):
+    """What each voter would keep if it were the only one, found out when somebody asks."""
+
+    def __init__(
+        self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]
+    ) -> None:
+        self._scores = ballot.scores
+        self._rankings = rankings
+        self._keep = keep
+        self._known: dict[str, Best] = {}
+
+    @override
+    def __getitem__(self, task: str) -> Best:
+        if task not in self._known:
+            pieces = {i: layer[task] for i, layer in enumerate(self._scores) if task in layer}
+            ranking = self._rankings[task]
+            self._known[task] = Best(pieces, ranking, self._keep(ranking.total))
+        return self._known[task]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rankings)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._rankings)
 
 
 def check_sparsity(name: str, value: object) -> None:
@@ -252,10 +281,20 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """Masks, or None if they are all True."""
+    return None if all(bool(mask.all()) for mask in masks) else masks
+
+
 def _best_of_each(
     scores: Sequence[Tensor], counts: Sequence[int], eligible: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """The ``counts`` highest scores of every layer on its own, flat bool masks."""
-    plan = [Quota((layer,), count, (count,)) for layer, count in enumerate(counts)]
-    ballots = [{"": layer} for layer in scores]
-    return select(ballots, votes.unanimous, plan, eligible=eligible)
+    masks = []
+    for i, (values, count) in enumerate(zip(scores, counts, strict=True)):
+        able = values if eligible is None else values[eligible[i]]
+        best = Best({0: able}, Ranking([able]), count)[0]
+        if eligible is not None:
+            best = torch.zeros_like(eligible[i]).masked_scatter_(eligible[i], best)
+        masks.append(best)
+    return masks

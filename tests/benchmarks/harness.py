@@ -1,0 +1,235 @@
+"""What all benchmarks share: settings, interleaved timing, peaks of memory, and how rows print.
+
+Times are medians of repetitions in which A and B take turns, so that what else the machine does
+hits both alike; ratios are medians of the ratios of neighbours, with their quartiles. A row is one
+line of the table in ``docs/results/speed.md``.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+import torch
+
+import mtprune
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure.
+
+    Attributes:
+        size: Of the nets: ``"full"``, ``"quick"`` or ``"toy"``.
+        repeats: How often everything is timed.
+        threads: Numbers of threads to time with.
+    """
+
+    size: str = "full"
+    repeats: int = 7
+    threads: tuple[int, ...] = (1, 2)
+
+    @property
+    def alone(self) -> bool:
+        """Whether memory is measured in a process of its own; a toy is only tried out."""
+        return self.size != "toy"
+
+
+QUICK = Settings("quick", 5, (1,))
+TOY = Settings("toy", 1, (1,))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        what: What was measured.
+        against: What it is compared with.
+        value: The measured number.
+        target: The largest value aimed at, or None where there is none.
+        unit: Of both; ``"x"`` for a ratio.
+        detail: Everything else, for the JSON file.
+    """
+
+    what: str
+    against: str
+    value: float
+    target: float | None = None
+    unit: str = "x"
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.target is None else self.value <= self.target
+
+
+def interleaved(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> dict[str, Any]:
+    """Times of two functions that take turns, and how many times the first's the second's are."""
+    first(), second()
+    times: dict[str, list[float]] = {"cpu": [], "wall": []}
+    for turn in range(repeats):
+        pair = {}
+        for name, function in (
+            (("a", first), ("b", second)) if turn % 2 else (("b", second), ("a", first))
+        ):
+            gc.collect()
+            cpu, wall = time.process_time(), time.perf_counter()
+            function()
+            pair[name] = (time.process_time() - cpu, time.perf_counter() - wall)
+        for i, clock in enumerate(("cpu", "wall")):
+            times[clock].append(pair["a"][i])
+            times[clock + " of the other"] = [*times.get(clock + " of the other", []), pair["b"][i]]
+    result: dict[str, Any] = {}
+    for clock in ("cpu", "wall"):
+        mine, other = times[clock], times[clock + " of the other"]
+        ratios = [b / max(a, 1e-9) for a, b in zip(mine, other, strict=True)]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        result[clock] = {
+            "first_s": median(mine),
+            "second_s": median(other),
+            "ratio": median(ratios),
+            "quartiles": [low, high],
+        }
+    return result
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak(function: Callable[[], object]) -> int:
+    """By how many bytes memory rises, at its highest, while a function runs."""
+    gc.collect()
+    before = _status("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is that of now
+    except OSError:
+        return -1
+    function()
+    return _status("VmHWM") - before
+
+
+def allocated(function: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch holds more of when a function is done, and at the highest meanwhile."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        held = function()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    level = highest = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        level += change
+        highest = max(highest, level)
+    del held
+    return level, highest
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{key} is not known here")
+
+
+def isolated(settings: Settings, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, as JSON, in a process of its own that gives freed memory back."""
+    if not settings.alone:
+        return function(*args)
+    module = f"{__package__}.{Path(function.__code__.co_filename).stem}"  # not "__main__"
+    call = (
+        "import json, sys; from importlib import import_module; "
+        f"found = import_module({module!r}).{function.__name__}(*json.loads(sys.argv[1])); "
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", call, json.dumps(args)],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on; no names, no places."""
+    info = Path("/proc/cpuinfo")
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in (info.read_text().splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "mtprune": mtprune.__version__,
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| what | against | measured | target | |", "|---|---|---|---|---|"]
+    for row in rows:
+        unit = "x" if row.unit == "x" else " " + row.unit
+        verdict = {True: "met", False: "**missed**", None: ""}[row.met]
+        goal = "" if row.target is None else f"<= {row.target:g}{unit}"
+        lines.append(f"| {row.what} | {row.against} | {row.value:.3g}{unit} | {goal} | {verdict} |")
+    return "\n".join(lines)
+
+
+def report(rows: Sequence[Row], settings: Settings, to: str | None) -> None:
+    """Print rows, and write them as JSON if asked to."""
+    print(table(rows))
+    print()
+    print(json.dumps(machine()), f"size={settings.size} repeats={settings.repeats}")
+    if to:
+        found = [{**asdict(row), "met": row.met} for row in rows]
+        record = {"machine": machine(), "settings": asdict(settings), "rows": found}
+        Path(to).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(run: Callable[[Settings], list[Row]]) -> None:
+    """The command line of a benchmark."""
+    settings, to = arguments()
+    report(run(settings), settings, to)
+
+
+def arguments() -> tuple[Settings, str | None]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="smaller nets, fewer repetitions")
+    parser.add_argument("--toy", action="store_true", help="only whether it runs")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--json", help="write the rows there")
+    given = parser.parse_args()
+    settings = TOY if given.toy else QUICK if given.quick else Settings()
+    if given.repeats:
+        settings = Settings(settings.size, given.repeats, settings.threads)
+    return settings, given.json

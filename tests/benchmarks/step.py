@@ -1,0 +1,105 @@
+"""A training step between updates, with masks at 90 %, against the same step without the plugin."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.utils import prune
+
+from mtprune import Cubic, MultitaskPruner, Vote
+from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
+from tests.benchmarks.nets import Subject, subject
+
+# Plain `torch.nn.utils.prune` fails on these: attention reads their weight without calling them.
+UNCALLED = "*.out_proj"
+METHOD = Vote(0.9, schedule=Cubic(begin=1, end=10**6, every=10**6 - 1))
+
+
+def run(settings: Settings) -> list[Row]:
+    rows = []
+    for net in ("deeplab", "encoder"):
+        for backend, other, against, target in (
+            ("inplace", dense, "the same step without the plugin", 1.05),
+            ("prune", plain, "the same step with plain `torch.nn.utils.prune` masks", 1.00),
+        ):
+            for count in settings.threads:
+                with threads(count):
+                    ours, theirs = masked(net, settings, backend), other(net, settings)
+                    times = interleaved(theirs, ours, settings.repeats)
+                rows.append(
+                    Row(
+                        f'step, `"{backend}"`, {net}, {count} thread(s)',
+                        against,
+                        times["cpu"]["ratio"],
+                        target,
+                        detail=times,
+                    )
+                )
+    return rows
+
+
+def masked(net: str, settings: Settings, backend: str) -> Callable[[], None]:
+    made = subject(net, settings.size)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-5)
+    pruner = MultitaskPruner(
+        made.model,
+        made.losses,
+        made.shared,
+        method=METHOD,
+        optimizer=optimizer,
+        backend=backend,
+        exclude=_uncalled(net),
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = pruner.observe(made.model(made.inputs), None)
+        pruner.weigh(losses).backward()
+        optimizer.step()
+        pruner.step()
+
+    while pruner._clock.done < 1:  # the update of step 1, which prunes nothing
+        step()
+    random_masks(pruner)
+    return step
+
+
+def random_masks(pruner: MultitaskPruner) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(layer.shape, generator=generator) < 0.1 for layer in pruner._layers]
+    pruner._masking.install(pruner._layers, masks)
+
+
+def _uncalled(net: str) -> tuple[str, ...]:
+    return (UNCALLED,) if net == "encoder" else ()
+
+
+def dense(net: str, settings: Settings) -> Callable[[], None]:
+    return training(subject(net, settings.size))
+
+
+def plain(net: str, settings: Settings) -> Callable[[], None]:
+    made = subject(net, settings.size)
+    generator = torch.Generator().manual_seed(0)
+    pruner = MultitaskPruner(made.model, made.losses, made.shared, exclude=_uncalled(net))
+    places = [(layer, place) for layer in pruner._layers for place in layer.places]
+    pruner.finalize()
+    for layer, (module, attribute) in places:
+        mask = torch.rand(layer.shape, generator=generator) < 0.1
+        prune.custom_from_mask(module, attribute, mask)
+    return training(made)
+
+
+def training(made: Subject) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        outputs = made.model(made.inputs)
+        torch.stack([f(outputs, None) for f in made.losses.values()]).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main(run)
