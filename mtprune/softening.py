@@ -140,7 +140,9 @@ class SoftMasking(PruneMasking):
         Warns:
             UserWarning: If some weights are read without their modules being called.
         """
-        silent = [] if self._warned else [n for n, t in self.thresholds.items() if not t.called]
+        silent = [name for name, threshold in self.thresholds.items() if not threshold.called]
+        if self._warned or len(silent) == len(self.thresholds):  # said, or the model has not run
+            silent = []
         self.leak.set(leak)
         for layer, tau in zip(layers, taus, strict=True):
             source = None if isinstance(tau, (float, Tensor)) else tau

@@ -80,7 +80,10 @@ class _SoftThreshold(torch.autograd.Function):
     def forward(
         weight: Tensor, tau: Tensor, leak: Leak | None, slack: Tensor | None, edge: float
     ) -> Tensor:
-        # sign(w) * relu(|w| - tau) to the bit, in two passes.
+        # Both are sign(w) * relu(|w| - tau) to the bit. In one pass where reading a number is free;
+        # a device would have to be waited for, and a compiler would take it for a constant.
+        if tau.device.type == "cpu" and not _traced(weight):
+            return torch.nn.functional.softshrink(weight, float(tau))
         return weight - weight.clamp(-tau, tau)
 
     @staticmethod
@@ -111,6 +114,11 @@ class _SoftThreshold(torch.autograd.Function):
         elif ctx.needs_input_grad[3]:
             of_slack = shrinkage(output, grad).sum(dtype=torch.float32) * tau
         return of_weight, of_tau, None, of_slack, None
+
+
+def _traced(weight: Tensor) -> bool:
+    """Whether somebody looks on: a compiler, or a transform of ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
 
 def shrinkage(weight: Tensor, grad: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""A training step between updates, with masks at 90 %, against the same step without the plugin."""
+"""A training step between updates, with 90 % masked, against the same step without the plugin."""
 
 from collections.abc import Callable
 
 import torch
 from torch.nn.utils import prune
 
-from mtprune import Cubic, MultitaskPruner, Vote
+from mtprune import Cubic, MultitaskPruner, SoftThreshold, Vote
 from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
 from tests.benchmarks.nets import Subject, subject
 
@@ -20,14 +20,17 @@ def run(settings: Settings) -> list[Row]:
         for backend, other, against, target in (
             ("inplace", dense, "the same step without the plugin", 1.05),
             ("prune", plain, "the same step with plain `torch.nn.utils.prune` masks", 1.00),
+            ("soft", dense, "the same step with dense weights", 1.15),
         ):
             for count in settings.threads:
                 with threads(count):
-                    ours, theirs = masked(net, settings, backend), other(net, settings)
+                    make = rising if backend == "soft" else masked
+                    ours, theirs = make(net, settings, backend), other(net, settings)
                     times = interleaved(theirs, ours, settings.repeats)
+                name = "`SoftThreshold`" if backend == "soft" else f'`"{backend}"`'
                 rows.append(
                     Row(
-                        f'step, `"{backend}"`, {net}, {count} thread(s)',
+                        f"step, {name}, {net}, {count} thread(s)",
                         against,
                         times["cpu"]["ratio"],
                         target,
@@ -60,6 +63,35 @@ def masked(net: str, settings: Settings, backend: str) -> Callable[[], None]:
     while pruner._clock.done < 1:  # the update of step 1, which prunes nothing
         step()
     random_masks(pruner)
+    return step
+
+
+def rising(net: str, settings: Settings, _: str) -> Callable[[], None]:
+    """A step between updates of thresholds below which 90 % of the weights are."""
+    made = subject(net, settings.size)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-5)
+    pruner = MultitaskPruner(
+        made.model,
+        made.losses,
+        made.shared,
+        method=SoftThreshold(0.9, schedule=Cubic(begin=0, end=10**6, every=10**6)),
+        optimizer=optimizer,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = pruner.observe(made.model(made.inputs), None)
+        pruner.weigh(losses).backward()
+        optimizer.step()
+        pruner.step()
+
+    while pruner._clock.done < 0:  # the update of step 0, at which every threshold is 0
+        step()
+    layers = pruner._layers
+    sizes = [layer.parameter.detach().abs().reshape(-1) for layer in layers]
+    taus = [size[:100_000].quantile(0.9) for size in sizes]
+    masks = [layer.parameter.detach().abs() > tau for layer, tau in zip(layers, taus, strict=True)]
+    pruner._masking.soften(layers, taus, masks, leak=1.0)
     return step
 
 
