@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data import Source
-from common.loop import comparable, open_data, train
+from common.loop import comparable, open_or_exit, train
 from common.options import METHODS, Options, Problem, assignment, make_method, parse, positive
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     dense: list[dict[str, Any]] = []
     last: dict[tuple[Entry, int], dict[str, Any]] = {}
     first = parse(problem, [*options.rest, *todo[0][2].arguments, "--data", str(options.data)])
-    source = open_data(problem, first)
+    source = open_or_exit(problem, first)
     bar = tqdm(todo, unit="run", disable=None)
     for entry, seed, job in bar:
         bar.set_description(str(job.out.relative_to(options.out)))

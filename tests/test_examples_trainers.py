@@ -244,6 +244,11 @@ def test_refuses_at_run_time(train, tmp_path):
         train("census", "--method", "dense", "--seed", "1", "--resume", out=tmp_path)
 
 
+def test_what_is_wrong_with_the_data_is_told_without_a_traceback(tmp_path):
+    with pytest.raises(SystemExit, match=r"census: .* Missing: train\.npz of Census-Income"):
+        loop.main(census.PROBLEM, ["--data", str(tmp_path)])
+
+
 def test_the_plugin_takes_few_marked_lines():
     lines = Path(loop.__file__).read_text().splitlines()
     marked = [line for line in lines if line.endswith("# mtprune")]

@@ -367,4 +367,13 @@ def finish(problem: Problem, options: Options, source: data.Source, log: Results
 
 def main(problem: Problem, arguments: Sequence[str] | None = None) -> Results:
     """Read the command line, and train."""
-    return train(problem, parse(problem, arguments))
+    options = parse(problem, arguments)
+    return train(problem, options, open_or_exit(problem, options))
+
+
+def open_or_exit(problem: Problem, options: Options) -> data.Source:
+    """The data set; what is wrong with it is told without a traceback."""
+    try:
+        return open_data(problem, options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{problem.name}: {error}") from None
