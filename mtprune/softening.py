@@ -7,7 +7,7 @@ Parameter and hands the masks to the back-end.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,18 +57,10 @@ class Threshold:
         leak: How much gradient passes below it.
         like: The layer's weight.
         watch: What to note in every backward; see `SoftMasking`.
-        source: Computes it anew in every forward; else it is a number that somebody sets.
     """
 
-    def __init__(
-        self,
-        leak: Leaking,
-        like: Tensor,
-        watch: Watch | None,
-        source: Callable[[], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, leak: Leaking, like: Tensor, watch: Watch | None) -> None:
         self.leak = leak
-        self.source = source
         self.fixed = like.new_zeros((), requires_grad=False)
         self.edge = EDGE if watch == "edge" else 0.0
         self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if watch else None
@@ -76,8 +68,6 @@ class Threshold:
 
     def tau(self, weight: Tensor) -> Tensor:
         """The threshold for a weight, 0-dim, of its type and where it is."""
-        if self.source is not None:
-            return self.source().to(weight)
         if self.fixed.device != weight.device or self.fixed.dtype != weight.dtype:
             self.fixed = self.fixed.to(weight)  # the model has moved, or become another type
         return self.fixed
@@ -125,7 +115,7 @@ class SoftMasking(PruneMasking):
     def soften(
         self,
         layers: Sequence[Layer],
-        taus: Sequence[Tensor | float | Callable[[], Tensor]],
+        taus: Sequence[Tensor],
         masks: Sequence[Tensor],
         leak: float = 0.0,
     ) -> None:
@@ -133,7 +123,7 @@ class SoftMasking(PruneMasking):
 
         Args:
             layers: The layers.
-            taus: For each, its threshold, or what computes it in every forward.
+            taus: For each, its threshold, 0-dim.
             masks: For each, what is above it, for those who look.
             leak: How much gradient passes below.
 
@@ -145,17 +135,13 @@ class SoftMasking(PruneMasking):
             silent = []
         self.leak.set(leak)
         for layer, tau in zip(layers, taus, strict=True):
-            source = None if isinstance(tau, (float, Tensor)) else tau
-            threshold = self.thresholds.get(layer.name)
-            if threshold is None:
-                threshold = Threshold(self.leak, layer.parameter, self._watch, source)
-                self.thresholds[layer.name] = threshold
-            if isinstance(tau, (float, Tensor)):
-                threshold.fixed.fill_(tau)
+            if layer.name not in self.thresholds:
+                self.thresholds[layer.name] = Threshold(self.leak, layer.parameter, self._watch)
+            self.thresholds[layer.name].fixed.fill_(tau)
         self._seen = torch.zeros(len(layers))
         super().install(layers, masks)
-        for name in self.thresholds:
-            self.thresholds[name].called = False  # installing asks once
+        for threshold in self.thresholds.values():
+            threshold.called = False  # installing asks once
         if silent:
             self._warned = True
             warnings.warn(
@@ -194,11 +180,9 @@ class SoftMasking(PruneMasking):
         if not self.is_soft:
             return self._hard.current(layer)
         threshold, weight = self.thresholds.get(layer.name), layer.parameter
-        return (
-            torch.ones_like(weight, dtype=torch.bool)
-            if threshold is None
-            else (weight.abs() > threshold.tau(weight))
-        )
+        if threshold is None:
+            return torch.ones_like(weight, dtype=torch.bool)
+        return weight.abs() > threshold.tau(weight)
 
     @override
     @torch.no_grad()
@@ -273,7 +257,6 @@ class SoftMasking(PruneMasking):
     def _discard(self) -> None:
         """Leave plain modules with their weights as they are."""
         for threshold in self.thresholds.values():
-            threshold.source = None
             threshold.fixed.zero_()
         self._clear()
         self._layers = []

@@ -675,6 +675,12 @@ def test_caps_that_only_observation_shows_to_be_too_low(device):
     assert zeros(loop.pruner.masks) == 0
 
 
+def test_folding_the_backward_into_the_scoring_is_refused(device):
+    loop = Loop(SoftThreshold(0.9, schedule=SCHEDULE), device=device)
+    with pytest.raises(ValueError, match="fold=True cannot train thresholds"):
+        loop.pruner.observe_losses(loop.losses(), fold=True)
+
+
 def test_weights_that_are_all_zero_have_no_threshold(device):
     loop = Loop(SoftThreshold(0.9, schedule=OneShot(0)), device=device)
     loop.pruner.observe_losses(loop.losses())
