@@ -64,7 +64,7 @@ def soft_threshold(
         The weights that are left, same shape; exact zeros where ``|weight| <= tau``.
 
     Example:
-        >>> soft_threshold(torch.tensor([-3.0, -1.0, 0.5, 2.0]), torch.tensor(1.0))
+        >>> soft_threshold(torch.tensor([-3.0, 0.5, 1.0, 2.0]), torch.tensor(1.0))
         tensor([-2.,  0.,  0.,  1.])
     """
     result: Tensor = _SoftThreshold.apply(  # type: ignore[no-untyped-call]
