@@ -18,15 +18,21 @@
 (20, 0.75)
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from mtprune import affinity, metrics, recipes, saliency, votes, weighting
+from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Linear, OneShot, Regrow
+
+if _TYPE_CHECKING:
+    from mtprune import affinity, metrics
 
 __version__ = _version("mtprune")
 
@@ -51,3 +57,10 @@ __all__ = [
     "votes",
     "weighting",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """What most runs do not need is imported when somebody asks for it."""
+    if name in ("affinity", "metrics"):
+        return _import_module(f"mtprune.{name}")
+    raise AttributeError(f"module 'mtprune' has no attribute '{name}'")

@@ -11,7 +11,6 @@ from mtprune import distributed
 from mtprune.clock import Clock
 from mtprune.collect import backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
-from mtprune.macs import macs_per_weight
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
@@ -119,6 +118,8 @@ class MultitaskPruner:
         )
         costs = {}
         if self._method.needs_costs:
+            from mtprune.macs import macs_per_weight  # most runs do without
+
             inputs = getattr(self._method, "example_inputs", None)
             found = macs_per_weight(self._model, self._layers, inputs)
             costs = dict(zip([layer.name for layer in self._layers], found, strict=True))

@@ -19,6 +19,9 @@ class Wide(nn.Module):
         width = 500 if millions >= 1 else 50
         layers = max(1, round(millions * 1e6 / width**2))
         self.trunk = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+        with torch.no_grad():
+            for layer in self.trunk:  # as large after hundreds of layers as before: no subnormals
+                layer.weight *= 3**0.5
         self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in "abc"})
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

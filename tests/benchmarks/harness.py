@@ -74,7 +74,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        return None if self.target is None else self.value <= self.target
+        return None if self.target is None else round(self.value, 4) <= self.target
 
 
 def interleaved(
@@ -201,7 +201,7 @@ def table(rows: Sequence[Row]) -> str:
         unit = "x" if row.unit == "x" else " " + row.unit
         verdict = {True: "met", False: "**missed**", None: ""}[row.met]
         goal = "" if row.target is None else f"<= {row.target:g}{unit}"
-        lines.append(f"| {row.what} | {row.against} | {row.value:.3g}{unit} | {goal} | {verdict} |")
+        lines.append(f"| {row.what} | {row.against} | {row.value:.4g}{unit} | {goal} | {verdict} |")
     return "\n".join(lines)
 
 
