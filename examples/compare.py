@@ -137,7 +137,9 @@ def looks_at_losses(spec: str) -> bool:
     name = spec.split(":")[0]
     if name in (*CHAINS, TUNED):
         return False
-    stand_in = argparse.Namespace(sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1)
+    stand_in = argparse.Namespace(
+        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None
+    )
     method = METHODS[name][0](stand_in)
     return not hasattr(method, "saliency") or uses_gradient(method.saliency)
 

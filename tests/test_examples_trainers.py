@@ -224,6 +224,7 @@ def test_options_shape_the_method():
         (["--method", "rigl", "--when", "init"], "--when does not apply to --method rigl"),
         (["--dense-steps", "5000"], r"--dense-steps must be less than --steps 2000\. Got 5000"),
         (["--steps", "0"], "must be at least 1"),
+        (["--method", "adapmtl", "--when", "trained"], "leaves adapmtl no time"),
         (["--lr", "0"], "must be positive"),
         (["--net", "mtan_segnet"], "invalid choice"),
     ],

@@ -11,7 +11,7 @@ import torch
 from common.data import Layout, Source
 from common.losses import Task
 from common.nets import NETS
-from mtprune import Cubic, OneShot, Vote, recipes, votes
+from mtprune import Cubic, OneShot, SoftThreshold, Vote, recipes, votes
 
 Options = argparse.Namespace
 
@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
         lambda o: replace(recipes.magnitude(o.sparsity), schedule=_cubic(o)),
         "gradual",
     ),
-    "adapmtl": (lambda o: recipes.adapmtl(o.sparsity, o.steps), None),
+    "adapmtl": (lambda o: _adapmtl(o), "gradual"),
     "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
     "random": (lambda o: recipes.random(o.sparsity), "init"),
 }
@@ -88,6 +88,18 @@ def make_method(options: Options) -> Any:
     if options.allocation and options.method != "dense":
         method = replace(method, allocation=options.allocation)
     return method
+
+
+def _adapmtl(options: Options) -> SoftThreshold:
+    """Thresholds that rise after the dense phase; from the first step if pruned at init."""
+    method = recipes.adapmtl(options.sparsity, options.steps)
+    if options.when == "init":
+        return method
+    if options.when == "trained":
+        raise ValueError("--when trained leaves adapmtl no time in which thresholds could rise.")
+    rise = _cubic(options)
+    every = max(1, (rise.end - rise.begin) // 50)
+    return replace(method, schedule=replace(rise, every=every))
 
 
 def _cubic(options: Options) -> Cubic:
