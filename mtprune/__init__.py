@@ -25,6 +25,7 @@ from typing import Any as _Any
 
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
+from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
 from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
@@ -45,15 +46,21 @@ __all__ = [
     "MultitaskPruner",
     "OneShot",
     "PerTaskKeep",
+    "Plan",
     "Regrow",
     "Report",
     "SigmoidThreshold",
     "SoftThreshold",
     "Vote",
     "affinity",
+    "compress",
+    "load",
     "metrics",
+    "plan_of",
+    "recalibrate_bn",
     "recipes",
     "saliency",
+    "save",
     "votes",
     "weighting",
 ]

@@ -1,0 +1,80 @@
+"""Batch norm: statistics measured anew after weights have gone."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mtprune.compression.running import call
+
+__all__ = ["recalibrate_bn"]
+
+
+@torch.no_grad()
+def recalibrate_bn(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> int:
+    """Measure the running statistics of all batch norms anew, in place.
+
+    Pruning shifts what layers put out, and the running means and variances are still those of
+    before. Here they become the plain average over the batches, each counting the same. Only batch
+    norms are in training mode meanwhile, so that dropout does not disturb; modes and momenta are
+    put back. Weights are not touched, and neither are batch norms that the batches do not reach.
+
+    Args:
+        model: Any model, dense or compressed.
+        batches: Some training batches: tensors, tuples of arguments, or dicts of keyword arguments.
+        forward: ``forward(model, batch)``, for batches of another kind.
+
+    Returns:
+        How many batch norms keep running statistics.
+
+    Raises:
+        ValueError: If there is no batch.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> recalibrate_bn(norm, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])])
+        1
+        >>> norm.running_mean, norm.running_var
+        (tensor([3.]), tensor([2.]))
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    kept = [{key: value.clone() for key, value in _statistics(norm)} for norm in norms]
+    seen = 0
+    done = False
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for batch in batches:
+            seen += 1
+            (call if forward is None else forward)(model, batch)
+        done = seen > 0
+    finally:
+        for norm, momentum, before in zip(norms, momenta, kept, strict=True):
+            norm.momentum = momentum
+            if not done or norm.num_batches_tracked == 0:
+                for key, value in _statistics(norm):
+                    value.copy_(before[key])
+        for module, training in modes.items():
+            module.training = training
+    if not seen:
+        raise ValueError("`batches` is empty. Give at least one batch.")
+    return len(norms)
+
+
+def _statistics(norm: _BatchNorm) -> Iterable[tuple[str, torch.Tensor]]:
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        value = getattr(norm, key)
+        if value is not None:
+            yield key, value
