@@ -22,6 +22,9 @@ Dense = nn.Linear | nn.Conv2d
 
 Parts = dict[str, Tensor]
 
+TILE = 64
+"""Columns that CSR multiplies at once: what it reads, writes and turns around stays in cache."""
+
 
 class Kernel(nn.Module):
     """One form of a layer.
@@ -258,8 +261,10 @@ class Csr(Kernel):
             )
         if self.is_conv:
             return self._convolve(x)
-        columns = x.reshape(-1, x.shape[-1]).t()
-        return self._product(columns).t().contiguous().view(*x.shape[:-1], -1)
+        lines = x.reshape(-1, x.shape[-1])
+        out = lines.new_empty(len(lines), self.weight_shape[0])
+        self._product(lines.t(), out.t())
+        return out.view(*x.shape[:-1], self.weight_shape[0])
 
     def _convolve(self, x: Tensor) -> Tensor:
         batch = x if x.dim() == 4 else x[None]
@@ -275,19 +280,22 @@ class Csr(Kernel):
         else:
             columns = F.unfold(batch, kernel, dilation, padding, stride)
         columns = columns.transpose(0, 1).reshape(columns.shape[1], -1)
-        y = self._product(columns).view(-1, len(batch), height, width).transpose(0, 1)
+        out = columns.new_empty(self.weight_shape[0], columns.shape[1])
+        self._product(columns, out)
+        y = out.view(-1, len(batch), height, width).transpose(0, 1)
         return y.contiguous() if x.dim() == 4 else y[0]
 
     def _pair(self, name: str) -> tuple[int, int]:
         first, second = getattr(self, name)
         return first, second
 
-    def _product(self, columns: Tensor) -> Tensor:
-        """The weight times ``[inputs, n]``, plus the bias."""
-        if columns.shape[1] == 0:
-            return columns.new_zeros(self.weight_shape[0], 0)
-        y: Tensor = self._matrix() @ columns
-        return y if self.bias is None else y.add_(self.bias[:, None])
+    def _product(self, columns: Tensor, out: Tensor) -> None:
+        """Write the weight times ``[inputs, n]``, plus the bias, to ``[outputs, n]``."""
+        matrix = self._matrix()
+        bias = None if self.bias is None else self.bias[:, None]
+        for start in range(0, columns.shape[1], TILE):
+            y = matrix @ columns[:, start : start + TILE]
+            out[:, start : start + TILE] = y if bias is None else y.add_(bias)
 
     def _matrix(self) -> Tensor:
         """The weight ``[outputs, inputs]``: a view of the parts, so it costs microseconds."""

@@ -19,6 +19,7 @@ NAMES = (
     "memory",
     "growth",
     "options",
+    "compress",
 )
 
 

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from mtprune.compression import Measured, Plan, Row
+
+PLAN = Plan(
+    (
+        Row("a", (4, 8), "csr", (Measured("dense", 2.0, 128), Measured("csr", 0.5, 60))),
+        Row("b", (4, 3, 1, 1), "dense", (Measured("dense", None, 48),), "no zeros"),
+    ),
+    dense_ms=3.0,
+    ms=1.25,
+    note="A note.",
+)
+
+
+def test_it_prints_as_a_table():
+    assert str(PLAN).splitlines() == [
+        "layer  shape    choice  dense ms  chosen ms  dense bytes  bytes",
+        "a      4x8      csr         2.00       0.50          128     60",
+        "b      4x3x1x1  dense          -          -           48     48  no zeros",
+        "whole model: 3.00 ms dense, 1.25 ms compressed (cpu, threads: 1)",
+        "A note.",
+    ]
+
+
+def test_it_travels_as_json():
+    assert Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+
+
+def test_an_edit_is_another_plan():
+    edited = PLAN.replace("a", "thin")
+    assert (PLAN["a"].choice, edited["a"].choice, edited["a"].chosen) == ("csr", "thin", None)
+    assert edited.ms is None
+    assert {row.choice for row in PLAN.replace("*", "dense").rows} == {"dense"}
+
+
+def test_errors():
+    with pytest.raises(KeyError, match=r"no layer 'c'. It has \['a', 'b'\]"):
+        PLAN.replace("c", "dense")
+    with pytest.raises(ValueError, match="`choice` must be one of .*Got 'sparse'"):
+        PLAN.replace("a", "sparse")
+    with pytest.raises(ValueError, match="not a plan as Plan.to_dict"):
+        Plan.from_dict({"rows": [{"layer": "a"}]})
+    data = PLAN.to_dict()
+    data["rows"][0]["choice"] = "magic"
+    with pytest.raises(ValueError, match="Layer 'a' has choice 'magic'"):
+        Plan.from_dict(data)
