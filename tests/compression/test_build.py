@@ -1,4 +1,4 @@
-"""`compress`: what is chosen, what stays dense and why, and that nothing is handed out unchecked."""
+"""`compress`: what is chosen, what stays dense and why; nothing is handed out unchecked."""
 
 import copy
 import pickle
@@ -260,15 +260,6 @@ def test_csr_is_not_exported():
         torch.export.export(fast, (x,))
 
 
-class Broken(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x) * 1.001
-
-
 def test_a_wrong_form_is_refused_and_named(monkeypatch):
     forward = Csr.forward
 
@@ -304,15 +295,15 @@ class Wordy(nn.Module):
 
 def test_errors():
     model, x = mlp(), torch.randn(3, 6)
-    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module"):
         mtprune.compress("model", x)
-    with pytest.raises(TypeError, match="`plan` must be a mtprune.Plan"):
+    with pytest.raises(TypeError, match=r"`plan` must be a mtprune.Plan"):
         mtprune.compress(model, x, plan={})
     with pytest.raises(ValueError, match="empty list"):
         mtprune.compress(model, [])
     with pytest.raises(ValueError, match=r"does not run on `example_inputs\[1\]`"):
         mtprune.compress(model, [x, torch.randn(3, 7)])
-    with pytest.raises(ValueError, match="is on meta and the model on cpu. Move one"):
+    with pytest.raises(ValueError, match=r"is on meta and the model on cpu. Move one"):
         mtprune.compress(model, x.to("meta"))
     with pytest.raises(ValueError, match="has no plan"):
         mtprune.plan_of(model)
@@ -333,7 +324,7 @@ def test_a_plan_for_another_model_is_refused():
     plan = mtprune.plan_of(mtprune.compress(model, x, measure=prefer("csr")))
     with pytest.raises(ValueError, match=r"it has '0' with shape \(16, 6\), and .* \(8, 6\)"):
         mtprune.compress(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), x, plan=plan)
-    with pytest.raises(ValueError, match="'2' with shape .* no such layer"):
+    with pytest.raises(ValueError, match=r"'2' with shape .* no such layer"):
         mtprune.compress(nn.Sequential(nn.Linear(6, 16)), x, plan=plan)
     larger = nn.Sequential(*mlp(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="it lacks layer '3'"):

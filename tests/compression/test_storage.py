@@ -119,9 +119,9 @@ def test_errors(tmp_path, monkeypatch):
     fast = compressed(Small(), x)
     with pytest.raises(ValueError, match="has no plan"):
         mtprune.save(Small(), tmp_path)
-    with pytest.raises(TypeError, match="`arguments` must be what JSON can hold"):
+    with pytest.raises(TypeError, match=r"`arguments` must be what JSON can hold"):
         mtprune.save(fast, tmp_path, arguments={"width": torch.ones(1)})
-    with pytest.raises(FileNotFoundError, match="holds no plan.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no plan.json"):
         mtprune.load(tmp_path / "nowhere")
     mtprune.save(fast, tmp_path)
     with pytest.raises(ValueError, match="it has 'lin' with shape"):
