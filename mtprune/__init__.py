@@ -25,7 +25,6 @@ from typing import Any as _Any
 
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
-from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
 from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
@@ -34,6 +33,7 @@ from mtprune.schedule import Cubic, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
     from mtprune import affinity, metrics
+    from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
 
 __version__ = _version("mtprune")
 
@@ -70,4 +70,6 @@ def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in ("affinity", "metrics"):
         return _import_module(f"mtprune.{name}")
+    if name in ("Plan", "compress", "load", "plan_of", "recalibrate_bn", "save"):
+        return getattr(_import_module("mtprune.compression"), name)
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")

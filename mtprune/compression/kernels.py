@@ -354,11 +354,15 @@ class SemiStructured(Kernel):
         if "bias" not in parts:
             self.register_parameter("bias", None)
         self._packed: Tensor | None = None
+        self._packed_from = (0, 0)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None or self._packed.device != x.device:
+        # Parts that were moved, cast or loaded anew are packed anew.
+        now = (self.weight_pairs.data_ptr(), self.weight_pairs._version)
+        if self._packed is None or self._packed_from != now:
             self._packed = torch.sparse.to_sparse_semi_structured(self.weight)
+            self._packed_from = now
         return F.linear(x, self._packed, self.bias)
 
     @override

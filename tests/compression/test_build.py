@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -341,3 +343,13 @@ def test_a_kernel_that_cannot_run_here_is_dense_and_says_so():
         fast = mtprune.compress(model, x, plan=plan.replace("0", "2:4"))
     assert mtprune.plan_of(fast)["0"].choice == "dense"
     assert type(fast[0]) is nn.Linear
+
+
+def test_it_is_imported_when_asked_for():
+    code = (
+        "import sys, mtprune\n"
+        "assert 'mtprune.compression' not in sys.modules\n"
+        "assert callable(mtprune.compress)\n"
+        "assert all(hasattr(mtprune, name) for name in mtprune.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
