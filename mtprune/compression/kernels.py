@@ -6,7 +6,7 @@ parts do not require gradients.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
@@ -263,7 +263,9 @@ class Csr(Kernel):
             return self._convolve(x)
         lines = x.reshape(-1, x.shape[-1])
         out = lines.new_empty(len(lines), self.weight_shape[0])
-        self._product(lines.t(), out.t())
+        for start, y in self._products(lines.t()):
+            # Written in this order: a transposed copy to contiguous memory has a kernel of its own.
+            out[start : start + TILE] = y.t()
         return out.view(*x.shape[:-1], self.weight_shape[0])
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -281,7 +283,8 @@ class Csr(Kernel):
             columns = F.unfold(batch, kernel, dilation, padding, stride)
         columns = columns.transpose(0, 1).reshape(columns.shape[1], -1)
         out = columns.new_empty(self.weight_shape[0], columns.shape[1])
-        self._product(columns, out)
+        for start, product in self._products(columns):
+            out[:, start : start + TILE] = product
         y = out.view(-1, len(batch), height, width).transpose(0, 1)
         return y.contiguous() if x.dim() == 4 else y[0]
 
@@ -289,13 +292,13 @@ class Csr(Kernel):
         first, second = getattr(self, name)
         return first, second
 
-    def _product(self, columns: Tensor, out: Tensor) -> None:
-        """Write the weight times ``[inputs, n]``, plus the bias, to ``[outputs, n]``."""
+    def _products(self, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The weight times ``[inputs, n]``, plus the bias: tiles, and where they start."""
         matrix = self._matrix()
         bias = None if self.bias is None else self.bias[:, None]
         for start in range(0, columns.shape[1], TILE):
             y = matrix @ columns[:, start : start + TILE]
-            out[:, start : start + TILE] = y if bias is None else y.add_(bias)
+            yield start, y if bias is None else y.add_(bias)
 
     def _matrix(self) -> Tensor:
         """The weight ``[outputs, inputs]``: a view of the parts, so it costs microseconds."""
