@@ -26,7 +26,7 @@ from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
-from mtprune.schedule import Cubic, Linear, OneShot, Regrow
+from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 __version__ = _version("mtprune")
 
@@ -35,6 +35,7 @@ __all__ = [
     "Element",
     "Erk",
     "Floor",
+    "Hold",
     "Linear",
     "MultitaskPruner",
     "OneShot",
