@@ -19,11 +19,12 @@ __all__ = ["LooseMasking"]
 
 
 class _Called:
-    """A product that remembers whether anybody asked for it."""
+    """A product that remembers whether anybody asked for it, and whether a gradient came back."""
 
     def __init__(self, product: Product) -> None:
         self.product = product
         self.called = False
+        self.scored = False
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
         self.called = True
@@ -57,13 +58,12 @@ class LooseMasking(PruneMasking):
             UserWarning: If some weights are read without their modules being called.
         """
         self._hard.lift()
-        silent = [name for name, product in self._products.items() if not product.called]
-        if self._warned or len(silent) == len(self._products):  # said, or the model has not run
-            silent = []
+        known = dict(self._products)
+        silent = [name for name, p in known.items() if p.scored and not p.called]
         super().install(layers, masks)
-        for product in self._products.values():
-            product.called = False  # installing asks once
-        if silent:
+        for name, product in self._products.items():
+            product.called &= name in known  # installing asks once
+        if silent and not self._warned:
             self._warned = True
             warnings.warn(
                 f"The weights {silent} are read without their modules being called, so masks do "
@@ -102,7 +102,11 @@ class LooseMasking(PruneMasking):
     @override
     def scored(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
         """While masks may open, the weight as it would be if it came back."""
-        return (layer.parameter.detach(), None) if self.is_loose else self._hard.scored(layer)
+        if not self.is_loose:
+            return self._hard.scored(layer)
+        if layer.name in self._products:
+            self._products[layer.name].scored = True
+        return layer.parameter.detach(), None
 
     @override
     def trained(self, layer: Layer) -> Tensor:
