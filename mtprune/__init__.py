@@ -20,7 +20,7 @@
 
 from importlib.metadata import version as _version
 
-from mtprune import affinity, metrics, recipes, saliency, votes, weighting
+from mtprune import affinity, budget, metrics, recipes, saliency, sampling, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
@@ -46,9 +46,11 @@ __all__ = [
     "SoftThreshold",
     "Vote",
     "affinity",
+    "budget",
     "metrics",
     "recipes",
     "saliency",
+    "sampling",
     "votes",
     "weighting",
 ]

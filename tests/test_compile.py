@@ -31,6 +31,7 @@ LOSSES: dict[str, Any] = {
 # Two observations, because one from a compiled graph does not tell who uses what.
 METHODS: dict[str, Method] = {
     "dynamic": replace(recipes.disparse_dynamic(0.5, every=2, end=10), observations=2),
+    "movement": replace(recipes.movement(0.5, 10), observations=2),
     "soft": SoftThreshold(
         0.5,
         schedule=Cubic(begin=2, end=8, every=2),

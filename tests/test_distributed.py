@@ -45,7 +45,12 @@ def soft(allocation="uniform"):
     )
 
 
-METHODS = {**nets.METHODS, "soft": soft, "learned": lambda: soft("learned")}
+METHODS = {
+    **nets.METHODS,
+    "soft": soft,
+    "learned": lambda: soft("learned"),
+    "movement": lambda: recipes.movement(0.7, 8),
+}
 
 
 CASES = [

@@ -142,9 +142,9 @@ def test_one_step_is_one_step_of_the_optimizer_and_evaluation_is_none(tmp_path):
 
 def test_training_is_what_it_is_without_a_pruner(tmp_path):
     found = []
-    for sparsity in (0.0, None):
+    for pruned in (True, False):
         trainer, pruner, model = start(tmp_path, Vote(0.0, schedule=Cubic(1, 6, 1)))
-        if sparsity is None:
+        if not pruned:
             trainer.callback_handler.callbacks = [
                 c
                 for c in trainer.callback_handler.callbacks
