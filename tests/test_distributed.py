@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mtprune import Cubic, SoftThreshold
+from mtprune import Cubic, SoftThreshold, recipes
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
