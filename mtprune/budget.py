@@ -32,6 +32,10 @@ class Size:
         dense: Parameters before pruning.
         kept: Parameters that are left.
         by_rule: ``{rule: (dense, kept)}``.
+
+    Example:
+        >>> print(Size("total", dense=22_713_216, kept=13_158_067))
+        * total               22,713,216 dense      13,158,067 kept   57.93%
     """
 
     what: Rule
@@ -140,6 +144,11 @@ class Ensemble:
         sizes: The size of each task's model.
         scores: Its score.
         budget: What they were to fit in.
+
+    Example:
+        >>> ensemble = Ensemble({"sst2": 10, "trec": 30}, {"sst2": 0.5, "trec": 1.0}, budget=50)
+        >>> ensemble.size, ensemble.score
+        (40, 0.75)
     """
 
     sizes: Mapping[str, int]

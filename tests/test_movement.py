@@ -179,6 +179,36 @@ def test_the_scale_of_a_loss_changes_nothing(factor, device):
     assert same(*found)
 
 
+def test_a_scaler_leaves_no_trace(backend, device):
+    class Scaler:
+        def get_scale(self):
+            return 2.0**12
+
+    method = recipes.movement(0.75, STEPS)
+    found = []
+    for scaler in (None, Scaler()):
+        model, batches = start(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        pruner = MultitaskPruner(
+            model, LOSSES, "trunk", method=method, optimizer=optimizer, backend=backend
+        )
+        for x in batches:
+            optimizer.zero_grad()
+            sum(pruner.observe(model(x), x, scaler=scaler).values()).backward()
+            optimizer.step()
+            pruner.step()
+        found.append(pruner.masks)
+    assert same(*found)
+
+
+@pytest.mark.parametrize("score", [saliency.magnitude, saliency.taylor, saliency.random])
+def test_masks_of_any_saliency_may_open(score, backend, device):
+    schedule = Hold(Cubic(begin=1, end=12, every=1), until=STEPS, every=1)
+    method = Vote(0.75, saliency=score, schedule=schedule, straight_through=True)
+    _, pruner = run(device, backend, method)
+    assert zeros(pruner.masks) == 54
+
+
 def test_what_is_hidden_keeps_its_value_and_is_zero_in_the_end(backend, device):
     model, batches = start(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
