@@ -29,10 +29,10 @@ from mtprune.granularity import Element
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
-from mtprune.schedule import Cubic, Linear, OneShot, Regrow
+from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, metrics
+    from mtprune import affinity, budget, metrics, sampling
     from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
 
 __version__ = _version("mtprune")
@@ -42,6 +42,7 @@ __all__ = [
     "Element",
     "Erk",
     "Floor",
+    "Hold",
     "Linear",
     "MultitaskPruner",
     "OneShot",
@@ -53,6 +54,7 @@ __all__ = [
     "SoftThreshold",
     "Vote",
     "affinity",
+    "budget",
     "compress",
     "load",
     "metrics",
@@ -60,6 +62,7 @@ __all__ = [
     "recalibrate_bn",
     "recipes",
     "saliency",
+    "sampling",
     "save",
     "votes",
     "weighting",
@@ -68,7 +71,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
-    if name in ("affinity", "metrics"):
+    if name in ("affinity", "budget", "metrics", "sampling"):
         return _import_module(f"mtprune.{name}")
     if name in ("Plan", "compress", "load", "plan_of", "recalibrate_bn", "save"):
         return getattr(_import_module("mtprune.compression"), name)

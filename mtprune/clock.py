@@ -42,7 +42,7 @@ class Clock:
             update = later
         return update
 
-    def near(self, lead: int) -> bool:
+    def near(self, lead: float) -> bool:
         """Whether an update is due, or will be within ``lead`` steps."""
         update = self.next
         return update is not None and update - self.step <= lead

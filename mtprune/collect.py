@@ -341,12 +341,12 @@ class Collector:
     def _score(self, voter: str, index: int, grad: Tensor, scale: float) -> None:
         """Add a layer's saliency to a voter's buffer."""
         layer = self._layers[index]
-        weight, mask = layer.parameter.detach(), self._masking.mask(layer)
+        weight, mask = self._masking.scored(layer)
         buffers = self.evidence.scores.setdefault(voter, {})
         first = index not in buffers
-        if self._into is None or not weight.is_contiguous() or not self._masking.masks_only:
+        if self._into is None or not weight.is_contiguous():
             assert self._saliency is not None
-            weight, grad = _prepared(self._masking.effective(layer), None, grad, scale)
+            weight, grad = _prepared(weight, mask, grad, scale)
             flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
             if first:
                 buffers[index] = self._buffer(flat.numel(), flat.device)

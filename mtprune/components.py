@@ -24,6 +24,7 @@ __all__ = [
     "assign",
     "declare",
     "find_layers",
+    "prunable",
     "unwrap",
 ]
 
@@ -156,6 +157,25 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
             found = tuple(places[id(parameter)])
             layers.append(Layer(_own_name(model, name), found, tuple(parameter.shape)))
     return layers
+
+
+def prunable(model: nn.Module, include: Spec = ()) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    """Every weight that is, was or could be pruned, with its mask if its module holds one.
+
+    Args:
+        model: The model, unwrapped, pruned or not.
+        include: As for `find_layers`.
+    """
+    resolved = _resolved(model, include, "include")
+    included = {id(p) for item in resolved for p in _match(model, item, "include")}
+    for module in model.modules():
+        default = _default_attributes(module)
+        for name, parameter in module._parameters.items():
+            mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
+            masked = name.endswith("_orig") and mask is not None
+            chosen = name in default or (id(parameter) in included and not _never(module, name))
+            if parameter is not None and (masked or chosen):
+                yield parameter, mask if masked else None
 
 
 def declare(model: nn.Module, layers: Sequence[Layer], spec: Spec) -> list[Declared]:

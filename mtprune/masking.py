@@ -110,11 +110,6 @@ def _flat(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
 class Masking(ABC):
     """A back-end. Masks are bool, shaped like their layer."""
 
-    @property
-    def masks_only(self) -> bool:
-        """Whether what the model sees is the Parameter, masked."""
-        return True
-
     def __init__(self) -> None:
         self.gate = Gate()
         self._layers: list[Layer] = []
@@ -167,6 +162,10 @@ class Masking(ABC):
         """A layer's weight as the model sees it: zero where it is pruned."""
         weight, mask = layer.parameter.detach(), self.mask(layer)
         return weight if mask is None else zeroed(weight, mask)
+
+    def scored(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """The weight that is scored, as a tensor and the mask to put on it."""
+        return layer.parameter.detach(), self.mask(layer)
 
     def gradient_mask(self, layer: Layer) -> Tensor | None:
         """The mask that a layer's gradient goes through on its way to ``.grad``, if any."""

@@ -11,6 +11,7 @@ from mtprune import distributed
 from mtprune.clock import Clock
 from mtprune.collect import backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
+from mtprune.loosening import LooseMasking
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
@@ -124,6 +125,13 @@ class MultitaskPruner:
             found = macs_per_weight(self._model, self._layers, inputs)
             costs = dict(zip([layer.name for layer in self._layers], found, strict=True))
         self._masking = make_masking(backend, self._model)
+        if self._method.straight_through:
+            if score_dtype is not torch.float32:
+                raise ValueError(
+                    f"straight_through=True adds scores up over the whole run, which {score_dtype} "
+                    "cannot hold. Leave `score_dtype` out."
+                )
+            self._masking = LooseMasking(self._masking, self._model)
         if self._method.softens:
             self._masking = SoftMasking(self._masking, self._model, self._method.watch)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
@@ -372,6 +380,7 @@ class MultitaskPruner:
             "masks": {name: pack(mask) for name, mask in held.items() if mask is not None},
             "facts": self._facts.state_dict(),
             "soft": self._soft_state(active),
+            "loose": isinstance(self._masking, LooseMasking) and self._masking.is_loose,
             "weigher": self._weigher.state_dict(),
             **self._round.state_dict(),
             "generator": self._generator.get_state(),
@@ -410,6 +419,9 @@ class MultitaskPruner:
         if state["soft"]:
             assert isinstance(self._masking, SoftMasking)
             self._masking.restore(active, masks, state["soft"])
+        elif state["loose"]:
+            assert isinstance(self._masking, LooseMasking)
+            self._masking.loosen(active, masks)
         elif active:
             self._masking.install(active, masks)
         else:
@@ -476,12 +488,15 @@ class MultitaskPruner:
         if decision.softly is not None:
             assert isinstance(self._masking, SoftMasking)
             self._masking.soften(layers, decision.softly.thresholds, masks, decision.softly.leak)
-        if decision.softly is None or decision.softly.settled:
+        if decision.provisional:
+            assert isinstance(self._masking, LooseMasking)
+            self._masking.loosen(layers, masks)
+        elif decision.softly is None or decision.softly.settled:
             self._masking.install(layers, masks)
         self._round.memory = decision.memory
         self._weigher.note(decision.memory.get("slopes", {}))
         self._record(layers, decision, step)
-        self._round.forget()
+        self._round.next()
         self._clock.done = step
         return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
 

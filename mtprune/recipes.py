@@ -7,9 +7,9 @@ own models `Vote(sparsity=...)`, with a floor under every layer, is the better s
 from typing import Literal
 
 from mtprune import saliency
-from mtprune.allocation import Erk
+from mtprune.allocation import Allocation, Erk
 from mtprune.methods import SigmoidThreshold, SoftThreshold, Vote
-from mtprune.schedule import Cubic, OneShot, Regrow, Schedule
+from mtprune.schedule import Cubic, Hold, OneShot, Regrow, Schedule
 
 __all__ = [
     "adapmtl",
@@ -19,6 +19,7 @@ __all__ = [
     "disparse_static",
     "gradual_magnitude",
     "magnitude",
+    "movement",
     "random",
     "rigl",
     "set_",
@@ -186,6 +187,66 @@ def random(sparsity: float) -> Vote:
         sparsity: Share of zeros.
     """
     return Vote(sparsity, saliency=saliency.random, allocation="global", disentangled=False)
+
+
+def movement(
+    sparsity: float,
+    steps: int,
+    *,
+    disentangled: bool = True,
+    allocation: Allocation = "global",
+    warmup: float = 0.1,
+    cooldown: float = 0.3,
+    updates: int = 200,
+) -> Vote:
+    r"""Movement pruning: keep the weights that fine-tuning moves away from zero.
+
+    Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning", NeurIPS 2020. The score of a
+    weight is :math:`S_T = -\sum_{t \le T} w_t \, \partial L_t / \partial w'_t`, signed, over all
+    steps so far, where :math:`w' = m w` is the masked weight. Masks keep the highest scores. They
+    are straight-through: a pruned weight keeps its value and goes on being scored, so it may come
+    back. Several tasks share one encoder as in Xia & Shin, "Pruning pretrained encoders with a
+    multitask objective", 2021.
+
+    Masks are final after step ``steps``. All times are fractions of the run, so that a short run
+    is a long one in small; the published schedule counts steps and never prunes a short run. Scores
+    are summed as by plain gradient descent with a constant rate, which their order does not feel.
+
+    Args:
+        sparsity: Share of zeros in the end.
+        steps: Length of the run, in optimizer steps.
+        disentangled: Score every task on its own and vote, so that the scale of a loss has no say.
+            False scores the sum of the losses, as published.
+        allocation: ``"global"``, or ``"uniform"`` for the same share of every matrix, as published.
+        warmup: Share of the run before anything is pruned.
+        cooldown: Share of the run at the final sparsity.
+        updates: How often masks are made anew, about; more than there are steps is every step.
+
+    Example:
+        >>> [movement(0.9, steps).schedule.schedule for steps in (200, 20_000)]
+        [Cubic(begin=20, end=140, every=1), Cubic(begin=2000, end=14000, every=100)]
+    """
+    for name, number in (("steps", steps), ("updates", updates)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number, at least 1. Got {number!r}.")
+    for name, share in (("warmup", warmup), ("cooldown", cooldown)):
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"`{name}` is a share of the run, in [0, 1). Got {share!r}.")
+    if warmup + cooldown >= 1.0:
+        raise ValueError(
+            f"`warmup` {warmup} and `cooldown` {cooldown} leave nothing of the run to prune in. "
+            "Together they must be less than 1."
+        )
+    begin, every = round(warmup * steps), max(1, steps // updates)
+    rise = Cubic(begin=begin, end=max(begin, round((1 - cooldown) * steps)), every=every)
+    return Vote(
+        sparsity,
+        saliency=saliency.movement,
+        schedule=Hold(rise, until=steps, every=every),
+        allocation=allocation,
+        disentangled=disentangled,
+        straight_through=True,
+    )
 
 
 def adapmtl(

@@ -1,6 +1,8 @@
 """A round: one update in the making, from the first observation to the decision."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -60,6 +62,7 @@ class Round:
         self._usage = usage
         self._generator = generator
         self._stability = Stability()
+        self._kept = Evidence()  # what has been seen until the last update, if that still counts
         self._singly = False  # batches that hold only some tasks have been seen
         self._collector = Collector(
             model,
@@ -84,9 +87,11 @@ class Round:
         """Whether masks no longer changed; None where the number of observations was given."""
         return bool(self._stability.stable) if self._automatic else None
 
-    def lead(self, present: Collection[str]) -> int:
+    def lead(self, present: Collection[str]) -> float:
         """How many steps before an update to begin observing, as batches hold these tasks."""
         self._singly = self._singly or len(present) < len(self._tasks)
+        if self._cumulative:
+            return math.inf
         wanted = self._method.observations
         batches = 4 if wanted == "auto" else wanted
         return batches * len(self._tasks) if self._singly else batches
@@ -98,7 +103,7 @@ class Round:
 
         With ``fold`` the gradient of all losses goes to ``.grad`` on the way.
         """
-        lacking = list(self._tasks) if self._automatic else self.lacking()
+        lacking = self._tasks if self._automatic or self._cumulative else self.lacking()
         wanted = {task: loss for task, loss in losses.items() if task in lacking}
         others = [loss for task, loss in losses.items() if task not in wanted] if fold else None
         if not wanted and not fold:
@@ -154,10 +159,19 @@ class Round:
         except RuntimeError:
             self.forget()
             raise
+        if self._cumulative:
+            self._keep()
         return self._decide(step)
 
+    def next(self) -> None:
+        """Start the next round. Where scores add up over the run, so do observations."""
+        counts = self.evidence.counts
+        self.forget()
+        if self._cumulative:
+            self.evidence.counts.update(counts)
+
     def forget(self) -> None:
-        """Start the next round."""
+        """Drop what has been observed since the last update."""
         self._collector.reset()
         self._stability = Stability()
 
@@ -167,6 +181,7 @@ class Round:
             "singly": self._singly,
             "memory": dict(self.memory),
             "evidence": self.evidence.state_dict([layer.name for layer in self._layers]),
+            "kept": self._kept.state_dict([layer.name for layer in self._layers]),
             "stability": self._stability.state_dict(),
         }
 
@@ -174,8 +189,11 @@ class Round:
         """The inverse of `state_dict`."""
         self._singly = state["singly"]
         self.memory = dict(state["memory"])
-        self._collector.evidence = Evidence.from_state_dict(
-            state["evidence"], self._layers, self._score_dtype, self._score_device
+        self._collector.evidence, self._kept = (
+            Evidence.from_state_dict(
+                state[name], self._layers, self._score_dtype, self._score_device
+            )
+            for name in ("evidence", "kept")
         )
         self._stability = Stability()
         self._stability.load_state_dict(state["stability"])
@@ -184,6 +202,22 @@ class Round:
     def _automatic(self) -> bool:
         """Whether observations go on until masks are stable."""
         return self._method.observations == "auto" and uses_gradient(self._method.saliency)
+
+    @property
+    def _cumulative(self) -> bool:
+        """Whether scores add up over all updates."""
+        return self._method.straight_through and uses_gradient(self._method.saliency)
+
+    def _keep(self) -> None:
+        """Add the scores since the last update to those of the run.
+
+        They are apart until then, so that a loss that is not finite spoils only the last of them.
+        """
+        for voter, scores in self.evidence.scores.items():
+            kept = self._kept.scores.setdefault(voter, {})
+            for index, score in scores.items():
+                kept[index] = kept[index].add_(score) if index in kept else score
+        self.evidence.scores = {}
 
     def _check(self) -> None:
         problem = self.evidence.problem(self._layers)
@@ -199,9 +233,12 @@ class Round:
         users = self._usage.now(self.evidence)
         active = self._usage.active(users)
         components = self._usage.components(users)
+        evidence = self.evidence
+        if self._cumulative:
+            evidence = replace(evidence, scores=self._kept.scores)
         ballot = poll(
             self._method,
-            self.evidence,
+            evidence,
             users,
             active,
             self._masking,

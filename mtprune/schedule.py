@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Cubic", "Linear", "OneShot", "Regrow", "Schedule"]
+__all__ = ["Cubic", "Hold", "Linear", "OneShot", "Regrow", "Schedule"]
 
 
 class Schedule(Protocol):
@@ -101,6 +101,54 @@ class Cubic(Linear):
     def progress(self, step: int) -> float:
         """See `Schedule`."""
         return 1.0 - (1.0 - super().progress(step)) ** 3
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A schedule, and when it is done more updates at the full sparsity.
+
+    Nothing changes in them if masks only shrink. With ``Vote(straight_through=True)`` weights go on
+    changing places.
+
+    Attributes:
+        schedule: What comes first.
+        until: Step of the last update, not before the last of ``schedule``.
+        every: Steps between those in addition.
+
+    Example:
+        >>> schedule = Hold(Cubic(begin=0, end=100, every=50), until=130, every=20)
+        >>> [schedule.next_update(step) for step in (-1, 0, 50, 100, 120, 130)]
+        [0, 50, 100, 120, 130, None]
+    """
+
+    schedule: Schedule
+    until: int
+    every: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if isinstance(self.schedule, (type, Regrow)) or not hasattr(self.schedule, "next_update"):
+            raise TypeError(
+                f"`schedule` must be OneShot(), Linear(...) or Cubic(...). Got {self.schedule!r}."
+            )
+        _whole("until", self.until, least=0)
+        _whole("every", self.every, least=1)
+        if self.schedule.next_update(self.until) is not None:
+            raise ValueError(
+                f"`until` must not come before the last update of `schedule`. Got {self.until}, "
+                f"with {self.schedule!r}."
+            )
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        update = self.schedule.next_update(after)
+        if update is not None:
+            return update
+        return min(after + self.every, self.until) if after < self.until else None
+
+    def progress(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.schedule.progress(step)
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,6 @@ class SoftMasking(PruneMasking):
         """Whether thresholds are being learned."""
         return bool(self.thresholds)
 
-    @property
-    @override
-    def masks_only(self) -> bool:
-        return not self.is_soft
-
     @torch.no_grad()
     def soften(
         self,
@@ -191,6 +186,10 @@ class SoftMasking(PruneMasking):
             return self._hard.effective(layer)
         weight, threshold = layer.parameter.detach(), self.thresholds.get(layer.name)
         return weight if threshold is None else soft_threshold(weight, threshold.tau(weight))
+
+    @override
+    def scored(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        return (self.effective(layer), None) if self.is_soft else self._hard.scored(layer)
 
     @override
     def trained(self, layer: Layer) -> Tensor:

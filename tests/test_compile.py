@@ -31,6 +31,7 @@ LOSSES: dict[str, Any] = {
 # Two observations, because one from a compiled graph does not tell who uses what.
 METHODS: dict[str, Method] = {
     "dynamic": replace(recipes.disparse_dynamic(0.5, every=2, end=10), observations=2),
+    "movement": replace(recipes.movement(0.5, 10), observations=2),
     "soft": SoftThreshold(
         0.5,
         schedule=Cubic(begin=2, end=8, every=2),
@@ -90,5 +91,5 @@ def test_compiled_training_takes_the_same_path_as_plain(
         compiled, when = train(method, backend, device, compiler)
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
     # At first, and when hooks come or go; never for a new mask or threshold.
-    hooks = {("dynamic", "prune"): {3}, ("soft", "prune"): {3, 9}, ("soft", "inplace"): {3, 9}}
-    assert {1} <= when <= {1} | hooks.get((method, backend), set())
+    hooks = {"dynamic": {3} if backend == "prune" else set(), "soft": {3, 9}, "movement": {3, 11}}
+    assert {1} <= when <= {1} | hooks[method]

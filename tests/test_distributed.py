@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mtprune import Cubic, SoftThreshold
+from mtprune import Cubic, SoftThreshold, recipes
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
@@ -45,7 +45,12 @@ def soft(allocation="uniform"):
     )
 
 
-METHODS = {**nets.METHODS, "soft": soft, "learned": lambda: soft("learned")}
+METHODS = {
+    **nets.METHODS,
+    "soft": soft,
+    "learned": lambda: soft("learned"),
+    "movement": lambda: recipes.movement(0.7, 8),
+}
 
 
 CASES = [

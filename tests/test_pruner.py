@@ -1007,6 +1007,10 @@ RECIPES = {
     "set_": lambda: recipes.set_(0.8, every=3, end=9),
     "magnitude": lambda: recipes.magnitude(0.8),
     "random": lambda: recipes.random(0.8),
+    "movement": lambda: recipes.movement(0.8, 9),
+    "movement, joint": lambda: recipes.movement(
+        0.8, 9, disentangled=False, allocation="uniform", warmup=0.0, cooldown=0.0
+    ),
     "adapmtl": lambda: recipes.adapmtl(0.8, 9),
     "gradual_magnitude": lambda: recipes.gradual_magnitude(0.8, begin=1, end=7, every=3),
 }

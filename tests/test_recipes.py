@@ -27,6 +27,7 @@ PUBLISHED = {
     "magnitude": lambda s: recipes.magnitude(s),
     "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
     "random": lambda s: recipes.random(s),
+    "movement": lambda s: recipes.movement(s, 1_000),
     "adapmtl": lambda s: recipes.adapmtl(s, 1_000),
     "adapmtl_published": lambda s: recipes.adapmtl_published(s, 1_000),
 }

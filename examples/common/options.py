@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
         lambda o: replace(recipes.magnitude(o.sparsity), schedule=_cubic(o)),
         "gradual",
     ),
+    "movement": (lambda o: recipes.movement(o.sparsity, o.steps), None),
     "adapmtl": (lambda o: _adapmtl(o), "gradual"),
     "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
     "random": (lambda o: recipes.random(o.sparsity), "init"),

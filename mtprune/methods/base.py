@@ -65,12 +65,14 @@ class Decision:
         alone: For each voter and each layer it uses, what that voter alone would keep.
         softly: If weights are to go through soft thresholds instead, these; None for masks.
         memory: What the next decision is to know.
+        provisional: Whether these masks may open again: what they hide keeps its value until then.
     """
 
     masks: Sequence[Tensor]
     alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     softly: "Softly | None" = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class Method(Protocol):
     @property
     def regrows(self) -> bool:
         """Whether a pruned weight can come back."""
+        ...
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether scores add up over the whole run, and masks may open again until the last."""
         ...
 
     @property

@@ -53,6 +53,7 @@ class SigmoidThreshold:
     disentangled: ClassVar[bool] = True
     observations: ClassVar[int] = 1
     regrows: ClassVar[bool] = False
+    straight_through: ClassVar[bool] = False
     softens: ClassVar[bool] = True
     watch: ClassVar[Literal["slope"]] = "slope"
     needs_costs: ClassVar[bool] = False

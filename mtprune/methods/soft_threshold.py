@@ -98,6 +98,7 @@ class SoftThreshold:
     granularity: ClassVar[Granularity] = _Sum()
     disentangled: ClassVar[bool] = True
     regrows: ClassVar[bool] = False
+    straight_through: ClassVar[bool] = False
     softens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar, Literal
 
@@ -57,6 +57,9 @@ class Vote:
         disentangled: Score every loss on its own. False scores their sum in one sweep: the joint
             baseline.
         min_keep: The least a layer keeps as long as the budget has as much for each.
+        straight_through: Let pruned weights come back until the last update. Scores add up over all
+            steps until then and are never forgotten; masks hide weights, which keep their value and
+            go on being scored with the gradient they would have.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
@@ -73,6 +76,7 @@ class Vote:
     observations: int | Literal["auto"] = 1
     disentangled: bool = True
     min_keep: int = 1
+    straight_through: bool = False
 
     softens: ClassVar[bool] = False
     watch: ClassVar[None] = None
@@ -123,6 +127,16 @@ class Vote:
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
                 "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
             )
+        if self.straight_through and self.regrows:
+            raise ValueError(
+                "straight_through=True lets weights come back by their scores, Regrow by drop and "
+                "grow. Choose one: with Regrow, leave `straight_through` out."
+            )
+        if self.straight_through and auto:
+            raise ValueError(
+                "straight_through=True observes every step, so there is no number of observations "
+                "to find: leave out observations='auto'."
+            )
 
     @property
     def regrows(self) -> bool:
@@ -131,6 +145,14 @@ class Vote:
 
     def decide(self, ballot: Ballot, step: int) -> Decision:
         """The masks of the update of ``step``."""
+        if not self.straight_through:
+            return self._decide(ballot, step)
+        everything = [torch.ones_like(mask) for mask in ballot.masks]
+        decision = self._decide(replace(ballot, masks=everything), step)
+        return replace(decision, provisional=self.schedule.next_update(step) is not None)
+
+    def _decide(self, ballot: Ballot, step: int) -> Decision:
+        """The same, where what is masked stays masked."""
         if isinstance(self.sparsity, PerTaskKeep):
             ratio, progress = self.sparsity.ratio, self.schedule.progress(step)
             return self._per_task(ballot, ratio if progress == 1 else 1 - (1 - ratio) * progress)

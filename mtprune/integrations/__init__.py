@@ -1,0 +1,1 @@
+"""Integrations: other people's trainers. Each is imported only when it is asked for."""

@@ -1,0 +1,98 @@
+r"""Sampling: whose batch comes next when every task has a loader of its own.
+
+The share of task k with n_k examples is
+
+* ``"proportional"``: :math:`n_k / \sum_j n_j`, so that every example counts the same;
+* ``"temperature"``: :math:`n_k^{1/T} / \sum_j n_j^{1/T}`, between the one above (T = 1) and the one
+  below (T to infinity);
+* ``"uniform"``: the same for all, by lot;
+* ``"round_robin"``: the same for all, in turn.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, cycle, islice
+
+import torch
+
+__all__ = ["HOW", "sample_tasks", "shares"]
+
+HOW = ("proportional", "temperature", "uniform", "round_robin")
+"""The ways to choose."""
+
+
+def shares(
+    sizes: Mapping[str, int], how: str = "proportional", *, temperature: float = 2.0
+) -> dict[str, float]:
+    """The share of steps that each task gets in the long run.
+
+    Args:
+        sizes: How many examples each task has.
+        how: See the module.
+        temperature: T, for ``"temperature"``; more than 1 helps the small.
+
+    Returns:
+        ``{task: share}``, which add up to 1.
+
+    Example:
+        >>> shares({"sst2": 6400, "trec": 400, "cola": 100}, "temperature")
+        {'sst2': 0.7272727272727273, 'trec': 0.18181818181818182, 'cola': 0.09090909090909091}
+    """
+    if not isinstance(sizes, Mapping) or not sizes:
+        raise ValueError(f"`sizes` must be a mapping task -> number of examples. Got {sizes!r}.")
+    for task, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"`sizes` of task '{task}' must be a whole number of examples, at least 1. "
+                f"Got {size!r}."
+            )
+    if how not in HOW:
+        raise ValueError(f"`how` must be one of {HOW}. Got {how!r}.")
+    if isinstance(temperature, bool) or not 0.0 < temperature < float("inf"):
+        raise ValueError(f"`temperature` must be a positive number. Got {temperature!r}.")
+    power = {"proportional": 1.0, "temperature": 1.0 / temperature}.get(how, 0.0)
+    most = max(sizes.values())
+    worth = {task: (size / most) ** power for task, size in sizes.items()}
+    total = sum(worth.values())
+    return {task: x / total for task, x in worth.items()}
+
+
+def sample_tasks(
+    sizes: Mapping[str, int],
+    how: str = "proportional",
+    *,
+    temperature: float = 2.0,
+    generator: torch.Generator | None = None,
+    start: int = 0,
+) -> Iterator[str]:
+    """The task of every step, without end.
+
+    What comes is fixed by the arguments alone: a run that stopped after n steps goes on with
+    ``start=n`` and a generator seeded as at first. The global generator is not touched.
+
+    Args:
+        sizes: How many examples each task has.
+        how: See the module.
+        temperature: See `shares`.
+        generator: On the CPU; one seeded with 0 unless given. A draw is taken from it at each step.
+        start: How many steps to leave out.
+
+    Example:
+        >>> tasks = sample_tasks({"sst2": 64, "trec": 4}, "round_robin")
+        >>> [next(tasks) for _ in range(5)]
+        ['sst2', 'trec', 'sst2', 'trec', 'sst2']
+    """
+    found = shares(sizes, how, temperature=temperature)
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"`start` must be a whole number of steps, at least 0. Got {start!r}.")
+    if how == "round_robin":
+        return islice(cycle(found), start % len(found), None)
+    own = torch.Generator().manual_seed(0) if generator is None else generator
+    return islice(_drawn(found, own), start, None)
+
+
+def _drawn(found: Mapping[str, float], generator: torch.Generator) -> Iterator[str]:
+    tasks, bounds = list(found), list(accumulate(found.values()))[:-1]
+    while True:
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+        yield tasks[bisect_right(bounds, drawn)]

@@ -1,0 +1,231 @@
+"""The callback for `transformers.Trainer`, on a BERT of two small layers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mtprune import Cubic, MultitaskPruner, Vote, recipes
+from mtprune.integrations import transformers as integration
+from tests.nets import same, zeros
+
+STEPS = 8
+
+
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+class Multitask(nn.Module):
+    """One encoder and two heads; every batch has the labels of both tasks, or names one task."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+        )
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.heads = nn.ModuleDict({task: nn.Linear(16, 3) for task in ("a", "b")})
+
+    def forward(self, input_ids, task=None, a=None, b=None):
+        hidden = self.bert(input_ids=input_ids).last_hidden_state.mean(1)
+        labels = {"a": a, "b": b}
+        losses = {
+            name: nn.functional.cross_entropy(head(hidden), labels[name])
+            for name, head in self.heads.items()
+            if name == task or task is None
+        }
+        return {"loss": sum(losses.values()), "losses": losses}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, n=32):
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(50, (n, 8), generator=generator)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        ids = self.ids[i]
+        return {"input_ids": ids, "a": ids[0] % 3, "b": ids[1] % 3}
+
+
+def start(tmp_path, method, backend="prune", *, options=None, given=False, **arguments):
+    torch.manual_seed(0)
+    model = Multitask()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pruner = MultitaskPruner(
+        model,
+        ["a", "b"],
+        model.bert.encoder,
+        method=method,
+        backend=backend,
+        optimizer=optimizer if given else None,
+    )
+    callback = integration.PruningCallback(pruner, **(options or {}))
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": False,
+            **arguments,
+        },
+    )
+    trainer = transformers.Trainer(
+        model=model,
+        args=settings,
+        train_dataset=Rows(),
+        eval_dataset=Rows(8),
+        callbacks=[callback],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+    )
+    return trainer, pruner, model
+
+
+GRADUAL = Vote(0.75, schedule=Cubic(begin=1, end=6, every=2))
+METHODS = {"vote": GRADUAL, "movement": recipes.movement(0.75, STEPS)}
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("given", [True, False], ids=["optimizer given", "steps counted"])
+def test_a_trainer_prunes(method, given, backend, tmp_path):
+    trainer, pruner, model = start(tmp_path, method, backend, given=given)
+    trainer.train()
+    assert pruner.report().step == pruner._clock.step == STEPS or method is GRADUAL
+    total = sum(mask.numel() for mask in pruner.masks.values())
+    assert zeros(pruner.masks) == round(0.75 * total)
+    assert {"bert.encoder.layer.0.attention.self.query.weight", "heads.a.weight"} <= set(
+        pruner.masks
+    )
+    assert not model._forward_hooks
+    pruner.finalize()
+    for name, mask in pruner.masks.items():
+        assert bool((model.get_parameter(name)[~mask] == 0).all())
+
+
+def test_one_step_is_one_step_of_the_optimizer_and_evaluation_is_none(tmp_path):
+    trainer, pruner, _ = start(
+        tmp_path,
+        METHODS["movement"],
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        prediction_loss_only=True,
+    )
+    trainer.train()
+    assert pruner._clock.step == STEPS
+    assert pruner.report().observations == {"a": 2 * STEPS, "b": 2 * STEPS}
+
+
+def test_training_is_what_it_is_without_a_pruner(tmp_path):
+    found = []
+    for pruned in (True, False):
+        trainer, pruner, model = start(tmp_path, Vote(0.0, schedule=Cubic(1, 6, 1)))
+        if not pruned:
+            trainer.callback_handler.callbacks = [
+                c
+                for c in trainer.callback_handler.callbacks
+                if not isinstance(c, integration.PruningCallback)
+            ]
+        trainer.train()
+        pruner.finalize()
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert same(*found)
+
+
+def test_a_loader_for_each_task(tmp_path):
+    def collate(rows):
+        batch = torch.utils.data.default_collate(rows)
+        task = "ab"[int(batch["input_ids"].sum()) % 2]
+        return {"input_ids": batch["input_ids"], "task": task, task: batch[task]}
+
+    options = {"losses": lambda outputs, inputs: {inputs["task"]: outputs["loss"]}}
+    trainer, pruner, _ = start(tmp_path, recipes.movement(0.75, 12), options=options, max_steps=12)
+    trainer.data_collator = collate
+    trainer.train()
+    seen = pruner.report().observations
+    assert sum(seen.values()) == 12
+    assert min(seen.values()) > 0
+    assert pruner.sparsity == pytest.approx(0.75, abs=1e-3)
+
+
+@EVERY_METHOD
+def test_a_resumed_run_is_the_uninterrupted_run(method, backend, tmp_path):
+    often = {"save_strategy": "steps", "save_steps": 4}
+    trainer, straight, one = start(tmp_path, method, backend, **often)
+    trainer.train()
+    trainer, pruner, other = start(tmp_path, method, backend, **often)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(straight.masks, pruner.masks)
+    assert same(one.state_dict(), other.state_dict())
+    assert straight.report() == pruner.report()
+
+
+def test_a_checkpoint_without_the_pruner_says_where_to_look(tmp_path):
+    often = {"save_strategy": "steps", "save_steps": 4}
+    trainer, first, _ = start(tmp_path, GRADUAL, **often)
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    (folder / integration.FILE).rename(tmp_path / integration.FILE)
+    trainer, _, _ = start(tmp_path, GRADUAL)
+    with pytest.raises(RuntimeError, match=r"no mtprune.pt in .*checkpoint-4.*resume_from="):
+        trainer.train(resume_from_checkpoint=str(folder))
+    trainer, pruner, _ = start(tmp_path, GRADUAL, options={"resume_from": tmp_path})
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert same(pruner.masks, first.masks)
+
+
+def test_losses_may_be_attributes():
+    _, callback = pruned()
+    assert callback._found(SimpleNamespace(losses={"a": 1}), {}) == {"a": 1}
+
+
+def test_an_output_without_losses_names_what_it_has(tmp_path):
+    trainer, _, _ = start(tmp_path, GRADUAL, options={"losses": "task_losses"})
+    with pytest.raises(RuntimeError, match=r"no 'task_losses'. It has \['loss', 'losses'\]"):
+        trainer.train()
+
+
+def pruned():
+    model = Multitask()
+    pruner = MultitaskPruner(model, ["a", "b"])
+    return model, integration.PruningCallback(pruner)
+
+
+def begin(callback, model, fp16=False, n_gpu=1):
+    args = SimpleNamespace(fp16=fp16, n_gpu=n_gpu)
+    callback.on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
+
+
+def test_what_cannot_be_is_refused_before_training():
+    model, callback = pruned()
+    with pytest.raises(ValueError, match="Use bf16=True"):
+        begin(callback, model, fp16=True)
+    with pytest.raises(ValueError, match="Start it with torchrun"):
+        begin(callback, model, n_gpu=2)
+    with pytest.raises(ValueError, match="no part of the Multitask this Trainer trains"):
+        begin(callback, Multitask())
+    with pytest.raises(TypeError, match="`pruner` must be a MultitaskPruner"):
+        integration.PruningCallback(model)
+    with pytest.raises(TypeError, match="`losses` must be a name in the model's output"):
+        integration.PruningCallback(callback.pruner, losses=3)
+    assert not model._forward_hooks
+    begin(callback, model)
+    begin(callback, model)  # after a run that broke off
+    assert len(model._forward_hooks) == 1
