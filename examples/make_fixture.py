@@ -1,7 +1,7 @@
 """Write a small data set in a published layout, to try a trainer with nothing downloaded.
 
-python make_fixture.py nyuv2 /tmp/nyuv2
-python nyuv2.py --data /tmp/nyuv2 --method vote --steps 30 --width 0.1 --crop 64 64 --batch 2
+python make_fixture.py nyuv2 nyuv2_fixture
+python nyuv2.py --data nyuv2_fixture --method vote --steps 30 --width 0.1 --crop 64 64 --batch 2
 """
 
 import argparse
