@@ -487,7 +487,8 @@ class MultitaskPruner:
                 restart_(self._optimizer, layer, new & ~old)
         if decision.softly is not None:
             assert isinstance(self._masking, SoftMasking)
-            self._masking.soften(layers, decision.softly.thresholds, masks, decision.softly.leak)
+            softly = decision.softly
+            self._masking.soften(layers, softly.thresholds, masks, softly.leak, softly.gains)
         if decision.provisional:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(layers, masks)

@@ -257,7 +257,8 @@ def adapmtl(
     Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
     The sparsity is exact, where the original's follows learning rate and weight decay; tasks weigh
     by how their loss bears the threshold, where the original's weights follow the noise of the
-    losses. Train on ``pruner.weigh(losses)``.
+    losses. What is left of a layer is made as large again as it was, which the original lacks.
+    Train on ``pruner.weigh(losses)``.
 
     Args:
         sparsity: Share of zeros in the end.
@@ -271,6 +272,7 @@ def adapmtl(
         schedule=Cubic(begin=0, end=end, every=max(1, steps // 200)),
         allocation=allocation,
         weighting="pruning_sensitivity",
+        debias=True,
     )
 
 

@@ -62,6 +62,8 @@ class Threshold:
     def __init__(self, leak: Leaking, like: Tensor, watch: Watch | None) -> None:
         self.leak = leak
         self.fixed = like.new_zeros((), requires_grad=False)
+        self.gain = like.new_ones((), requires_grad=False)
+        self.gained = False
         self.edge = EDGE if watch == "edge" else 0.0
         self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if watch else None
         self.called = False
@@ -69,7 +71,8 @@ class Threshold:
     def tau(self, weight: Tensor) -> Tensor:
         """The threshold for a weight, 0-dim, of its type and where it is."""
         if self.fixed.device != weight.device or self.fixed.dtype != weight.dtype:
-            self.fixed = self.fixed.to(weight)  # the model has moved, or become another type
+            # The model has moved, or become another type.
+            self.fixed, self.gain = self.fixed.to(weight), self.gain.to(weight)
         return self.fixed
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
@@ -77,7 +80,13 @@ class Threshold:
         self.called = True
         if self.slack is not None and self.slack.device != weight.device:
             self.slack = self.slack.detach().to(weight.device).requires_grad_()
-        return soft_threshold(weight, self.tau(weight), self.leak, self.slack, self.edge)
+        soft = soft_threshold(weight, self.tau(weight), self.leak, self.slack, self.edge)
+        return soft * self.gain if self.gained else soft
+
+    def seen(self, weight: Tensor) -> Tensor:
+        """The same, for those who only look."""
+        soft = soft_threshold(weight, self.tau(weight))
+        return soft * self.gain if self.gained else soft
 
 
 class SoftMasking(PruneMasking):
@@ -113,6 +122,7 @@ class SoftMasking(PruneMasking):
         taus: Sequence[Tensor],
         masks: Sequence[Tensor],
         leak: float = 0.0,
+        gains: Sequence[Tensor] | None = None,
     ) -> None:
         """Make thresholds hold, for the first time or anew.
 
@@ -121,6 +131,7 @@ class SoftMasking(PruneMasking):
             taus: For each, its threshold, 0-dim.
             masks: For each, what is above it, for those who look.
             leak: How much gradient passes below.
+            gains: For each, what is left is multiplied by that, 0-dim; by nothing unless given.
 
         Warns:
             UserWarning: If some weights are read without their modules being called.
@@ -133,6 +144,9 @@ class SoftMasking(PruneMasking):
             if layer.name not in self.thresholds:
                 self.thresholds[layer.name] = Threshold(self.leak, layer.parameter, self._watch)
             self.thresholds[layer.name].fixed.fill_(tau)
+        for layer, gain in zip(layers, gains or (), strict=gains is not None):
+            self.thresholds[layer.name].gain.fill_(gain)
+            self.thresholds[layer.name].gained = True
         self._seen = torch.zeros(len(layers))
         super().install(layers, masks)
         for threshold in self.thresholds.values():
@@ -185,7 +199,7 @@ class SoftMasking(PruneMasking):
         if not self.is_soft:
             return self._hard.effective(layer)
         weight, threshold = layer.parameter.detach(), self.thresholds.get(layer.name)
-        return weight if threshold is None else soft_threshold(weight, threshold.tau(weight))
+        return weight if threshold is None else threshold.seen(weight)
 
     @override
     def scored(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -218,6 +232,9 @@ class SoftMasking(PruneMasking):
             "thresholds": {
                 x.name: self.thresholds[x.name].tau(x.parameter).detach().clone() for x in layers
             },
+            "gains": {x.name: self.thresholds[x.name].gain.clone() for x in layers}
+            if all(self.thresholds[x.name].gained for x in layers)
+            else {},
             "leak": self.leak.share,
             "seen": self._seen.clone(),
         }
@@ -227,7 +244,8 @@ class SoftMasking(PruneMasking):
     ) -> None:
         """Go on from `soft_state`."""
         taus = [state["thresholds"][layer.name] for layer in layers]
-        self.soften(layers, taus, masks, state["leak"])
+        gains = [state["gains"][layer.name] for layer in layers] if state["gains"] else None
+        self.soften(layers, taus, masks, state["leak"], gains)
         self._seen = state["seen"].clone()
 
     @override
@@ -257,6 +275,7 @@ class SoftMasking(PruneMasking):
         """Leave plain modules with their weights as they are."""
         for threshold in self.thresholds.values():
             threshold.fixed.zero_()
+            threshold.gain.fill_(1.0)
         self._clear()
         self._layers = []
         self.thresholds.clear()

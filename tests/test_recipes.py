@@ -67,6 +67,7 @@ def test_adapmtl_weighs_tasks_by_how_they_bear_pruning(allocation):
         schedule=Cubic(begin=0, end=750, every=5),
         allocation=allocation,
         weighting="pruning_sensitivity",
+        debias=True,
     )
     assert recipes.adapmtl(0.8, 1_000).allocation == "uniform"
     assert recipes.adapmtl(0.8, 1).schedule == Cubic(begin=0, end=1, every=1)

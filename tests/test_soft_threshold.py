@@ -134,6 +134,7 @@ def test_one_number_is_all_it_takes_at_any_scale_of_the_weights(scale, device):
         {"allocation": {"shared": 0.7, "t1": -1.0}},
         {"scale": "none"},
         {"schedule": OneShot(3)},
+        {"debias": True},
         {"schedule": Linear(begin=0, end=7, every=3)},
         LEARNING,
     ],
@@ -720,3 +721,36 @@ def test_the_warning_of_the_shelf_is_still_due(device):
         for _ in range(3):
             soft_step(run)
     assert "trunk.side.weight" in run.pruner.report().left_alone
+
+
+@pytest.mark.parametrize("at", [3, 5, 9])
+def test_what_is_left_can_be_made_as_large_as_before(at, backend, device):
+    method = SoftThreshold(0.8, schedule=SCHEDULE, debias=True)
+    loop = Loop(method, optimizer="sgd", lr=0.0, backend=backend, device=device)
+    dense = {name: weight.clone() for name, weight in loop.weights().items()}
+    loop.train(at)
+    x = torch.randn(4, 10, device=device)
+    before, masks = loop.model(x), loop.pruner.masks
+    loop.pruner.finalize()
+    for name, weight in loop.weights().items():
+        kept = dense[name][masks[name]]
+        torch.testing.assert_close(weight.norm(), kept.norm())
+        assert torch.equal(weight != 0, masks[name])
+    for task, out in loop.model(x).items():
+        torch.testing.assert_close(out, before[task])
+
+
+@pytest.mark.parametrize("at", [2, 4, 8])
+def test_gains_travel_in_the_checkpoint(at, backend, device):
+    def fresh():
+        return Loop(SoftThreshold(0.8, schedule=SCHEDULE, debias=True), backend=backend)
+
+    straight = fresh().train(at)
+    state, random = save(straight), torch.get_rng_state()
+    straight.train(11 - at)
+    resumed = fresh()
+    for part in ("pruner", "model", "optimizer"):
+        getattr(resumed, part).load_state_dict(copy.deepcopy(state[part]))
+    torch.set_rng_state(random)
+    resumed.train(11 - at)
+    assert same(resumed.weights(), straight.weights())

@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
         "gradual",
     ),
     "movement": (lambda o: recipes.movement(o.sparsity, o.steps), None),
-    "adapmtl": (lambda o: _adapmtl(o), "gradual"),
+    "adapmtl": (lambda o: _adapmtl(o), "init"),
     "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
     "random": (lambda o: recipes.random(o.sparsity), "init"),
 }
@@ -92,9 +92,9 @@ def make_method(options: Options) -> Any:
 
 
 def _adapmtl(options: Options) -> SoftThreshold:
-    """Thresholds that rise after the dense phase; from the first step if pruned at init."""
+    """Thresholds that rise from the first step; or after the dense phase."""
     method = recipes.adapmtl(options.sparsity, options.steps)
-    if options.when == "init":
+    if options.when in (None, "init"):
         return method
     if options.when == "trained":
         raise ValueError("--when trained leaves adapmtl no time in which thresholds could rise.")

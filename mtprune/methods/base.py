@@ -82,6 +82,7 @@ class Softly:
     Attributes:
         thresholds: For each layer, what its weights are moved towards zero by, 0-dim.
         leak: How much gradient passes to the weights below.
+        gains: For each layer, what its weights are multiplied by then, 0-dim; None for nothing.
         settled: Whether that is the end: what is below is pruned for good, what is above stays as
             the model sees it.
     """
@@ -89,6 +90,7 @@ class Softly:
     thresholds: Sequence[Tensor]
     leak: float = 0.0
     settled: bool = False
+    gains: Sequence[Tensor] | None = None
 
 
 class Method(Protocol):

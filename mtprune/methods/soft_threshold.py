@@ -72,6 +72,9 @@ class SoftThreshold:
             unless given, every component keeps a tenth of the overall density.
         weighting: What `MultitaskPruner.weigh` does: ``"uniform"``, ``"noise"``,
             ``"pruning_sensitivity"`` or any weighting (`mtprune.weighting`).
+        debias: Multiply what is left of every layer so that it is as large, in Euclidean norm, as
+            before. A threshold shrinks all weights, the large ones too; without this a network that
+            cannot grow them back, for lack of steps or learning rate, is damaged for good.
         scale: Thresholds in units of the group's root mean square, ``"rms"``, or plain, ``"none"``.
         rate: How fast offsets are learned, per update.
         observations: How many observations of every task an update needs.
@@ -91,6 +94,7 @@ class SoftThreshold:
     example_inputs: Any = field(default=None, repr=False, compare=False)
     max_sparsity: float | Mapping[str, float] | None = None
     weighting: Any = "uniform"
+    debias: bool = False
     scale: Literal["rms", "none"] = "rms"
     rate: float = 0.02
     observations: int = 1
@@ -238,7 +242,10 @@ class SoftThreshold:
         memory["slopes"] = self._sensitivities(ballot)
         memory["thresholds"] = dict(zip(ballot.names, map(float, taus), strict=True))
         leak = {"str": 0.0, "ste": 1.0, "anneal": 1.0 - progress}[self.grad_mode]
-        return Decision(masks, {}, Softly(taus, leak, settled), memory)
+        gains = None
+        if self.debias:
+            gains = [_gain(w, t) for w, t in zip(ballot.weights, taus, strict=True)]
+        return Decision(masks, {}, Softly(taus, leak, settled, gains), memory)
 
     def _unit(self, ballot: Ballot, groups: Sequence[str], group: str, needed: bool) -> float:
         """What a group's thresholds are measured in: the root mean square of its weights."""
@@ -412,6 +419,13 @@ class SoftThreshold:
 def _heights(weight: Tensor, factor: float) -> Tensor:
     """How large weights are, in units of their group's threshold: what the level is compared to."""
     return weight.to(torch.float32).abs() / factor
+
+
+def _gain(weight: Tensor, tau: Tensor) -> Tensor:
+    """What makes the weights above a threshold as large again as before it, 0-dim."""
+    size = weight.to(torch.float32).abs()
+    before, after = size[size > tau].norm(), (size - tau).clamp(min=0.0).norm()
+    return torch.where(after > 0, before / after.clamp(min=1e-30), 1.0)
 
 
 def _unreachable(sparsity: float, most: float) -> str:
