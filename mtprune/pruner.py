@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -117,13 +118,7 @@ class MultitaskPruner:
         self._weigher = Weigher(
             parse_weighting(getattr(self._method, "weighting", "uniform")), list(self._losses)
         )
-        costs = {}
-        if self._method.needs_costs:
-            from mtprune.macs import macs_per_weight  # most runs do without
-
-            inputs = getattr(self._method, "example_inputs", None)
-            found = macs_per_weight(self._model, self._layers, inputs)
-            costs = dict(zip([layer.name for layer in self._layers], found, strict=True))
+        self._costs = _measured(self._method, self._model, self._layers)
         self._masking = make_masking(backend, self._model)
         if self._method.straight_through:
             if score_dtype is not torch.float32:
@@ -144,11 +139,10 @@ class MultitaskPruner:
             self._masking,
             self._usage,
             self._generator,
-            costs,
+            self._costs,
             score_dtype,
             None if score_device is None else torch.device(score_device),
         )
-        self._costs = costs
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
         self._final: dict[str, Tensor] | None = None
@@ -564,6 +558,16 @@ class MultitaskPruner:
                 f"Step {update} is due but {who} not been observed since step "
                 f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
             )
+
+
+def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:
+    """What a weight of each layer costs, if the method asks."""
+    if not method.needs_costs:
+        return {}
+    from mtprune.macs import macs_per_weight  # most runs do without
+
+    found = macs_per_weight(model, layers, getattr(method, "example_inputs", None))
+    return {layer.name: cost for layer, cost in zip(layers, found, strict=True)}
 
 
 def _difference(theirs: object, mine: object) -> str:

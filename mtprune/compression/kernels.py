@@ -6,6 +6,7 @@ parts do not require gradients.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ TILE = 64
 """Columns that CSR multiplies at once: what it reads, writes and turns around stays in cache."""
 
 
-class Kernel(nn.Module):
+class Kernel(nn.Module, ABC):
     """One form of a layer.
 
     Args:
@@ -48,9 +49,9 @@ class Kernel(nn.Module):
         self.register_forward_pre_hook(_stand_back)
 
     @classmethod
+    @abstractmethod
     def parts(cls, layer: Dense) -> Parts | None:
         """What this form of the layer stores, or None if the layer has no such form."""
-        raise NotImplementedError
 
     @staticmethod
     def lacking(weight: Tensor) -> str:
@@ -58,9 +59,9 @@ class Kernel(nn.Module):
         return ""
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The dense weight, made anew: for code that reads it instead of calling the layer."""
-        raise NotImplementedError
 
     def _hold(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
         for name, part in parts.items():
