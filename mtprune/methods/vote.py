@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import inf, prod
+from math import inf, isclose, prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -157,7 +157,8 @@ class Vote:
         ]
         if isinstance(self.granularity, NM):
             fixed = self.granularity.sparsity
-            if given and (given != ["sparsity"] or self.sparsity != fixed):
+            number = self.sparsity if isinstance(self.sparsity, (int, float)) else -1.0
+            if given and (given != ["sparsity"] or not isclose(number, fixed)):
                 told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
                 raise ValueError(
                     f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
@@ -219,14 +220,13 @@ class Vote:
         return self.example_inputs is not None
 
     @property
-    def _amount(self) -> float:
-        """The share that goes in the end, of weights or of multiply-adds."""
+    def _stays(self) -> Fraction:
+        """The share that stays in the end, of weights or of multiply-adds."""
         if self.macs is not None:
-            return 1.0 - self.macs
+            return Fraction(str(self.macs))
         if self.speedup is not None:
-            return 1.0 - 1.0 / self.speedup
-        assert isinstance(self.sparsity, (int, float))
-        return self.sparsity
+            return 1 / Fraction(str(self.speedup))
+        return 1 - Fraction(str(self.sparsity))
 
     @property
     def _by_macs(self) -> bool:
@@ -242,11 +242,11 @@ class Vote:
         Raises:
             ValueError: If they do.
         """
-        if self._by_macs and fixed > (1 - Fraction(str(self._amount))) * whole:
+        if self._by_macs and fixed > self._stays * whole:
             raise ValueError(
                 f"Layers that {describe(self.granularity)} leaves alone take "
                 f"{float(fixed / whole):.1%} of the multiply-adds, more than the "
-                f"{1.0 - self._amount:.1%} that may stay. Ask for less, or cover more layers."
+                f"{float(self._stays):.1%} that may stay. Ask for less, or cover more layers."
             )
 
     @property
@@ -292,20 +292,20 @@ class Vote:
         if isinstance(self.sparsity, PerTaskKeep):
             ratio = self._ratio(self.sparsity, progress)
             return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
-        all_ = units.weigh(units.everything())
-        share = 1 - Fraction(str(self._amount)) * Fraction(progress)
+        gone = (1 - self._stays) * Fraction(progress)
 
-        def keep(cost: Fraction) -> Fraction | int:
-            return share * cost if self._by_macs else cost - round((1 - share) * cost)
+        def keep(cost: Fraction) -> Fraction:
+            return cost - (gone * cost if self._by_macs else round(gone * cost))
 
-        fixed = ballot.whole - all_ if self._by_macs else Fraction(0)
+        whole = units.weigh(units.everything())
+        fixed = ballot.whole - whole if self._by_macs else Fraction(0)
         self.check_budget(ballot.whole, fixed)
         rankings = rank(ballot.scores, self.priority)
         assert not isinstance(self.allocation, Mapping)
         masks = pack(
             worths(ballot.scores, self.vote, rankings),
             units,
-            keep(all_ + fixed) - fixed,
+            keep(whole + fixed) - fixed,
             self.allocation,
             eligible=ballot.masks,
             min_keep=self.min_keep,
