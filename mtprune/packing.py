@@ -39,18 +39,13 @@ def worths(
         vote: Reduces percentiles ``[voters, n]`` to worth ``[n]``.
         rankings: Every task's ranking of all it uses.
     """
-    tables = {
-        task: torch.cat([voters[task].float() for voters in scores if task in voters]).sort().values
+    below = {
+        task: iter(_below([voters[task] for voters in scores if task in voters]))
         for task in rankings
     }
     found = []
     for voters in scores:
-        rows = torch.stack(
-            [
-                rankings[task].percentile(torch.searchsorted(tables[task], values.float()))
-                for task, values in voters.items()
-            ]
-        )
+        rows = torch.stack([rankings[task].percentile(next(below[task])) for task in voters])
         worth = vote(rows)
         if not isinstance(worth, Tensor) or worth.shape != rows.shape[1:]:
             got = tuple(worth.shape) if isinstance(worth, Tensor) else type(worth).__name__
@@ -138,6 +133,20 @@ def fitting(
     budget = keep(units.weigh(every, places))
     kept = queue.masks(queue.fitting((-queue.worth,), budget, weigh))
     return {group: kept[group] for group in worth}
+
+
+def _below(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """For each value of each piece, how many of all are strictly less."""
+    values = torch.cat([piece.to(torch.float32) for piece in pieces])
+    if values.device.type == "cpu":  # several times as fast as torch
+        order = torch.from_numpy(np.argsort(values.numpy()))
+    else:
+        order = values.argsort()
+    ascending = values[order]
+    place = torch.arange(len(order), device=order.device)
+    place[1:][ascending[1:] == ascending[:-1]] = 0
+    counts = torch.empty_like(place).scatter_(0, order, place.cummax(0).values)
+    return list(counts.split([piece.numel() for piece in pieces]))
 
 
 class _Queue:

@@ -389,11 +389,12 @@ def _seat(groups: Sequence[Group], model: nn.Module, layers: Sequence[Layer]) ->
 
 def _sit(group: int, dim: int, size: int, member: Member) -> _Seat:
     index = member.index()
-    order = [(index == unit).nonzero().squeeze(1) for unit in range(size)]
-    most = max((len(places) for places in order), default=0)
-    table = torch.full((size, most), len(index))
-    for unit, places in enumerate(order):
-        table[unit, : len(places)] = places
+    owned = (index != NOBODY).nonzero().squeeze(1)
+    owned = owned[index[owned].argsort(stable=True)]
+    counts = index[owned].bincount(minlength=size)
+    starts = (counts.cumsum(0) - counts)[index[owned]]
+    table = torch.full((size, int(counts.max()) if size else 0), len(index))
+    table[index[owned], torch.arange(len(owned)) - starts] = owned
     index = torch.where(index == NOBODY, size, index)
     return _Seat(group, dim, index, table, member.role == "out")
 
