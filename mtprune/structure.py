@@ -53,7 +53,7 @@ class Group:
         size: How many units there are.
         members: Where they lie.
         between: Path of the module or function that what is made goes through before it is read;
-            empty if there is none.
+            None if there is none.
         gated: Whether makers are multiplied, the first of them after it went through `between`.
         counts: Paths of numbers in the model that shrink with the group, in proportion.
 
@@ -71,7 +71,7 @@ class Group:
     name: str
     size: int
     members: tuple[Member, ...]
-    between: str = ""
+    between: str | None = None
     gated: bool = False
     counts: tuple[str, ...] = ()
 
