@@ -1,10 +1,10 @@
 """Plans: which form every layer takes, as a value that prints, can be edited, and is JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["CHOICES", "Measured", "Plan", "Row"]
+__all__ = ["CHOICES", "Measured", "Plan", "Row", "joined", "seen_from"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
@@ -111,6 +111,28 @@ class Plan:
         )
         return replace(self, rows=rows, dense_ms=None, ms=None)
 
+    def part(self, module: str) -> "Plan":
+        """The plan of one module, whose layers are named as seen from it.
+
+        Example:
+            >>> plan = Plan((Row("encoder.up", (4, 8), "csr", ()), Row("head", (2, 4), "csr", ())))
+            >>> [row.layer for row in plan.part("encoder").rows]
+            ['up']
+            >>> plan.part("encoder").under("bert").rows[0].layer
+            'bert.up'
+        """
+        return self._renamed(lambda name: seen_from(module, name))
+
+    def under(self, module: str) -> "Plan":
+        """The plan of a model in which this one's model is the module of that name."""
+        return self._renamed(lambda name: joined(module, name))
+
+    def _renamed(self, rename: Callable[[str], str]) -> "Plan":
+        """With other names; what gets none is left out. Times of the whole no longer hold."""
+        rows = tuple(replace(row, layer=rename(row.layer)) for row in self.rows)
+        rows = tuple(row for row in rows if row.layer)
+        return replace(self, rows=rows, dense_ms=None, ms=None)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data that JSON can hold."""
         return asdict(self)
@@ -165,6 +187,25 @@ class Plan:
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
+
+
+def seen_from(module: str, name: str) -> str:
+    """A name as seen from a module; empty if it is not in it.
+
+    Example:
+        >>> seen_from("encoder", "encoder.up.weight"), seen_from("encoder", "encoders.up")
+        ('up.weight', '')
+        >>> seen_from("", "up")
+        'up'
+    """
+    if not module:
+        return name
+    return name.removeprefix(f"{module}.") if name.startswith(f"{module}.") else ""
+
+
+def joined(module: str, name: str) -> str:
+    """A name in a module as seen from outside."""
+    return f"{module}.{name}" if module and name else name
 
 
 def _cells(row: Row) -> tuple[str, ...]:
