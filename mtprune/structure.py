@@ -27,13 +27,15 @@ class Member:
         tensor: Name of the parameter or buffer, as in ``model.state_dict()`` before pruning.
         dim: Along which dimension.
         units: For each index along it, the unit it belongs to, or `NOBODY`.
-        role: ``"out"`` where the tensor makes the units, ``"in"`` where it reads them.
+        role: ``"out"`` where the tensor makes the units, ``"in"`` where it reads them, ``"with"``
+            where it belongs to them and does neither: the entries of a norm, or the queries and
+            keys of a head, which say where to look and not what is seen there.
     """
 
     tensor: str
     dim: int
     units: tuple[int, ...]
-    role: Literal["out", "in"] = "out"
+    role: Literal["out", "in", "with"] = "out"
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """``units`` as a tensor, ``[n]``."""
@@ -48,6 +50,8 @@ class Group:
         name: What errors and reports call it.
         size: How many units there are.
         members: Where they lie.
+        between: Name of the module that is applied to each unit on its own between those that make
+            them and those that read them, an activation for instance.
 
     Example:
         >>> group = Group("hidden", 3, (Member("up.weight", 0, (0, 1, 2)),
@@ -63,6 +67,7 @@ class Group:
     name: str
     size: int
     members: tuple[Member, ...]
+    between: str | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
