@@ -62,13 +62,14 @@ class Attention:
 class FeedForward:
     """A block of two layers with an activation between them.
 
-    In a gated one, the activation of the first of `up` is multiplied by the others.
+    A gated one has several weights that make the neurons, and the products of what they make are
+    read.
 
     Attributes:
         name: What errors call it.
         up: Paths of the weights that make the neurons.
         down: Of the weight that reads them.
-        activation: Of the module or function between them.
+        activation: Of the module or function between them; None in a gated block.
         only: Paths, and what must be found there.
 
     Example:
@@ -84,7 +85,7 @@ class FeedForward:
     name: str
     up: tuple[str, ...]
     down: str
-    activation: str
+    activation: str | None = None
     only: tuple[tuple[str, Any], ...] = ()
 
 
@@ -135,7 +136,7 @@ PATTERNS: tuple[Pattern, ...] = (
         activation="intermediate.intermediate_act_fn",
     ),
     FeedForward("DistilBERT", up=("lin1.weight",), down="lin2.weight", activation="activation"),
-    FeedForward("ModernBERT", up=("Wi.weight", "Wi.weight"), down="Wo.weight", activation="act"),
+    FeedForward("ModernBERT", up=("Wi.weight", "Wi.weight"), down="Wo.weight"),
     FeedForward(
         "torch.nn.TransformerEncoderLayer",
         up=("linear1.weight",),
@@ -236,7 +237,8 @@ def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | Non
     rows, columns = _lengths(module, pattern.up), _width(module, pattern.down)
     if rows is None or not columns or any(n != columns for n in rows):
         return None
-    if not callable(_at(module, pattern.activation)) or not _is_as(module, pattern.only):
+    act = pattern.activation
+    if not (act is None or callable(_at(module, act))) or not _is_as(module, pattern.only):
         return None
     roles: list[Role] = ["out" for _ in rows]
     members = _makers(block, module, pattern.up, rows, columns, roles)
@@ -244,8 +246,7 @@ def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | Non
         f"{block}neurons",
         columns,
         (*members, Member(block + pattern.down, 1, _runs(columns, columns), "in")),
-        between=block + pattern.activation,
-        gated=len(rows) > 1,
+        between=None if act is None else block + act,
     )
 
 

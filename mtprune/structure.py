@@ -31,7 +31,8 @@ class Member:
         dim: Along which dimension.
         units: For each index along it, the unit it belongs to, or `NOBODY`.
         role: ``"out"`` where the tensor makes the units, ``"in"`` where it reads them, ``"with"``
-            where it goes with them: a head of queries does not make what is read.
+            where it belongs to them and does neither: the entries of a norm, or the queries and
+            keys of a head, which say where to look and not what is seen there.
     """
 
     tensor: str
@@ -52,9 +53,8 @@ class Group:
         name: What errors and reports call it.
         size: How many units there are.
         members: Where they lie.
-        between: Path of the module or function that what is made goes through before it is read;
-            None if there is none.
-        gated: Whether makers are multiplied, the first of them after it went through `between`.
+        between: Path of the module or function that is applied to each unit on its own between
+            those that make them and those that read them, an activation for instance.
         counts: Paths of numbers in the model that shrink with the group, in proportion.
 
     Example:
@@ -72,7 +72,6 @@ class Group:
     size: int
     members: tuple[Member, ...]
     between: str | None = None
-    gated: bool = False
     counts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -41,7 +41,6 @@ def test_literal_neurons():
         Member("0.linear1.weight", 0, (0, 1, 2), "out"),
         Member("0.linear2.weight", 1, (0, 1, 2), "in"),
     )
-    assert not group.gated
 
 
 class Gated(nn.Module):
@@ -61,7 +60,7 @@ def test_literal_packed_gate():
         Member("Wi.bias", 0, (NO, NO, NO, 0, 1, 2), "out"),
         Member("Wo.weight", 1, (0, 1, 2), "in"),
     )
-    assert group.gated
+    assert group.between is None
 
 
 class Grouped(nn.Module):

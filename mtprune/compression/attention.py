@@ -1,11 +1,14 @@
 """Attention with fewer heads: what torch's module cannot say."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["NarrowAttention", "narrow"]
+__all__ = ["NarrowAttention", "narrow", "narrowed"]
 
 
 class NarrowAttention(nn.MultiheadAttention):
@@ -112,7 +115,7 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
     """
     if isinstance(attention, NarrowAttention):
         return attention
-    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+    if not _is_plain(attention):
         raise ValueError(
             "Heads can be removed from a MultiheadAttention with one size for queries, keys and "
             "values, and without add_bias_kv and add_zero_attn. Leave this one as it is."
@@ -122,3 +125,20 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
     attention._qkv_same_embed_dim = False
     assert isinstance(attention, NarrowAttention)
     return attention
+
+
+@contextmanager
+def narrowed(attention: nn.MultiheadAttention) -> Iterator[None]:
+    """`narrow` for a while, if possible: torch's module does not call its ``out_proj``, ours does."""
+    before, same = type(attention), attention._qkv_same_embed_dim
+    try:
+        if _is_plain(attention):
+            narrow(attention)
+        yield
+    finally:
+        attention.__class__, attention._qkv_same_embed_dim = before, same
+
+
+def _is_plain(attention: nn.MultiheadAttention) -> bool:
+    own = attention.in_proj_weight is None or attention.bias_k is not None
+    return not (own or attention.add_zero_attn)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["CHOICES", "Measured", "Plan", "Row", "joined", "seen_from"]
+__all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
@@ -52,6 +52,72 @@ class Row:
     def chosen(self) -> Measured | None:
         """The cost of the chosen form; None if it was put there by hand and never measured."""
         return next((m for m in self.measured if m.choice == self.choice), None)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of one tensor after units were removed.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        shape: As it was.
+        kept: For each dimension the indices that stay, or None where all do.
+
+    Example:
+        >>> cut = Cut("conv.weight", (4, 2, 3, 3), ((0, 3), None, None, None))
+        >>> cut.after
+        (2, 2, 3, 3)
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    kept: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The shape that is left."""
+        sizes = zip(self.shape, self.kept, strict=True)
+        return tuple(size if kept is None else len(kept) for size, kept in sizes)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which units were removed, as what is left of every tensor they lay in.
+
+    Attributes:
+        cuts: One for each tensor that lost something.
+        counts: Attributes of modules that count units, ``"attention.num_heads"`` for instance, and
+            what they became.
+    """
+
+    cuts: tuple[Cut, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything was removed."""
+        return bool(self.cuts)
+
+    def __getitem__(self, tensor: str) -> Cut | None:
+        """What is left of a tensor; None if that is all of it."""
+        return next((cut for cut in self.cuts if cut.tensor == tensor), None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Removal":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something is of another kind.
+        """
+        cuts = tuple(
+            Cut(
+                cut["tensor"],
+                tuple(cut["shape"]),
+                tuple(None if kept is None else tuple(kept) for kept in cut["kept"]),
+            )
+            for cut in data["cuts"]
+        )
+        return cls(cuts, tuple((name, count) for name, count in data["counts"]))
 
 
 @dataclass(frozen=True)
