@@ -129,7 +129,7 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
 
 @contextmanager
 def narrowed(attention: nn.MultiheadAttention) -> Iterator[None]:
-    """`narrow` for a while, if possible: torch's module does not call its ``out_proj``, ours does."""
+    """`narrow` for a while, if possible: unlike torch's module, ours calls its ``out_proj``."""
     before, same = type(attention), attention._qkv_same_embed_dim
     try:
         if _is_plain(attention):

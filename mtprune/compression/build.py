@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.components import unwrap
+from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.kernels import KERNELS, Kernel
 from mtprune.compression.plan import Measured, Plan, Row
 from mtprune.compression.running import Calls, calls, check_devices, parse, run, unnested
@@ -295,7 +296,7 @@ def _place(sites: Sequence[Site], kernels: Mapping[str, Kernel]) -> None:
 def _finish(model: nn.Module, plan: Plan) -> nn.Module:
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, Kernel) for m in encoder.modules()
+            isinstance(m, (Kernel, NarrowAttention)) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
     setattr(model, _PLAN, plan)
