@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtprune.components import unwrap
 from mtprune.compression.build import assemble, plan_of
-from mtprune.compression.kernels import Kernel
+from mtprune.compression.kernels import Csr, Kernel, SemiStructured
 from mtprune.compression.plan import Measured, Plan, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
 
@@ -106,7 +106,7 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
         for module in model.modules():
-            if isinstance(module, Kernel):
+            if isinstance(module, (Csr, SemiStructured)):  # whose products have no gradients
                 module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
