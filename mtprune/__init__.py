@@ -25,7 +25,7 @@ from typing import Any as _Any
 
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
-from mtprune.granularity import Element
+from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.arrival import when_imported as _when_imported
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
@@ -39,13 +39,19 @@ if _TYPE_CHECKING:
 __version__ = _version("mtprune")
 
 __all__ = [
+    "NM",
+    "Block",
+    "Channel",
     "Cubic",
     "Element",
     "Erk",
     "Floor",
+    "Grouped",
+    "Head",
     "Hold",
     "Linear",
     "MultitaskPruner",
+    "Neuron",
     "OneShot",
     "PerTaskKeep",
     "Plan",

@@ -1,9 +1,10 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import ClassVar, Literal
+from fractions import Fraction
+from math import inf, prod
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from typing_extensions import override
 from mtprune import saliency as saliencies
 from mtprune import votes
 from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
-from mtprune.granularity import Element, Granularity
-from mtprune.methods.base import Ballot, Decision
+from mtprune.granularity import NM, Element, Granularity
+from mtprune.methods.base import Ballot, Decision, describe
+from mtprune.packing import fitting, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import Best, Quota, Ranking, rank, select
+from mtprune.units import Units, is_single
 
 __all__ = ["PerTaskKeep", "Vote"]
 
@@ -45,28 +48,37 @@ class Vote:
     """Prune by a vote of the tasks, to an exact sparsity.
 
     Attributes:
-        sparsity: Share of zeros among the pruned layers' weights, in [0, 1), or `PerTaskKeep`.
+        sparsity: Share of zeros among the weights that `granularity` covers, in [0, 1), or
+            `PerTaskKeep`. Larger units are kept while they fit into what is left by it.
         saliency: A function of weight and gradient (`mtprune.saliency`).
         vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
         schedule: When masks change (`mtprune.schedule`).
-        granularity: What is pruned as one (`mtprune.granularity`).
-        allocation: How the budget is spread over layers (`mtprune.allocation`).
+        granularity: What is pruned as one (`mtprune.granularity`); several that span layers, in a
+            tuple, share the budget. Units compete by their saliency per weight.
+        allocation: How the budget is spread over layers, or groups of units (`mtprune.allocation`).
         priority: Factor on a task's guaranteed share; tasks not named count 1.
         observations: How many observations of every task an update needs, or ``"auto"``: at least
             4, until the masks no longer change.
         disentangled: Score every loss on its own. False scores their sum in one sweep: the joint
             baseline.
-        min_keep: The least a layer keeps as long as the budget has as much for each.
+        min_keep: The least a layer, or a group of units, keeps as long as the budget has as much
+            for each.
         straight_through: Let pruned weights come back until the last update. Scores add up over all
             steps until then and are never forgotten; masks hide weights, which keep their value and
             go on being scored with the gradient they would have.
+        macs: In place of `sparsity`, the share of multiply-adds that stays, in (0, 1], of all that
+            the weights of prunable layers take part in. Units then compete by their saliency per
+            multiply-add.
+        speedup: The same as ``macs=1 / speedup``.
+        example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
+            arguments, or a dict of keyword arguments.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
         0.9
     """
 
-    sparsity: float | PerTaskKeep
+    sparsity: float | PerTaskKeep | None = None
     saliency: Saliency = saliencies.taylor
     vote: votes.Vote = votes.unanimous
     schedule: Schedule = field(default_factory=OneShot)
@@ -77,15 +89,17 @@ class Vote:
     disentangled: bool = True
     min_keep: int = 1
     straight_through: bool = False
+    macs: float | None = None
+    speedup: float | None = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     softens: ClassVar[bool] = False
     watch: ClassVar[None] = None
-    needs_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.sparsity, PerTaskKeep):
-            check_sparsity("sparsity", self.sparsity)
+        _check_granularity(self.granularity)
+        self._check_amount()
         for name in ("saliency", "vote"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function. Got {getattr(self, name)!r}.")
@@ -97,10 +111,6 @@ class Vote:
             raise TypeError(
                 f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
                 f"Got {self.schedule!r}."
-            )
-        if isinstance(self.granularity, type) or not hasattr(self.granularity, "pool"):
-            raise TypeError(
-                f"`granularity` must be a granularity such as Element(). Got {self.granularity!r}."
             )
         _check_allocation(self.allocation)
         if not isinstance(self.priority, Mapping):
@@ -137,6 +147,107 @@ class Vote:
                 "straight_through=True observes every step, so there is no number of observations "
                 "to find: leave out observations='auto'."
             )
+        if not isinstance(self.granularity, Element):
+            self._check_units()
+
+    def _check_amount(self) -> None:
+        """Refuse anything but one way to say how much is pruned."""
+        given = [
+            name for name in ("sparsity", "macs", "speedup") if getattr(self, name) is not None
+        ]
+        if isinstance(self.granularity, NM):
+            fixed = self.granularity.sparsity
+            if given and (given != ["sparsity"] or self.sparsity != fixed):
+                told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+                raise ValueError(
+                    f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
+                )
+            object.__setattr__(self, "sparsity", fixed)
+            return
+        if len(given) > 1:
+            raise ValueError(
+                "One of `sparsity`, `macs` and `speedup` says how much is pruned. Got "
+                f"{' and '.join(given)}."
+            )
+        if self.macs is None and self.speedup is None:
+            if not isinstance(self.sparsity, PerTaskKeep):
+                check_sparsity("sparsity", self.sparsity)
+            return
+        value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{given[0]}` must be a number. Got {value!r}.")
+        if self.macs is not None and not 0.0 < self.macs <= 1.0:
+            hint = f" Did you mean {self.macs / 100:g}?" if 1.0 < self.macs < 100.0 else ""
+            raise ValueError(f"`macs` is what stays, in (0, 1]. Got {self.macs!r}.{hint}")
+        if self.speedup is not None and not 1.0 <= self.speedup < float("inf"):
+            raise ValueError(f"`speedup` must be at least 1. Got {self.speedup!r}.")
+        if is_single(self.granularity):
+            raise ValueError(
+                f"`{given[0]}` needs units that can be left out of a product: Channel(...), "
+                "Neuron(), Head() or Block(...). Of single weights, SoftThreshold(..., "
+                "budget_unit='macs') counts multiply-adds."
+            )
+        if self.example_inputs is None:
+            object.__setattr__(self, "example_inputs", _inputs_of(self.granularity))
+        if self.example_inputs is None:
+            raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
+
+    def _check_units(self) -> None:
+        """Refuse what is only for single weights."""
+        what = describe(self.granularity)
+        if self.regrows:
+            raise ValueError(
+                f"Regrow exchanges single weights; {what} prunes what it prunes as one. Use "
+                "OneShot(), Linear(...) or Cubic(...)."
+            )
+        if isinstance(self.allocation, Mapping):
+            raise ValueError(
+                f"An allocation by component counts single weights, and a unit of {what} may lie "
+                f"in two components. Use one of {NAMES}."
+            )
+        if isinstance(self.granularity, NM) and (
+            isinstance(self.sparsity, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+        ):
+            raise ValueError(
+                f"{what} keeps the same share of every layer: leave `allocation` out, and "
+                "PerTaskKeep."
+            )
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether multiply-adds are measured."""
+        return self.example_inputs is not None
+
+    @property
+    def _amount(self) -> float:
+        """The share that goes in the end, of weights or of multiply-adds."""
+        if self.macs is not None:
+            return 1.0 - self.macs
+        if self.speedup is not None:
+            return 1.0 - 1.0 / self.speedup
+        assert isinstance(self.sparsity, (int, float))
+        return self.sparsity
+
+    @property
+    def _by_macs(self) -> bool:
+        return self.macs is not None or self.speedup is not None
+
+    def check_budget(self, whole: Fraction, fixed: Fraction) -> None:
+        """Refuse a budget of multiply-adds that layers which stay dense exceed.
+
+        Args:
+            whole: The multiply-adds of all prunable layers.
+            fixed: Those of the layers that are left alone.
+
+        Raises:
+            ValueError: If they do.
+        """
+        if self._by_macs and fixed > (1 - Fraction(str(self._amount))) * whole:
+            raise ValueError(
+                f"Layers that {describe(self.granularity)} leaves alone take "
+                f"{float(fixed / whole):.1%} of the multiply-adds, more than the "
+                f"{1.0 - self._amount:.1%} that may stay. Ask for less, or cover more layers."
+            )
 
     @property
     def regrows(self) -> bool:
@@ -153,9 +264,16 @@ class Vote:
 
     def _decide(self, ballot: Ballot, step: int) -> Decision:
         """The same, where what is masked stays masked."""
+        if ballot.units is not None:
+            return self._of_units(ballot, ballot.units, self.schedule.progress(step))
+        if isinstance(self.granularity, NM):
+            return self._patterned(ballot, self.granularity, self.schedule.progress(step))
         if isinstance(self.sparsity, PerTaskKeep):
-            ratio, progress = self.sparsity.ratio, self.schedule.progress(step)
-            return self._per_task(ballot, ratio if progress == 1 else 1 - (1 - ratio) * progress)
+            ratio = self._ratio(self.sparsity, self.schedule.progress(step))
+            return self._per_task(
+                ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
+            )
+        assert self.sparsity is not None
         zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
         rankings = rank(ballot.scores, self.priority)
@@ -164,7 +282,59 @@ class Vote:
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
         share = 1 - self.sparsity * self.schedule.progress(step)
-        return Decision(masks, _Alone(ballot, rankings, lambda n: round(share * n)))
+        return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
+
+    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
+        """The same for units larger than a weight, which compete by saliency per cost."""
+        if self._by_macs:
+            units = units.among(range(len(units.layers)), ballot.costs)
+        ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
+        if isinstance(self.sparsity, PerTaskKeep):
+            ratio = self._ratio(self.sparsity, progress)
+            return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
+        all_ = units.weigh(units.everything())
+        share = 1 - Fraction(str(self._amount)) * Fraction(progress)
+
+        def keep(cost: Fraction) -> Fraction | int:
+            return share * cost if self._by_macs else cost - round((1 - share) * cost)
+
+        fixed = ballot.whole - all_ if self._by_macs else Fraction(0)
+        self.check_budget(ballot.whole, fixed)
+        rankings = rank(ballot.scores, self.priority)
+        assert not isinstance(self.allocation, Mapping)
+        masks = pack(
+            worths(ballot.scores, self.vote, rankings),
+            units,
+            keep(all_ + fixed) - fixed,
+            self.allocation,
+            eligible=ballot.masks,
+            min_keep=self.min_keep,
+        )
+        return Decision(masks, _alone_of_units(ballot, units, keep))
+
+    def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Decision:
+        """The same where every m inputs keep equally many."""
+        keep = pattern.m - round((pattern.m - pattern.n) * progress)
+
+        def best(worth: Tensor, layer: int) -> Tensor:
+            return pattern.best(worth.view(ballot.shapes[layer]), keep).view(-1)
+
+        rankings = rank(ballot.scores, self.priority)
+        masks = [
+            best(worth.masked_fill(~mask, -inf), layer) & mask
+            for layer, (worth, mask) in enumerate(
+                zip(worths(ballot.scores, self.vote, rankings), ballot.masks, strict=True)
+            )
+        ]
+
+        def alone(task: str) -> Mapping[int, Tensor]:
+            own = enumerate(ballot.scores)
+            return {layer: best(scores[task], layer) for layer, scores in own if task in scores}
+
+        return Decision(masks, _Alone(rankings, alone))
+
+    def _ratio(self, keep: PerTaskKeep, progress: float) -> float:
+        return keep.ratio if progress == 1 else 1 - (1 - keep.ratio) * progress
 
     def _shrink(
         self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
@@ -234,8 +404,7 @@ class Vote:
         of = of.of if isinstance(of, Floor) else of
         return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
 
-    def _per_task(self, ballot: Ballot, ratio: float) -> Decision:
-        alone = _Alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
+    def _per_task(self, ballot: Ballot, alone: Mapping[str, Mapping[int, Tensor]]) -> Decision:
         masks = []
         for layer, voters in enumerate(ballot.scores):
             wishes = torch.stack([alone[task][layer] for task in voters])
@@ -246,29 +415,65 @@ class Vote:
 class _Alone(Mapping[str, Mapping[int, Tensor]]):
     """What each voter would keep if it were the only one, found out when somebody asks."""
 
-    def __init__(
-        self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]
-    ) -> None:
-        self._scores = ballot.scores
-        self._rankings = rankings
-        self._keep = keep
-        self._known: dict[str, Best] = {}
+    def __init__(self, voters: Collection[str], ask: Callable[[str], Mapping[int, Tensor]]) -> None:
+        self._voters = voters
+        self._ask = ask
+        self._known: dict[str, Mapping[int, Tensor]] = {}
 
     @override
-    def __getitem__(self, task: str) -> Best:
+    def __getitem__(self, task: str) -> Mapping[int, Tensor]:
+        if task not in self._voters:
+            raise KeyError(task)
         if task not in self._known:
-            pieces = {i: layer[task] for i, layer in enumerate(self._scores) if task in layer}
-            ranking = self._rankings[task]
-            self._known[task] = Best(pieces, ranking, self._keep(ranking.total))
+            self._known[task] = self._ask(task)
         return self._known[task]
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rankings)
+        return iter(self._voters)
 
     @override
     def __len__(self) -> int:
-        return len(self._rankings)
+        return len(self._voters)
+
+
+def _alone(ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]) -> _Alone:
+    """What each voter would keep of weights, given how many of how many."""
+
+    def ask(task: str) -> Mapping[int, Tensor]:
+        ranking = rankings[task]
+        return Best(_own(ballot, task), ranking, keep(ranking.total))
+
+    return _Alone(rankings, ask)
+
+
+def _alone_of_units(
+    ballot: Ballot, units: Units, keep: Callable[[Fraction], Fraction | int]
+) -> _Alone:
+    """What each voter would keep of units, given how much of how much."""
+
+    def ask(task: str) -> Mapping[int, Tensor]:
+        return fitting(_own(ballot, task), units, keep, ballot.used[task])
+
+    return _Alone(ballot.used, ask)
+
+
+def _own(ballot: Ballot, task: str) -> dict[int, Tensor]:
+    """The scores of one voter."""
+    return {i: layer[task] for i, layer in enumerate(ballot.scores) if task in layer}
+
+
+def _per_cost(
+    scores: Sequence[Mapping[str, Tensor]], costs: Sequence[Tensor]
+) -> list[dict[str, Tensor]]:
+    """Saliencies over costs, as they are if all units cost the same."""
+    every = torch.cat(list(costs))
+    if not every.numel() or bool((every == every[0]).all()):
+        return [dict(voters) for voters in scores]
+    return [
+        {voter: values / cost.clamp_min(1e-30).float() for voter, values in voters.items()}
+        for voters, cost in zip(scores, costs, strict=True)
+    ]
 
 
 def check_sparsity(name: str, value: object) -> None:
@@ -283,6 +488,31 @@ def check_sparsity(name: str, value: object) -> None:
     if not 0.0 <= value < 1.0:
         hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
         raise ValueError(f"`{name}` must be in [0, 1). Got {value!r}.{hint}")
+
+
+def _inputs_of(granularity: Granularity) -> Any:
+    """What a granularity calls the model with, if it does."""
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    given = (getattr(one, "example_inputs", None) for one in several)
+    return next((inputs for inputs in given if inputs is not None), None)
+
+
+def _check_granularity(granularity: object) -> None:
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    for one in several:
+        spans = callable(getattr(one, "groups", None))
+        cuts = all(callable(getattr(one, name, None)) for name in ("left_out", "pool", "spread"))
+        if isinstance(one, type) or not (spans or cuts):
+            raise TypeError(
+                "`granularity` must be a granularity such as Element() or Block(4, 4), or a tuple "
+                f"of some that span layers. Got {granularity!r}."
+            )
+        if isinstance(granularity, tuple) and not spans:
+            raise TypeError(
+                f"In a tuple, `granularity` must span layers, such as Head(). Got {one!r}."
+            )
+    if not several:
+        raise TypeError("`granularity` is empty.")
 
 
 def _check_allocation(allocation: object) -> None:
