@@ -131,6 +131,9 @@ class Plan:
         dense_ms: Milliseconds of the whole model as it was; None if it was not timed.
         ms: Milliseconds of the whole compressed model.
         note: What else there is to say.
+        removal: What was removed before. Shapes of rows are those of after.
+        dense_parameters: How many the model had; None if nobody counted.
+        parameters: How many the compressed model has: values that are stored, zeros among them.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -151,6 +154,9 @@ class Plan:
     dense_ms: float | None = None
     ms: float | None = None
     note: str = ""
+    removal: Removal = Removal()
+    dense_parameters: int | None = None
+    parameters: int | None = None
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -199,7 +205,8 @@ class Plan:
                 )
                 for row in data["rows"]
             )
-            plan = cls(**{**data, "rows": rows})
+            removal = Removal.from_dict(data.get("removal", asdict(Removal())))
+            plan = cls(**{**data, "rows": rows, "removal": removal})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
@@ -228,6 +235,9 @@ class Plan:
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
+        if self.removal:
+            printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+            printed.append(f"parameters: {self.dense_parameters:,} dense, {self.parameters:,} left")
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
@@ -244,6 +254,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.dense.bytes:,}",
         "-" if chosen is None else f"{chosen.bytes:,}",
     )
+
+
+def _sentence(cut: Cut) -> str:
+    before, after = ("x".join(str(size) for size in shape) for shape in (cut.shape, cut.after))
+    return f"removed: {cut.tensor.removesuffix('.weight')} {before} -> {after}"
 
 
 def _ms(value: float | None) -> str:
