@@ -131,6 +131,9 @@ class Plan:
         dense_ms: Milliseconds of the whole model as it was; None if it was not timed.
         ms: Milliseconds of the whole compressed model.
         note: What else there is to say.
+        removal: What was removed before. Shapes of rows are those of after.
+        dense_parameters: How many the model had; None if nobody counted.
+        parameters: How many the compressed model has: values that are stored, zeros among them.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -151,6 +154,9 @@ class Plan:
     dense_ms: float | None = None
     ms: float | None = None
     note: str = ""
+    removal: Removal = Removal()
+    dense_parameters: int | None = None
+    parameters: int | None = None
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -187,17 +193,22 @@ class Plan:
             >>> plan.part("encoder").under("bert").rows[0].layer
             'bert.up'
         """
-        return self._renamed(lambda name: seen_from(module, name))
+        return self._renamed(lambda name: seen_from(module, name)) if module else self
 
     def under(self, module: str) -> "Plan":
         """The plan of a model in which this one's model is the module of that name."""
-        return self._renamed(lambda name: joined(module, name))
+        return self._renamed(lambda name: joined(module, name)) if module else self
 
     def _renamed(self, rename: Callable[[str], str]) -> "Plan":
-        """With other names; what gets none is left out. Times of the whole no longer hold."""
-        rows = tuple(replace(row, layer=rename(row.layer)) for row in self.rows)
-        rows = tuple(row for row in rows if row.layer)
-        return replace(self, rows=rows, dense_ms=None, ms=None)
+        """With other names; what gets none is left out. Of the whole nothing is known any more."""
+        rows = (replace(row, layer=rename(row.layer)) for row in self.rows)
+        cuts = (replace(cut, tensor=rename(cut.tensor)) for cut in self.removal.cuts)
+        counts = ((rename(path), count) for path, count in self.removal.counts)
+        removal = Removal(
+            tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
+        )
+        kept = tuple(row for row in rows if row.layer)
+        return Plan(kept, self.device, self.threads, removal=removal)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data that JSON can hold."""
@@ -221,7 +232,8 @@ class Plan:
                 )
                 for row in data["rows"]
             )
-            plan = cls(**{**data, "rows": rows})
+            removal = Removal.from_dict(data.get("removal", asdict(Removal())))
+            plan = cls(**{**data, "rows": rows, "removal": removal})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
@@ -250,6 +262,9 @@ class Plan:
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
+        if self.removal:
+            printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+            printed.append(f"parameters: {self.dense_parameters:,} dense, {self.parameters:,} left")
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
@@ -285,6 +300,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.dense.bytes:,}",
         "-" if chosen is None else f"{chosen.bytes:,}",
     )
+
+
+def _sentence(cut: Cut) -> str:
+    before, after = ("x".join(str(size) for size in shape) for shape in (cut.shape, cut.after))
+    return f"removed: {cut.tensor.removesuffix('.weight')} {before} -> {after}"
 
 
 def _ms(value: float | None) -> str:

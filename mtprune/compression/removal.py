@@ -21,7 +21,7 @@ from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["apply", "constants", "find", "remove", "resize"]
+__all__ = ["apply", "constants", "find", "removal_of", "remove", "resize", "spare"]
 
 _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.Linear, (("out_features", 0), ("in_features", 1))),
@@ -93,14 +93,13 @@ def find(
         again = False
         for group, dead in zip(groups, gone, strict=True):
             found = (_unread(group, used) | _constant(group, used, given or {})) & ~dead
-            if bool((dead | found).all()) and bool(found.any()) and not _may_be_empty(model, group):
-                found[found.nonzero()[-1]] = False
+            spare(model, group, dead, found)
             if found.any():
                 again = True
                 dead |= found
                 for member in group.members:
                     used[member.tensor].movedim(member.dim, 0)[~_stays(member, dead)] = False
-    return _removal(model, groups, gone)
+    return removal_of(model, groups, gone)
 
 
 def apply(model: nn.Module, removal: Removal, given: Mapping[str, Tensor] | None = None) -> None:
@@ -114,15 +113,7 @@ def apply(model: nn.Module, removal: Removal, given: Mapping[str, Tensor] | None
     Raises:
         ValueError: If the removal is not of this model.
     """
-    tensors = _tensors(model)
-    for cut in removal.cuts:
-        shape = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else None
-        if shape != cut.shape:
-            got = "no such tensor" if shape is None else f"shape {shape}"
-            raise ValueError(
-                f"The plan is for another model: it has '{cut.tensor}' with shape {cut.shape}, "
-                f"and this model has {got}."
-            )
+    _check_fits(model, removal)
     moved = {}
     for cut in removal.cuts:
         layer = model.get_submodule(_layer(cut.tensor))
@@ -148,8 +139,9 @@ def resize(model: nn.Module, removal: Removal) -> None:
         removal: What to cut.
 
     Raises:
-        ValueError: If a module cannot have the sizes that are left.
+        ValueError: If the removal is not of this model, or a module cannot have the sizes left.
     """
+    _check_fits(model, removal)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -309,6 +301,19 @@ def _moved(cut: Cut, layer: nn.Linear | _ConvNd, given: Tensor | None) -> Tensor
     return whole[:, lost] @ given[lost].to(whole)
 
 
+def _check_fits(model: nn.Module, removal: Removal) -> None:
+    """Complain about a removal that is not of this model."""
+    tensors = _tensors(model)
+    for cut in removal.cuts:
+        shape = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else None
+        if shape != cut.shape:
+            got = "no such tensor" if shape is None else f"shape {shape}"
+            raise ValueError(
+                f"The plan is for another model: it has '{cut.tensor}' with shape {cut.shape}, "
+                f"and this model has {got}."
+            )
+
+
 def _check(model: nn.Module, groups: Iterable[Group]) -> None:
     """Complain about groups that are not of this model."""
     tensors = _tensors(model)
@@ -409,14 +414,31 @@ def _constant(group: Group, used: Mapping[str, Tensor], given: Mapping[str, Tens
     return found
 
 
-def _may_be_empty(model: nn.Module, group: Group) -> bool:
-    """Whether a group may lose all its units: Linear layers and attention run without width."""
+def spare(model: nn.Module, group: Group, dead: Tensor, found: Tensor) -> None:
+    """Take back a unit where a tensor would have none: Linear layers and attention may, others not.
+
+    Args:
+        model: The model.
+        group: The units.
+        dead: Those that have gone already, bool ``[size]``.
+        found: Those that are to go, too; changed in place.
+    """
     kinds = (nn.Linear, nn.MultiheadAttention)
-    return all(isinstance(model.get_submodule(_layer(m.tensor)), kinds) for m in group.members)
+    for member in group.members:
+        runs_empty = isinstance(model.get_submodule(_layer(member.tensor)), kinds)
+        if not runs_empty and not _stays(member, dead | found).any():
+            index = member.index()
+            found[index[found[index]][-1]] = False
 
 
-def _removal(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> Removal:
-    """What is left of every tensor without these units."""
+def removal_of(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> Removal:
+    """What is left of every tensor without these units, whatever their weights.
+
+    Args:
+        model: The model.
+        groups: The groups.
+        gone: For each, which of its units go, bool ``[size]``.
+    """
     tensors = _tensors(model)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():

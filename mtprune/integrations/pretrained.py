@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mtprune.components import unwrap
 from mtprune.compression.build import assemble, plan_of
 from mtprune.compression.kernels import Csr, Kernel, SemiStructured
-from mtprune.compression.plan import Measured, Plan, Row, joined, seen_from
+from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
 
 try:
@@ -147,7 +147,7 @@ def save_pretrained(
         )
     part = plan.part(encoder)
     where = Path(directory)
-    if any(row.choice != "dense" for row in part.rows):
+    if part.removal or any(row.choice != "dense" for row in part.rows):
         found.config.quantization_config = _described(found, part)
         found.hf_quantizer = PlanQuantizer(found.config.quantization_config)
     found.save_pretrained(where)
@@ -202,15 +202,21 @@ def _fitted(config: PlanConfig, model: nn.Module) -> tuple[Plan, dict[str, Tenso
         inside = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
         tensors = {joined(prefix, name): spec for name, spec in inside.items() if name}
     shapes = {site.name: tuple(site.layer.weight.shape) for site in find_sites(model)}
-    # A row that does not fit is an error, unless it is that of a head.
-    rows = [r for r in plan.rows if seen_from(prefix, r.layer) or shapes.get(r.layer) == r.shape]
+    # What this model does not have is left out, as its tensors are; heads may be other heads.
+    rows = [row for row in plan.rows if row.layer in shapes]
+    rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]
     new = shapes.keys() - {row.layer for row in rows}
     rows += [Row(name, shapes[name], "dense", (Measured("dense", None, 0),)) for name in new]
+    modules = {name for name, _ in model.named_modules()}
+    removal = Removal(
+        tuple(cut for cut in plan.removal.cuts if cut.tensor.rpartition(".")[0] in modules),
+        tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
+    )
     parts = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for name, (dtype, shape) in tensors.items()
     }
-    return replace(plan, rows=tuple(rows)), parts
+    return replace(plan, rows=tuple(rows), removal=removal), parts
 
 
 def _markers(model: nn.Module) -> dict[str, Tensor]:
