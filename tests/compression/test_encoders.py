@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from mtprune import Head, MultitaskPruner, Neuron, Vote, compress, load, plan_of, save
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.removal import remove
 from mtprune.compression.verify import difference
 from mtprune.patterns import heads, neurons
 from tests import encoders
+from tests.compression.fakes import prefer, zero_
 from tests.encoders import HEADS, INNER, PRETRAINED, TORCH, WIDTH
 
 SIZE = WIDTH // HEADS
@@ -123,6 +125,51 @@ def test_a_neuron_that_nothing_reaches_is_a_bias(name, probed):
     name = down.removesuffix("weight") + "bias"
     moved = smaller.get_parameter(name) - encoder.model.get_parameter(name)
     torch.testing.assert_close(moved, column * nn.functional.gelu(bias), rtol=1e-4, atol=1e-6)
+
+
+class Multitask(nn.Module):
+    """A torch encoder as it comes: packed sequences, fused layers; and a head for each task."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.heads = nn.ModuleDict({"a": nn.Linear(WIDTH, 3), "b": nn.Linear(WIDTH, 1)})
+
+    def forward(self, src, src_key_padding_mask):
+        states = self.encoder(src, src_key_padding_mask=src_key_padding_mask)
+        return {task: head(states[:, 0]) for task, head in self.heads.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("choice", ["dense", "csr", "thin"])
+def test_from_vote_to_disk(choice, tmp_path):
+    """Pruned by heads and neurons, without them, saved and loaded: the same outputs."""
+    torch.manual_seed(0)
+    model = encoders.randomize(Multitask())
+    inputs = encoders.build("torch").inputs
+    losses = {"a": lambda y, _: y["a"].square().mean(), "b": lambda y, _: y["b"].exp().mean()}
+    units = (Head(), Neuron())
+    pruner = MultitaskPruner(model, losses, "encoder", method=Vote(0.5, granularity=units))
+    pruner.observe(model(**inputs), None)
+    assert pruner.step()
+    pruner.finalize()
+    if choice != "dense":
+        zero_(model, 0.7, rows=0.2)
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        fast = compress(model, inputs, groups=units, measure=prefer(choice))
+        got = fast(**inputs)
+        for task in "ab":
+            assert difference(expected[task], got[task]) <= 1e-5
+        narrow = [layer.self_attn for layer in fast.encoder.layers]
+        assert any(isinstance(attention, NarrowAttention) for attention in narrow)
+        assert plan_of(fast).parameters == sum(p.numel() for p in fast.parameters())
+        assert plan_of(fast).parameters < plan_of(fast).dense_parameters
+        save(fast, tmp_path)
+        loaded = load(tmp_path, Multitask())(**inputs)
+        assert all(torch.equal(loaded[task], got[task]) for task in "ab")
 
 
 def test_torch_attention_stays_torch_if_nothing_goes():
