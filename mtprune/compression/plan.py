@@ -1,6 +1,6 @@
 """Plans: which form every layer takes, as a value that prints, can be edited, and is JSON."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -108,12 +108,13 @@ class Removal:
         Raises:
             KeyError: If something is missing.
             TypeError: If something is of another kind.
+            ValueError: If indices are not written as they should be.
         """
         cuts = tuple(
             Cut(
                 cut["tensor"],
                 tuple(cut["shape"]),
-                tuple(None if kept is None else tuple(kept) for kept in cut["kept"]),
+                tuple(None if kept is None else _indices(kept) for kept in cut["kept"]),
             )
             for cut in data["cuts"]
         )
@@ -211,8 +212,11 @@ class Plan:
         return Plan(kept, self.device, self.threads, removal=removal)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data that JSON can hold."""
-        return asdict(self)
+        """As plain data that JSON can hold; indices that stay as the bits of a number."""
+        data = asdict(self)
+        for cut in data["removal"]["cuts"]:
+            cut["kept"] = [None if kept is None else _bits(kept) for kept in cut["kept"]]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -234,7 +238,7 @@ class Plan:
             )
             removal = Removal.from_dict(data.get("removal", asdict(Removal())))
             plan = cls(**{**data, "rows": rows, "removal": removal})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
             if row.choice not in CHOICES:
@@ -268,6 +272,17 @@ class Plan:
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
+
+
+def _bits(indices: Iterable[int]) -> str:
+    """A hexadecimal number in which the bits of these indices are set."""
+    return hex(sum(1 << index for index in indices))
+
+
+def _indices(bits: str) -> tuple[int, ...]:
+    """The indices of the bits that are set."""
+    number = int(bits, 16)
+    return tuple(index for index in range(number.bit_length()) if number >> index & 1)
 
 
 def seen_from(module: str, name: str) -> str:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 __all__ = ["when_imported"]
@@ -27,14 +26,17 @@ class _Watch(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._name:
             return None
-        sys.meta_path.remove(self)  # for the others to be asked, now and later
-        spec = find_spec(fullname)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def and_then(module: ModuleType) -> None:
                 execute(module)
-                self._then()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self._then()
 
             spec.loader.exec_module = and_then  # type: ignore[method-assign]
         return spec

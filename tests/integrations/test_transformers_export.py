@@ -224,8 +224,6 @@ def run(code, *arguments):
     [
         "import mtprune\nassert 'transformers' not in sys.modules\nimport transformers",
         "import transformers\nimport mtprune",
-        "from transformers import AutoModel\nimport mtprune",
-        "import mtprune.integrations.transformers",
         "import transformers.quantizers.auto\nimport mtprune\nimport mtprune",
     ],
 )
