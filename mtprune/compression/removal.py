@@ -18,7 +18,7 @@ from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["apply", "constants", "find", "removal_of", "remove", "resize", "spare"]
+__all__ = ["apply", "constants", "cut_out", "find", "removal_of", "remove", "resize", "spare"]
 
 _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.Linear, (("out_features", 0), ("in_features", 1))),
@@ -147,7 +147,7 @@ def resize(model: nn.Module, removal: Removal) -> None:
     touched: dict[nn.Module, str] = {}
     for cut in removal.cuts:
         tensor = tensors[cut.tensor]
-        smaller = _cut(tensor, cut)
+        smaller = cut_out(tensor, cut)
         for module, attribute in owners[id(tensor)]:
             if isinstance(module, _FIXED):
                 raise ValueError(
@@ -465,8 +465,13 @@ def _counts(model: nn.Module, group: Group, left: int) -> dict[str, int]:
     return found
 
 
-def _cut(tensor: Tensor, cut: Cut) -> Tensor:
-    """The part of a tensor that stays, of the same kind and in the same memory format."""
+def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
+    """The part of a tensor that stays, of the same kind and in the same memory format.
+
+    Args:
+        tensor: The tensor.
+        cut: What to keep of it.
+    """
     part = tensor.detach()
     for dim, kept in enumerate(cut.kept):
         if kept is not None:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtprune.collect import untouched
 from mtprune.components import unwrap
-from mtprune.compression.running import call, named_tensors, parse
+from mtprune.compression.running import call, named_tensors, parse, run
 from mtprune.compression.trial import complete
 from mtprune.masking import bake
 from mtprune.structure import NOBODY, Group, Member
@@ -38,7 +38,7 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
     grouped convolution are one unit with what they meet there: of a grouped convolution whole
     groups go. Features of hidden Linear layers are channels too. Those that reach an output stay,
     and so does what cannot be followed: each group is tried out on a copy of the model, and left
-    out if removing half of it changes anything else.
+    out if removing some of it changes anything else.
 
     The model is left as it is. It may be pruned at the moment, by `torch.nn.utils.prune` or by
     `MultitaskPruner`: names are those without ``_orig``.
@@ -70,6 +70,7 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
     work = copy.deepcopy(unwrap(model))
     bake(work)
     work.eval()
+    run(work, [batch])  # complains about what the model cannot run on
     found = _groups(work, *_couplings(tp, work, batch))
     return complete(work, found, [batch])
 
