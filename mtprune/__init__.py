@@ -25,7 +25,7 @@ from typing import Any as _Any
 
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
-from mtprune.granularity import Element
+from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
@@ -46,13 +46,19 @@ if _TYPE_CHECKING:
 __version__ = _version("mtprune")
 
 __all__ = [
+    "NM",
+    "Block",
+    "Channel",
     "Cubic",
     "Element",
     "Erk",
     "Floor",
+    "Grouped",
+    "Head",
     "Hold",
     "Linear",
     "MultitaskPruner",
+    "Neuron",
     "OneShot",
     "PerTaskKeep",
     "Plan",
