@@ -155,7 +155,9 @@ def resize(model: nn.Module, removal: Removal) -> None:
                     "part. Leave the group out."
                 )
             if isinstance(module, _ConvNd) and attribute == "weight" and module.groups > 1:
-                module.groups = _conv_groups(module, cut)
+                module.groups = _groups_left(module.groups, cut)
+            if isinstance(module, nn.GroupNorm) and attribute == "weight":
+                module.num_groups = _groups_left(module.num_groups, cut)
             if attribute in module._parameters:
                 module._parameters[attribute] = smaller  # type: ignore[assignment]
             else:
@@ -484,21 +486,21 @@ def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
     return part
 
 
-def _conv_groups(conv: _ConvNd, cut: Cut) -> int:
-    """How many groups a convolution has left; whole ones go, or the same of each."""
+def _groups_left(groups: int, cut: Cut) -> int:
+    """How many groups of channels a layer has left; whole ones go, or the same of each."""
     rows = cut.kept[0]
     if rows is None:
-        return conv.groups
-    each = cut.shape[0] // conv.groups
-    left = [sum(1 for row in rows if row // each == g) for g in range(conv.groups)]
+        return groups
+    each = cut.shape[0] // groups
+    left = [sum(1 for row in rows if row // each == g) for g in range(groups)]
     whole = [count for count in left if count]
     if all(count == each for count in whole):
         return len(whole)
     if len(set(left)) == 1:
-        return conv.groups
+        return groups
     raise ValueError(
-        f"'{cut.tensor}' has {conv.groups} groups of {each} channels, and would be left with "
-        f"{left} of each. Whole groups must go, or as many of each."
+        f"'{cut.tensor}' has {groups} groups of {each} channels, and would be left with {left} of "
+        "each. Whole groups must go, or as many of each."
     )
 
 
