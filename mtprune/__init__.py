@@ -34,7 +34,15 @@ from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, sampling
-    from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
+    from mtprune.compression import (
+        Plan,
+        carry_optimizer,
+        compress,
+        load,
+        plan_of,
+        recalibrate_bn,
+        save,
+    )
 
 __version__ = _version("mtprune")
 
@@ -62,6 +70,7 @@ __all__ = [
     "Vote",
     "affinity",
     "budget",
+    "carry_optimizer",
     "compress",
     "load",
     "metrics",
@@ -76,11 +85,22 @@ __all__ = [
 ]
 
 
+_COMPRESSION = (
+    "Plan",
+    "carry_optimizer",
+    "compress",
+    "load",
+    "plan_of",
+    "recalibrate_bn",
+    "save",
+)
+
+
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in ("affinity", "budget", "metrics", "sampling"):
         return _import_module(f"mtprune.{name}")
-    if name in ("Plan", "compress", "load", "plan_of", "recalibrate_bn", "save"):
+    if name in _COMPRESSION:
         return getattr(_import_module("mtprune.compression"), name)
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
 

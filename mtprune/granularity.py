@@ -159,13 +159,14 @@ class NM:
     @property
     def sparsity(self) -> float:
         """The share of zeros, which is not a choice."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m
 
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-        if not all(isinstance(module, kinds) for module, _ in layer.places):
-            return f"{type(layer.places[0][0]).__name__} has no inputs to take {self.m} by {self.m}"
+        for module, _ in layer.places:
+            if not isinstance(module, kinds):
+                return f"{self.n} of {self.m} inputs is not for {type(module).__name__}"
         if layer.shape[1] % self.m:
             return f"its {layer.shape[1]} inputs are not a multiple of {self.m}"
         return ""

@@ -23,7 +23,7 @@ from mtprune.selection import Ranking
 from mtprune.units import Units
 from mtprune.votes import Vote
 
-__all__ = ["fitting", "pack", "worths"]
+__all__ = ["fitting", "least", "pack", "worths"]
 
 Weigh = Callable[[Sequence[Tensor]], Fraction]
 """What masks keep, in the currency of the budget."""
@@ -98,6 +98,16 @@ def pack(
     elif allocation != "global":
         return queue.masks(queue.fitting((queue.levels(allocation), ~sure), budget, units.weigh))
     return queue.masks(queue.fitting((-queue.worth, ~sure), budget, units.weigh))
+
+
+def least(units: Units, min_keep: int) -> Fraction:
+    """The least that can stay if every group keeps ``min_keep`` units: the cheapest of each."""
+    masks = []
+    for cost in units.costs:
+        mask = torch.zeros(len(cost), dtype=torch.bool)
+        mask[cost.argsort(stable=True)[:min_keep]] = True
+        masks.append(mask)
+    return units.weigh(masks)
 
 
 def fitting(

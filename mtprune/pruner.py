@@ -122,11 +122,11 @@ class MultitaskPruner:
             parse_weighting(getattr(self._method, "weighting", "uniform")), list(self._losses)
         )
         self._costs = _measured(self._method, self._model, prunable)
-        whole = sum((self._cost_of(x) for x in prunable), Fraction(0))
-        check = getattr(self._method, "check_budget", None)
-        if check is not None:
-            check(whole, whole - sum((self._cost_of(x) for x in self._layers), Fraction(0)))
-        self._whole = whole
+        self._whole = sum((self._cost_of(x) for x in prunable), Fraction(0))
+        check = getattr(self._method, "check_units", None)
+        if check is not None and self._covered.units is not None:
+            costs = [self._costs[layer.name] for layer in self._layers] if self._costs else []
+            check(self._covered.units, costs, self._whole)
         self._masking = make_masking(backend, self._model)
         if self._method.straight_through:
             if score_dtype is not torch.float32:
@@ -151,7 +151,7 @@ class MultitaskPruner:
             score_dtype,
             None if score_device is None else torch.device(score_device),
             self._covered.units,
-            whole,
+            self._whole,
         )
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()

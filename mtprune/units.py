@@ -348,7 +348,8 @@ def _cut(granularity: Pieces, layers: Sequence[Layer]) -> Covered:
     dense = {layer.name: why for layer in layers if (why := granularity.left_out(layer))}
     covered = [layer for layer in layers if layer.name not in dense]
     if not covered:
-        raise ValueError(f"{granularity!r} covers nothing in this model: {dense}.")
+        why = "; ".join(dict.fromkeys(dense.values()))
+        raise ValueError(f"{granularity!r} covers nothing in this model: {why}.")
     single = is_single(granularity) or isinstance(granularity, Element)
     return Covered(covered, None if single else _Pieces(granularity, covered), dense)
 

@@ -1,4 +1,4 @@
-"""Random small multitask CNNs: skips, concats, grouped and depthwise convolutions, several heads."""
+"""Random small multitask CNNs: skips, concats, grouped and depthwise convolutions, heads."""
 
 import random
 from typing import Any
@@ -74,13 +74,7 @@ class RandomCNN(nn.Module):
                 module.running_var.uniform_(0.5, 1.5)
 
     def _conv(
-        self,
-        choose: random.Random,
-        ins: int,
-        outs: int,
-        size: int,
-        groups: int = 1,
-        act: bool = True,
+        self, choose: random.Random, ins: int, outs: int, size: int, *, groups: int = 1, act=True
     ) -> nn.Sequential:
         conv = nn.Conv2d(
             ins, outs, size, padding=size // 2, groups=groups, bias=choose.random() < 0.5

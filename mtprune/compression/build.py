@@ -228,7 +228,7 @@ def _timed_whole(
     """Time the model as it was against what came out."""
     dense = copy.deepcopy(model).eval()
     with unnested(dense):
-        before, after = measure([partial(run, dense, batches), partial(run, work, batches)])
+        before, after = measure([lambda: run(dense, batches), lambda: run(work, batches)])
     return replace(plan, dense_ms=before, ms=after)
 
 

@@ -21,7 +21,7 @@ from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["apply", "constants", "find", "removal_of", "remove", "resize", "spare"]
+__all__ = ["apply", "constants", "cut_out", "find", "removal_of", "remove", "resize", "spare"]
 
 _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.Linear, (("out_features", 0), ("in_features", 1))),
@@ -150,7 +150,7 @@ def resize(model: nn.Module, removal: Removal) -> None:
     touched: dict[nn.Module, str] = {}
     for cut in removal.cuts:
         tensor = tensors[cut.tensor]
-        smaller = _cut(tensor, cut)
+        smaller = cut_out(tensor, cut)
         for module, attribute in owners[id(tensor)]:
             if isinstance(module, _FIXED):
                 raise ValueError(
@@ -160,7 +160,9 @@ def resize(model: nn.Module, removal: Removal) -> None:
             if isinstance(module, nn.MultiheadAttention):
                 narrow(module)
             if isinstance(module, _ConvNd) and attribute == "weight" and module.groups > 1:
-                module.groups = _conv_groups(module, cut)
+                module.groups = _groups_left(module.groups, cut)
+            if isinstance(module, nn.GroupNorm) and attribute == "weight":
+                module.num_groups = _groups_left(module.num_groups, cut)
             if attribute in module._parameters:
                 module._parameters[attribute] = smaller  # type: ignore[assignment]
             else:
@@ -486,8 +488,13 @@ def _counts(model: nn.Module, group: Group, left: int) -> dict[str, int]:
     return found
 
 
-def _cut(tensor: Tensor, cut: Cut) -> Tensor:
-    """The part of a tensor that stays, of the same kind and in the same memory format."""
+def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
+    """The part of a tensor that stays, of the same kind and in the same memory format.
+
+    Args:
+        tensor: The tensor.
+        cut: What to keep of it.
+    """
     part = tensor.detach()
     for dim, kept in enumerate(cut.kept):
         if kept is not None:
@@ -500,21 +507,21 @@ def _cut(tensor: Tensor, cut: Cut) -> Tensor:
     return part
 
 
-def _conv_groups(conv: _ConvNd, cut: Cut) -> int:
-    """How many groups a convolution has left; whole ones go, or the same of each."""
+def _groups_left(groups: int, cut: Cut) -> int:
+    """How many groups of channels a layer has left; whole ones go, or the same of each."""
     rows = cut.kept[0]
     if rows is None:
-        return conv.groups
-    each = cut.shape[0] // conv.groups
-    left = [sum(1 for row in rows if row // each == g) for g in range(conv.groups)]
+        return groups
+    each = cut.shape[0] // groups
+    left = [sum(1 for row in rows if row // each == g) for g in range(groups)]
     whole = [count for count in left if count]
     if all(count == each for count in whole):
         return len(whole)
     if len(set(left)) == 1:
-        return conv.groups
+        return groups
     raise ValueError(
-        f"'{cut.tensor}' has {conv.groups} groups of {each} channels, and would be left with "
-        f"{left} of each. Whole groups must go, or as many of each."
+        f"'{cut.tensor}' has {groups} groups of {each} channels, and would be left with {left} of "
+        "each. Whole groups must go, or as many of each."
     )
 
 

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtprune.compression.batchnorm import recalibrate_bn
 from mtprune.compression.removal import removal_of, resize, spare
 from mtprune.compression.running import named_tensors, run
 from mtprune.compression.verify import TOLERANCES, difference
@@ -19,7 +21,7 @@ __all__ = ["complete"]
 def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) -> list[Group]:
     """The groups of which any unit can be removed once its readers have zeros for it.
 
-    In a copy of the model, half of the units of each group are no longer read, and then removed. If
+    In a copy of the model, some units of each group are no longer read, and then removed. If
     that changes the outputs, or the model no longer runs, more depends on them than the group says.
 
     Args:
@@ -43,24 +45,33 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
     for parameter in base.parameters():
         # What is zero now, a last layer at the start for instance, must not hide what it reads.
         if parameter.is_floating_point() and parameter.numel():
-            size = float(parameter.abs().mean()) or parameter[0].numel() ** -0.5
+            size = float(parameter.abs().mean()) or 0.1
             noise = torch.randn(parameter.shape, generator=random) * size / 4
             parameter.add_(noise.to(parameter))
-    pairs = [(group, _half(base, group, random)) for group in groups]
+    with suppress(ValueError):  # there may be too little to take the statistics of
+        recalibrate_bn(base, batches)  # or what is faint at the outputs would be lost in rounding
+    pairs = [(group, _some(base, group, random)) for group in groups]
     pairs = [(group, dead) for group, dead in pairs if dead.any()]
-    return [group for group, _ in _holding(base, pairs, batches)]
+    found = _holding(base, pairs, batches)
+    if len(found) < len(pairs) and not _holds(base, found, batches):
+        tried, found = found, []
+        for pair in tried:
+            if _holds(base, [*found, pair], batches):
+                found.append(pair)
+    return [group for group, _ in found]
 
 
-def _half(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:
-    """About half of the units, at random, that leave something of every tensor."""
+def _some(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:
+    """A random number of random units, which leave something of every tensor."""
+    share = 0.2 + 0.6 * float(torch.rand(1, generator=random))
     order = torch.randperm(group.size, generator=random)
     dead = torch.zeros(group.size, dtype=torch.bool)
-    dead[order[: max(1, group.size // 2)]] = True
+    dead[order[: max(1, int(share * group.size))]] = True
     spare(model, group, torch.zeros_like(dead), dead)
     return dead
 
 
-_Pairs = Sequence[tuple[Group, Tensor]]
+_Pairs = list[tuple[Group, Tensor]]
 
 
 def _holding(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> _Pairs:

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtprune.collect import untouched
 from mtprune.components import unwrap
-from mtprune.compression.running import call, named_tensors, parse
+from mtprune.compression.running import call, named_tensors, parse, run
 from mtprune.compression.trial import complete
 from mtprune.masking import bake
 from mtprune.structure import NOBODY, Group, Member
@@ -35,10 +36,10 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
     """The channels of a model that can be removed, with all that depends on them.
 
     Channels that are added to one another, scaled by a batch norm, or pass through a depthwise or
-    grouped convolution are one unit with what they meet there: of a grouped convolution whole
-    groups go. Features of hidden Linear layers are channels too. Those that reach an output stay,
-    and so does what cannot be followed: each group is tried out on a copy of the model, and left
-    out if removing half of it changes anything else.
+    grouped convolution are one unit with what they meet there: of grouped convolutions, and of
+    group norms, whole groups go. Features of hidden Linear layers are channels too. Those that
+    reach an output stay, and so does what cannot be followed: each group is tried out on a copy of
+    the model, and left out if removing some of it changes anything else.
 
     The model is left as it is. It may be pruned at the moment, by `torch.nn.utils.prune` or by
     `MultitaskPruner`: names are those without ``_orig``.
@@ -70,6 +71,7 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
     work = copy.deepcopy(unwrap(model))
     bake(work)
     work.eval()
+    run(work, [batch])  # complains about what the model cannot run on
     found = _groups(work, *_couplings(tp, work, batch))
     return complete(work, found, [batch])
 
@@ -96,6 +98,7 @@ def _couplings(tp: Any, work: nn.Module, batch: Any) -> tuple[list[list[list[Spo
                 work, batch, forward_fn=call, output_transform=outputs, verbose=False
             )
             _place_concats(tp, graph)
+            _place_flattened(tp, graph)
             groups = list(graph.get_all_groups())
         except Exception as error:
             raise ValueError(
@@ -156,6 +159,27 @@ def _place_concats(tp: Any, graph: Any) -> None:
                         break
 
 
+def _place_flattened(tp: Any, graph: Any) -> None:
+    """Say which features a channel becomes when what follows it is flattened, from the shapes too.
+
+    torch-pruning infers it from the layer that reads them, and none reads what is joined first.
+    """
+    nodes = {node.grad_fn: node for node in graph.module2node.values()}
+    for node in nodes.values():
+        parts = getattr(node.grad_fn, "next_functions", ())
+        if not isinstance(node.module, tp.ops._ReshapeOp) or not parts or parts[0][0] not in nodes:
+            continue
+        before, after = (tuple(fn._input_metadata[0].shape) for fn in (parts[0][0], node.grad_fn))
+        if len(before) < 3 or after != (before[0], prod(before[1:])):
+            continue
+        each, source = after[1] // before[1], nodes[parts[0][0]]
+        for start, end, back in ((node, source, True), (source, node, False)):
+            mapping = tp.dependency.index_mapping._FlattenIndexMapping(each, reverse=back)
+            for dependency in start.dependencies:
+                if dependency.target is end:
+                    dependency.index_mapping[0] = mapping
+
+
 def _width(fn: Any) -> int | None:
     """How many channels an operation puts out."""
     shape: Sequence[int] = () if fn is None else fn._input_metadata[0].shape
@@ -171,7 +195,10 @@ def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -
             together.join(spots)
     for name, module in modules.items():
         if isinstance(module, _ConvNd) and module.groups > 1:
-            _join_conv_groups(together, name, module)
+            _join(together, (name, "out"), module.out_channels, module.groups)
+            _join(together, (name, "in"), module.in_channels, module.groups)
+        elif isinstance(module, nn.GroupNorm):
+            _join(together, (name, "out"), module.num_channels, module.num_groups)
     # Two of their groups that share a unit are one of ours.
     same = _Together()
     for number, units in enumerate(coupled):
@@ -228,12 +255,10 @@ class _Together:
                 self._above[top] = first
 
 
-def _join_conv_groups(together: _Together, name: str, conv: _ConvNd) -> None:
-    """Let the channels on both sides of each group of a convolution be one unit."""
-    for side, channels in (("out", conv.out_channels), ("in", conv.in_channels)):
-        each = channels // conv.groups
-        for index in range(channels):
-            together.join([("conv group", name, index // each), ((name, side), index)])
+def _join(together: _Together, side: Side, channels: int, groups: int) -> None:
+    """Let the channels of each group of a layer, on whatever side, be one unit."""
+    for index in range(channels):
+        together.join([("group", side[0], index // (channels // groups)), (side, index)])
 
 
 def _members(
@@ -271,7 +296,7 @@ def _members(
                 yield Member(f"{name}.weight", 0, ins if module.transposed else outs, "with")
                 if module.bias is not None:
                     yield Member(f"{name}.bias", 0, outs, "with")
-        elif isinstance(module, (_NormBase, nn.PReLU)):
+        elif isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
             tensors = {**module._parameters, **module._buffers}
             lines = [t for t in tensors.values() if t is not None and t.dim() == 1]
             if not lines:

@@ -196,4 +196,5 @@ def describe(value: object, *, defaults: bool = True) -> str:
         return "{" + ", ".join(f"{key!r}: {say(v)}" for key, v in sorted(value.items())) + "}"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
-    return repr(value)
+    # An object that does not say what it is would say where it is.
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import inf, prod
+from math import inf, isclose, prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from mtprune import votes
 from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
 from mtprune.granularity import NM, Element, Granularity
 from mtprune.methods.base import Ballot, Decision, describe
-from mtprune.packing import fitting, pack, worths
+from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import Best, Quota, Ranking, rank, select
@@ -157,7 +157,8 @@ class Vote:
         ]
         if isinstance(self.granularity, NM):
             fixed = self.granularity.sparsity
-            if given and (given != ["sparsity"] or self.sparsity != fixed):
+            number = self.sparsity if isinstance(self.sparsity, (int, float)) else -1.0
+            if given and (given != ["sparsity"] or not isclose(number, fixed)):
                 told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
                 raise ValueError(
                     f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
@@ -219,35 +220,61 @@ class Vote:
         return self.example_inputs is not None
 
     @property
-    def _amount(self) -> float:
-        """The share that goes in the end, of weights or of multiply-adds."""
+    def _stays(self) -> Fraction:
+        """The share that stays in the end, of weights or of multiply-adds."""
         if self.macs is not None:
-            return 1.0 - self.macs
+            return Fraction(str(self.macs))
         if self.speedup is not None:
-            return 1.0 - 1.0 / self.speedup
-        assert isinstance(self.sparsity, (int, float))
-        return self.sparsity
+            return 1 / Fraction(str(self.speedup))
+        return 1 - Fraction(str(self.sparsity))
 
     @property
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
 
-    def check_budget(self, whole: Fraction, fixed: Fraction) -> None:
-        """Refuse a budget of multiply-adds that layers which stay dense exceed.
+    def check_units(self, units: Units, costs: Sequence[Fraction], whole: Fraction) -> None:
+        """Refuse a budget that leaves no room for what has to stay.
 
         Args:
-            whole: The multiply-adds of all prunable layers.
-            fixed: Those of the layers that are left alone.
+            units: The units.
+            costs: What a weight of each of their layers costs, if that was measured.
+            whole: What all prunable layers cost, those that are left alone too.
 
         Raises:
-            ValueError: If they do.
+            ValueError: If it is not enough.
         """
-        if self._by_macs and fixed > (1 - Fraction(str(self._amount))) * whole:
+        if isinstance(self.sparsity, PerTaskKeep):
+            return
+        units, fixed = self._priced(units, costs, whole)
+        every = fixed + units.weigh(units.everything())
+        needed = fixed + least(units, self.min_keep)
+        if needed <= self._room(every, 1.0):
+            return
+        what, may = describe(self.granularity), f"more than the {float(self._stays):.1%} that may"
+        if fixed > self._room(every, 1.0):
             raise ValueError(
-                f"Layers that {describe(self.granularity)} leaves alone take "
-                f"{float(fixed / whole):.1%} of the multiply-adds, more than the "
-                f"{1.0 - self._amount:.1%} that may stay. Ask for less, or cover more layers."
+                f"Layers that {what} leaves alone take {float(fixed / every):.1%} of the "
+                f"multiply-adds, {may} stay. Ask for less, or cover more layers."
             )
+        raise ValueError(
+            f"min_keep={self.min_keep} in each of the {len(units.names)} groups of {what} keeps "
+            f"{float(needed / every):.1%}, {may} stay. Ask for less"
+            + (", or min_keep=0 to let groups go altogether." if self.min_keep else ".")
+        )
+
+    def _priced(
+        self, units: Units, costs: Sequence[Fraction], whole: Fraction
+    ) -> tuple[Units, Fraction]:
+        """Units in the currency of the budget, and what counts in it besides."""
+        if not self._by_macs:
+            return units, Fraction(0)
+        units = units.among(range(len(units.layers)), costs)
+        return units, whole - units.weigh(units.everything())
+
+    def _room(self, cost: Fraction, progress: float) -> Fraction:
+        """What may stay of so much."""
+        gone = (1 - self._stays) * Fraction(progress) * cost
+        return cost - (gone if self._by_macs else round(gone))
 
     @property
     def regrows(self) -> bool:
@@ -286,31 +313,24 @@ class Vote:
 
     def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
         """The same for units larger than a weight, which compete by saliency per cost."""
-        if self._by_macs:
-            units = units.among(range(len(units.layers)), ballot.costs)
+        units, fixed = self._priced(units, ballot.costs, ballot.whole)
         ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
         if isinstance(self.sparsity, PerTaskKeep):
             ratio = self._ratio(self.sparsity, progress)
             return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
-        all_ = units.weigh(units.everything())
-        share = 1 - Fraction(str(self._amount)) * Fraction(progress)
-
-        def keep(cost: Fraction) -> Fraction | int:
-            return share * cost if self._by_macs else cost - round((1 - share) * cost)
-
-        fixed = ballot.whole - all_ if self._by_macs else Fraction(0)
-        self.check_budget(ballot.whole, fixed)
+        self.check_units(units, ballot.costs, ballot.whole)
         rankings = rank(ballot.scores, self.priority)
         assert not isinstance(self.allocation, Mapping)
         masks = pack(
             worths(ballot.scores, self.vote, rankings),
             units,
-            keep(all_ + fixed) - fixed,
+            self._room(fixed + units.weigh(units.everything()), progress) - fixed,
             self.allocation,
             eligible=ballot.masks,
             min_keep=self.min_keep,
         )
-        return Decision(masks, _alone_of_units(ballot, units, keep))
+        alone = _alone_of_units(ballot, units, lambda cost: self._room(cost, progress))
+        return Decision(masks, alone)
 
     def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Decision:
         """The same where every m inputs keep equally many."""

@@ -1,13 +1,20 @@
 """Dead units leave: the sizes are as counted by hand, the outputs those of the zeros."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import mtprune
+from mtprune.compression.kernels import Csr
 from mtprune.compression.removal import apply, find, remove
 from mtprune.structure import NOBODY, Group, Member
+from tests.compression.fakes import Says, prefer
 
 
 def hidden(size, up="0", down="2", between=None, bias=True):
@@ -300,3 +307,173 @@ def test_errors():
     group = Group("g", 4, (Member("1.weight", 0, units), Member("2.weight", 1, units, "in")))
     with pytest.raises(ValueError, match=r"has 2 groups of 2 channels, .* left with \[1, 2\]"):
         remove(conv, [group])
+
+
+def sparse_chain():
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 6, bias=False))
+    with torch.no_grad():
+        model[2].weight[:, 1] = 0  # nobody reads it
+        model[0].weight[2] = 0  # always tanh(1)
+        model[0].bias[2] = 1.0
+    return model
+
+
+def test_compress_removes_first_and_tells():
+    model, x = sparse_chain(), torch.randn(3, 2)
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=Says())
+    plan = mtprune.plan_of(fast)
+    assert fast[0].weight.shape == (2, 2)
+    assert fast[2].weight.shape == (6, 2)
+    torch.testing.assert_close(fast[2].bias, model[2].weight[:, 2] * torch.tensor(1.0).tanh())
+    torch.testing.assert_close(fast(x), model(x))
+    lines = str(plan).splitlines()
+    assert "removed: 0 4x2 -> 2x2" in lines
+    assert "removed: 2 6x4 -> 6x2" in lines
+    assert lines[-1] == "parameters: 36 dense, 24 left"
+    assert plan.parameters == sum(p.numel() for p in fast.parameters())
+    assert plan["2"].shape == (6, 2)
+    assert (plan.dense_ms, plan.ms) == (2.0, 1.0)
+    assert model[0].weight.shape == (4, 2)
+    assert model[2].bias is None
+
+
+def test_what_is_left_is_timed_as_ever():
+    model, x = sparse_chain(), torch.randn(3, 2)
+    with torch.no_grad():
+        model[2].weight[:5] = 0
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=prefer("csr"))
+    assert isinstance(fast[2], Csr)
+    assert fast[2].weight_shape == (6, 2)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_removal_is_replayed_without_timing_or_groups():
+    model, x = sparse_chain(), torch.randn(3, 2)
+    first = mtprune.compress(model, x, groups=hidden(4), measure=prefer("csr"))
+    text = json.dumps(mtprune.plan_of(first).to_dict())
+    plan = mtprune.Plan.from_dict(json.loads(text))
+    assert plan == mtprune.plan_of(first)
+    says = Says()
+    second = mtprune.compress(model, torch.randn(5, 2), plan=plan, measure=says)
+    assert says.timed == 0
+    assert mtprune.plan_of(second) == plan
+    assert torch.equal(first(x), second(x))
+    assert mtprune.Plan.from_dict({k: v for k, v in plan.to_dict().items() if k != "removal"})
+    with pytest.raises(ValueError, match=r"it has '0.weight' with shape \(4, 2\), and .*\(5, 2\)"):
+        mtprune.compress(chain(5), x, plan=plan)
+    whole = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 6, bias=False))
+    with pytest.raises(ValueError, match="'2' still reads input 1"):
+        mtprune.compress(whole, x, plan=plan)
+
+
+def test_twice_is_once():
+    x = torch.randn(3, 2)
+    fast = mtprune.compress(sparse_chain(), x, groups=[hidden(4)], measure=Says())
+    again = mtprune.compress(fast, x, groups=[hidden(4)], measure=Says())
+    assert torch.equal(again(x), fast(x))
+    assert mtprune.plan_of(again) == mtprune.plan_of(fast)
+    assert not remove(sparse_chain(), [])
+
+
+def test_nothing_dead_is_bitwise():
+    model, x = chain(3), torch.randn(4, 2)
+    fast = mtprune.compress(model, x, groups=[hidden(3)], measure=Says())
+    assert not mtprune.plan_of(fast).removal
+    assert torch.equal(fast(x), model(x))
+
+
+class Grouped:
+    """As a granularity that finds its groups in the model."""
+
+    def groups(self, model, layers):
+        assert [layer.name for layer in layers] == ["0.weight", "2.weight"]
+        return [hidden(4)]
+
+
+def test_a_granularity_says_which_groups_there_are():
+    for groups in (Grouped(), (Grouped(),), [Grouped(), hidden(4)]):
+        fast = mtprune.compress(sparse_chain(), torch.randn(3, 2), groups=groups, measure=Says())
+        assert fast[0].out_features == 2
+
+
+class Gated(nn.Module):
+    """Its units depend on one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.free = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.soft = nn.Sequential(nn.Linear(2, 4), nn.Softmax(-1), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.soft(self.free(x))
+
+
+def test_a_group_that_says_too_little_is_refused_and_named():
+    model, x = Gated(), torch.randn(3, 2)
+    with torch.no_grad():
+        model.free[2].weight[:, 0] = 0
+        model.soft[2].weight[:, 0] = 0
+    groups = [
+        Group(f"{part} units", 4, hidden(4, f"{part}.0", f"{part}.2").members)
+        for part in ("free", "soft")
+    ]
+    with pytest.raises(RuntimeError, match=r"worst group is 'soft units', which \['soft.2'\] read"):
+        mtprune.compress(model, x, groups=groups, measure=Says())
+    assert mtprune.compress(model, x, groups=groups[:1], measure=Says())
+    double = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        double[2].weight[:, 0] = 0
+    with pytest.raises(RuntimeError, match=r"does not run: .* worst group is 'hidden'"):
+        mtprune.compress(double, x, groups=[hidden(4)], measure=Says())
+
+
+def test_groups_are_groups():
+    for groups in (["0.weight"], mtprune.Element(), 3):
+        with pytest.raises(TypeError, match=r"`groups` must be groups .* Got"):
+            mtprune.compress(chain(2), torch.randn(3, 2), groups=groups)
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.down = nn.Conv2d(6, 9, 1, bias=False)
+
+    def forward(self, x):
+        return self.down(self.norm(self.up(x)).sigmoid())
+
+
+def test_what_is_saved_comes_back_in_a_new_process(tmp_path):
+    model, x, units = Chain(), torch.randn(2, 1, 5, 5), tuple(range(6))
+    with torch.no_grad():
+        model.down.weight[:, :2] = 0
+        model.up.weight[3] = 0
+    norm = [
+        Member(f"norm.{key}", 0, units, "with")
+        for key in ("weight", "bias", "running_mean", "running_var")
+    ]
+    up = [Member("up.weight", 0, units), Member("up.bias", 0, units)]
+    group = Group("up", 6, (*up, *norm, Member("down.weight", 1, units, "in")))
+    fast = mtprune.compress(model, x, groups=[group], measure=prefer("csr"))
+    assert fast.up.out_channels == fast.norm.num_features == 3
+    assert fast.down.bias is not None
+    mtprune.save(fast, tmp_path, arguments={})
+    loaded = mtprune.load(tmp_path, Chain())
+    assert mtprune.plan_of(loaded) == mtprune.plan_of(fast)
+    assert loaded.down.in_channels == 3
+    torch.save({"x": x, "y": fast(x)}, tmp_path / "pair.pt")
+    code = (
+        "import sys, torch, mtprune\n"
+        "torch.set_num_threads(1)\n"
+        "pair = torch.load(sys.argv[1] + '/pair.pt')\n"
+        "assert torch.equal(mtprune.load(sys.argv[1])(pair['x']), pair['y'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match="another model: it has 'up"):
+        mtprune.load(tmp_path, nn.Sequential(nn.Conv2d(1, 6, 3)))
