@@ -36,6 +36,7 @@ __all__ = [
     "Gate",
     "Masking",
     "accept_pruned_keys",
+    "bake",
     "make_masking",
     "pack",
     "unpack",
@@ -396,6 +397,24 @@ def make_masking(backend: str, model: nn.Module) -> Masking:
     if backend == "inplace":
         return InplaceMasking()
     raise ValueError(f"`backend` must be one of {BACKENDS}. Got {backend!r}.")
+
+
+def bake(model: nn.Module) -> None:
+    """Make plain weights of the masks in a copy of a model: nobody prunes it any more.
+
+    Example:
+        >>> lin = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
+        >>> bake(lin)
+        >>> [name for name, _ in lin.named_parameters()], int((lin.weight == 0).sum())
+        (['bias', 'weight'], 2)
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook.remove(module)
+                if isinstance(hook, (prune.BasePruningMethod, _Release, _FromParent)):
+                    del hooks[key]
 
 
 class _PrunedKeys:
