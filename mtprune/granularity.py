@@ -284,6 +284,10 @@ class Channel:
     Attributes:
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
             keyword arguments.
+
+    Example:
+        >>> Channel(torch.zeros(1, 3, 8, 8))
+        Channel()
     """
 
     example_inputs: Any = field(repr=False, compare=False)

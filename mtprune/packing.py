@@ -38,6 +38,13 @@ def worths(
         scores: For each, its voters' saliencies ``{task: [n]}``, flat.
         vote: Reduces percentiles ``[voters, n]`` to worth ``[n]``.
         rankings: Every task's ranking of all it uses.
+
+    Example:
+        >>> from mtprune import votes
+        >>> from mtprune.selection import rank
+        >>> scores = [{"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([0.0, 1.0])}]
+        >>> worths(scores, votes.mean, rank(scores))
+        [tensor([0.2500, 0.2500], dtype=torch.float64)]
     """
     below = {
         task: iter(_below([voters[task] for voters in scores if task in voters]))

@@ -8,7 +8,7 @@ and it is counted once.
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeIs, override
 
 from mtprune.components import Layer, strip
-from mtprune.granularity import NM, Block, Element, Granularity, Pieces, Spanning
+from mtprune.granularity import NM, Block, Element, Granularity, Grouped, Pieces, Spanning
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = ["Covered", "Units", "cover", "is_single"]
@@ -329,14 +329,18 @@ def cover(granularity: Granularity, model: nn.Module, layers: Sequence[Layer]) -
     if not isinstance(granularity, tuple) and not _spans(granularity):
         return _cut(granularity, layers)
     several = granularity if isinstance(granularity, tuple) else (granularity,)
-    groups = [group for one in several for group in one.groups(model, layers)]
+    groups: dict[str, Group] = {}
+    named = set()
+    for one in several:
+        for group in one.groups(model, layers):
+            if group.name in groups:
+                raise ValueError(f"Two groups are called '{group.name}'. Give each its own name.")
+            groups[group.name] = group
+            if isinstance(one, Grouped):
+                named.add(group.name)
     if not groups:
         raise ValueError(f"{granularity!r} finds no units in {type(model).__name__}.")
-    names = [group.name for group in groups]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Two groups are called '{twice[0]}'. Give each a name of its own.")
-    return _seat(groups, model, layers)
+    return _seat(groups.values(), named, model, layers)
 
 
 def _spans(granularity: Spanning | Pieces) -> TypeIs[Spanning]:
@@ -354,8 +358,10 @@ def _cut(granularity: Pieces, layers: Sequence[Layer]) -> Covered:
     return Covered(covered, None if single else _Pieces(granularity, covered), dense)
 
 
-def _seat(groups: Sequence[Group], model: nn.Module, layers: Sequence[Layer]) -> Covered:
-    """The units of groups, in the layers they name."""
+def _seat(
+    groups: Iterable[Group], named: Container[str], model: nn.Module, layers: Sequence[Layer]
+) -> Covered:
+    """The units of groups, in the layers they name; found ones may lie in what was excluded."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     by_parameter = {id(layer.parameter): layer for layer in layers}
     by_name = {layer.name: layer for layer in layers}
@@ -364,7 +370,8 @@ def _seat(groups: Sequence[Group], model: nn.Module, layers: Sequence[Layer]) ->
         if id(parameter) in by_parameter:
             by_name.setdefault(name, by_parameter[id(parameter)])
     seats: dict[str, list[_Seat]] = {}
-    for number, group in enumerate(groups):
+    alike: list[tuple[str, int]] = []
+    for group in groups:
         found: dict[tuple[str, int], list[Member]] = {}
         for member in group.members:
             layer = by_name.get(member.tensor) or by_name.get(strip(member.tensor))
@@ -372,18 +379,21 @@ def _seat(groups: Sequence[Group], model: nn.Module, layers: Sequence[Layer]) ->
             _check_member(group, member, shape, shapes)
             if layer is not None:
                 found.setdefault((layer.name, member.dim % len(layer.shape)), []).append(member)
-        if not found:
-            named = ", ".join(f"'{member.tensor}'" for member in group.members)
+        if not found and group.name in named:
+            tensors = ", ".join(f"'{member.tensor}'" for member in group.members)
             raise ValueError(
-                f"Group '{group.name}' lies in nothing that is pruned: {named or 'no tensors'}. "
+                f"Group '{group.name}' lies in nothing that is pruned: {tensors or 'no tensors'}. "
                 "Were its layers excluded, or does it hold biases alone?"
             )
         for (name, dim), members in found.items():
             for member in members:
-                seats.setdefault(name, []).append(_sit(number, dim, group.size, member))
+                seats.setdefault(name, []).append(_sit(len(alike), dim, group.size, member))
+        if found:
+            alike.append((group.name, group.size))
+    if not seats:
+        raise ValueError("All layers in which units lie are excluded.")
     covered = [layer for layer in layers if layer.name in seats]
     dense = {x.name: "no unit lies in it" for x in layers if x.name not in seats}
-    alike = [(group.name, group.size) for group in groups]
     return Covered(covered, _Groups(alike, covered, [seats[x.name] for x in covered]), dense)
 
 

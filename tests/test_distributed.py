@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mtprune import Cubic, SoftThreshold, recipes
+from mtprune import Block, Cubic, SoftThreshold, Vote, recipes
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
@@ -50,6 +50,9 @@ METHODS = {
     "soft": soft,
     "learned": lambda: soft("learned"),
     "movement": lambda: recipes.movement(0.7, 8),
+    "blocks": lambda: Vote(
+        0.7, granularity=Block(2, 2), schedule=Cubic(begin=1, end=7, every=2), min_keep=0
+    ),
 }
 
 
@@ -136,7 +139,8 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
     assert same(first["weights"], second["weights"])
     assert first["offsets"] == second["offsets"]
     last = first["masks"][-1]
-    assert nets.zeros(last) == round(0.7 * nets.size(last))
+    largest = 4 if case[1] == "blocks" else 1
+    assert 0 <= nets.zeros(last) - round(0.7 * nets.size(last)) < largest
 
 
 # Learned offsets look at the sizes of gradients before ranks add theirs up.

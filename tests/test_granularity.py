@@ -1,6 +1,7 @@
 """Granularities: literals, and what must be true of all of them on every net."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -13,11 +14,14 @@ import mtprune
 from mtprune import (
     NM,
     Block,
+    Channel,
     Cubic,
     Element,
     Grouped,
+    Head,
     Linear,
     MultitaskPruner,
+    Neuron,
     PerTaskKeep,
     Regrow,
     Vote,
@@ -353,6 +357,52 @@ def test_a_pattern_is_by_the_vote():
     worth = torch.stack(shares).amax(0).view(4, 2, 4)
     mask = prune(Vote(granularity=NM(1, 4)), model).masks["mid.weight"].view(4, 2, 4)
     assert torch.equal(mask.int().argmax(2), worth.argmax(2))
+
+
+# --- Found by patterns, and by torch-pruning ------------------------------------------------------
+
+
+def test_heads_and_neurons_share_a_budget():
+    run = Run(build("transformer_encoder"), Vote(0.5, granularity=(Head(), Neuron())))
+    run.train(2)
+    report = run.pruner.report()
+    kinds = [group.name.rpartition(".")[2] for group in report.groups]
+    assert kinds == ["heads", "heads", "neurons", "neurons"]
+    assert [group.units for group in report.groups] == [2, 2, 12, 12]
+    assert set(report.left_alone.values()) == {"no unit lies in it"}
+    masks = run.pruner.masks
+    # The largest unit is a head: 4 rows of each third of 8 inputs, and 4 columns of 8 outputs.
+    assert 0 <= zeros(masks) - round(0.5 * size(masks)) < 4 * 4 * 8
+    for at in range(2):
+        name = f"trunk.encoder.layers.{at}"
+        heads = masks[f"{name}.self_attn.in_proj_weight"][:, 0].view(3, 2, 4)
+        assert (heads == heads[:1, :, :1]).all()
+        columns = masks[f"{name}.self_attn.out_proj.weight"][0].view(2, 4)
+        assert torch.equal(columns, heads[0])
+        up, down = masks[f"{name}.linear1.weight"], masks[f"{name}.linear2.weight"]
+        assert torch.equal(up[:, 0], down[0])
+    assert json.loads(json.dumps(report.to_dict()))["groups"][0]["units"] == 2
+
+
+def test_what_was_looked_for_is_named():
+    with pytest.raises(ValueError, match="Plain has no attention heads where the patterns look"):
+        Run(build("plain"), Vote(0.5, granularity=Head()))
+
+
+def test_channels_of_a_network_and_a_budget_of_multiply_adds():
+    pytest.importorskip("torch_pruning")
+    net = build("conv_bn")
+    inputs = net.make_batch(0)["x"]
+    method = Vote(speedup=1.6, granularity=Channel(inputs))
+    assert method.example_inputs is inputs
+    run = Run(net, method)
+    run.train(2)
+    report = run.pruner.report()
+    assert {group.units for group in report.groups} == {4}
+    first, second = (run.pruner.masks[f"trunk.{i}.weight"] for i in (0, 3))
+    assert torch.equal(first[:, 0, 0, 0], second.flatten(2).any(2).any(0))
+    assert report.macs_sparsity is not None
+    assert report.macs_sparsity >= 1 - 1 / 1.6
 
 
 # --- Budgets of multiply-adds --------------------------------------------------------------------

@@ -172,6 +172,25 @@ def test_names_of_groups_are_different():
         covered(FIRST, FIRST)
 
 
+def test_what_is_found_in_excluded_layers_is_passed_over():
+    """Unlike groups that were named: those were asked for."""
+
+    class Both:
+        def groups(self, model, layers):
+            return [FIRST, between("second", 4, "2", "4")]
+
+    model = chain()
+    layers = find_layers(model, exclude=["2", "4"])
+    found = cover(Both(), model, layers)
+    assert found.units is not None
+    assert found.units.names == ("first",)
+    assert [cost.tolist() for cost in found.units.costs] == [[2.0] * 3]
+    with pytest.raises(ValueError, match="Group 'second' lies in nothing that is pruned"):
+        cover(Grouped([FIRST, SECOND]), model, layers)
+    with pytest.raises(ValueError, match="All layers in which units lie are excluded"):
+        cover((Both(),), model, [])
+
+
 def test_a_granularity_that_finds_nothing():
     class Nothing:
         def groups(self, model, layers):

@@ -148,7 +148,7 @@ class Vote:
                 "to find: leave out observations='auto'."
             )
         if not isinstance(self.granularity, Element):
-            self._check_units()
+            self._check_granular()
 
     def _check_amount(self) -> None:
         """Refuse anything but one way to say how much is pruned."""
@@ -193,7 +193,7 @@ class Vote:
         if self.example_inputs is None:
             raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
 
-    def _check_units(self) -> None:
+    def _check_granular(self) -> None:
         """Refuse what is only for single weights."""
         what = describe(self.granularity)
         if self.regrows:
