@@ -12,6 +12,7 @@ with :math:`c_u` the cost of the units of its group that are worth as much as u 
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -181,12 +182,16 @@ class _Queue:
         until = np.empty_like(self._cost)
         until[self._best] = before[1:] - before[starts][self.group[self._best]]
         power = 0.0 if of == "uniform" else of.power if isinstance(of, Erk) else 1.0
-        raw = []
-        for size, cost in zip(self._sizes, costs, strict=True):
-            each = max(cost / max(size, 1), 1e-300)
-            raw.append(((size + each) / (size * each)) ** power if size else 1.0)
+        raw = [self._raw(group, power) for group in range(len(costs))]
         scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, raw, strict=True)])
         return np.asarray(until / scale[self.group])
+
+    def _raw(self, group: int, power: float) -> float:
+        """The mean over the weights of its layers of what `Erk` gives to each layer."""
+        shapes = [self._units.layers[place].shape for place in self._units.holding(group)]
+        sizes = [prod(shape) for shape in shapes]
+        parts = [n * (sum(shape) / n) ** power for n, shape in zip(sizes, shapes, strict=True)]
+        return float(sum(parts) / sum(sizes))
 
     def fitting(
         self, keys: tuple[npt.NDArray[np.generic], ...], budget: Fraction | int, weigh: Weigh

@@ -17,7 +17,7 @@ from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import Count, Facts, Report, Units, count, make_report, moment, remember
+from mtprune.report import Count, Facts, GroupRow, Report, count, make_report, moment, remember
 from mtprune.round import Round, scale_of
 from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
@@ -544,7 +544,7 @@ class MultitaskPruner:
             discarded=dict(evidence.discarded),
             history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
             groups=tuple(
-                Units(name, mask.numel(), int(mask.count_nonzero()))
+                GroupRow(name, mask.numel(), int(mask.count_nonzero()))
                 for name, mask in decision.units.items()
             ),
         )

@@ -9,10 +9,10 @@ from torch import Tensor
 __all__ = [
     "Count",
     "Facts",
+    "GroupRow",
     "Moment",
     "Report",
     "Row",
-    "Units",
     "count",
     "make_report",
     "moment",
@@ -68,7 +68,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Units:
+class GroupRow:
     """What an update decided about a group of units.
 
     Attributes:
@@ -100,7 +100,7 @@ class Facts:
     stable: bool | None = None
     discarded: Mapping[str, int] = field(default_factory=dict)
     history: tuple[Moment, ...] = ()
-    groups: tuple[Units, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """As plain containers."""
@@ -116,7 +116,7 @@ class Facts:
         """The inverse of `state_dict`."""
         counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
         history = tuple(Moment(**m) for m in state["history"])
-        groups = tuple(Units(**g) for g in state["groups"])
+        groups = tuple(GroupRow(**g) for g in state["groups"])
         return cls(**{**state, "counts": counts, "history": history, "groups": groups})
 
 
@@ -246,7 +246,7 @@ class Report:
     method: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     history: tuple[Moment, ...] = ()
-    groups: tuple[Units, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
     macs: float | None = None
 
     @property
@@ -328,7 +328,7 @@ def make_report(
     method: str = "",
     weights: Mapping[str, float] | None = None,
     history: tuple[Moment, ...] = (),
-    groups: tuple[Units, ...] = (),
+    groups: tuple[GroupRow, ...] = (),
     macs: float | None = None,
 ) -> Report:
     """The report behind an update's counts, layer by layer in order of position."""

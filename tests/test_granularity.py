@@ -473,6 +473,15 @@ def test_a_budget_of_multiply_adds_prunes_where_they_are():
     assert by_macs["early"] <= by_weights["early"]
 
 
+def test_multiply_adds_are_told_if_there_is_something_to_measure_them_on():
+    x = torch.randn(4, 6)
+    pruner = prune(Vote(0.5, granularity=Grouped(HIDDEN), example_inputs=x))
+    assert pruner.report().macs_sparsity == 40 / 88
+    pruner = prune(Vote(0.5, example_inputs=x))
+    assert pruner.report().macs_sparsity == 0.5
+    assert prune(Vote(0.5)).report().macs_sparsity is None
+
+
 def test_what_stays_dense_counts_in_a_budget_of_multiply_adds():
     model = Two()
     hidden = Group("features", 4, members("mid", "a", "b", size=4))

@@ -81,6 +81,16 @@ def test_erk_keeps_more_of_small_groups():
     assert chosen(worth, units, 4 + 32, Erk(0.0)) == chosen(worth, units, 4 + 32, "uniform")
 
 
+def test_the_raw_density_of_a_group_is_that_of_its_layers():
+    """Two groups in one layer, few units and many, keep the same share of theirs."""
+    model = torch.nn.ModuleList([torch.nn.Linear(24, 24)])
+    four = Group("four", 4, (Member("0.weight", 0, tuple(i // 3 for i in range(12)) + (-1,) * 12),))
+    many = Group("many", 12, (Member("0.weight", 0, (-1,) * 12 + tuple(range(12))),))
+    units = cover(Grouped([four, many]), model, find_layers(model)).units
+    assert units is not None
+    assert chosen([[0.1] * 4, [0.9] * 12], units, 12 * 24, "erk") == [[0, 1], [0, 1, 2, 3, 4, 5]]
+
+
 def test_a_floor_is_a_fraction_of_the_layerwise_share_and_the_rest_goes_by_worth():
     units = rows((8, 1), (8, 1))
     worth = [[0.9 - 0.01 * i for i in range(8)], [0.1 * i for i in range(8)]]

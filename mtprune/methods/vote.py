@@ -61,8 +61,8 @@ class Vote:
             4, until the masks no longer change.
         disentangled: Score every loss on its own. False scores their sum in one sweep: the joint
             baseline.
-        min_keep: The least a layer, or a group of units, keeps as long as the budget has as much
-            for each.
+        min_keep: The least a layer keeps as long as the budget has as much for each. Of larger
+            units every group keeps as many, and a budget without room for that is refused.
         straight_through: Let pruned weights come back until the last update. Scores add up over all
             steps until then and are never forgotten; masks hide weights, which keep their value and
             go on being scored with the gradient they would have.
