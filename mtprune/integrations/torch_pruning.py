@@ -172,6 +172,7 @@ def _place_flattened(tp: Any, graph: Any) -> None:
         before, after = (tuple(fn._input_metadata[0].shape) for fn in (parts[0][0], node.grad_fn))
         if len(before) < 3 or after != (before[0], prod(before[1:])):
             continue
+        node.type = tp.ops.OPTYPE.ELEMENTWISE  # theirs would take the place of ours
         each, source = after[1] // before[1], nodes[parts[0][0]]
         for start, end, back in ((node, source, True), (source, node, False)):
             mapping = tp.dependency.index_mapping._FlattenIndexMapping(each, reverse=back)
