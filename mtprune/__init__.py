@@ -26,6 +26,7 @@ from typing import Any as _Any
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
+from mtprune.integrations.arrival import when_imported as _when_imported
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
@@ -102,3 +103,9 @@ def __getattr__(name: str) -> _Any:
     if name in _COMPRESSION:
         return getattr(_import_module("mtprune.compression"), name)
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
+
+
+# So that from_pretrained knows compressed models.
+_when_imported(
+    "transformers.quantizers.auto", lambda: _import_module("mtprune.integrations.pretrained")
+)

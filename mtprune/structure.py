@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Group", "Member", "pool", "spread"]
+__all__ = ["NOBODY", "Group", "Member", "Role", "pool", "spread"]
 
 NOBODY = -1
 """In place of a unit, where an index belongs to none."""
+
+Role = Literal["out", "in", "with"]
+"""Whether a tensor makes the units, reads them, or goes with them without being either."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Member:
     tensor: str
     dim: int
     units: tuple[int, ...]
-    role: Literal["out", "in", "with"] = "out"
+    role: Role = "out"
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """``units`` as a tensor, ``[n]``."""
@@ -50,8 +53,9 @@ class Group:
         name: What errors and reports call it.
         size: How many units there are.
         members: Where they lie.
-        between: Name of the module that is applied to each unit on its own between those that make
-            them and those that read them, an activation for instance.
+        between: Path of the module or function that is applied to each unit on its own between
+            those that make them and those that read them, an activation for instance.
+        counts: Paths of numbers in the model that shrink with the group, in proportion.
 
     Example:
         >>> group = Group("hidden", 3, (Member("up.weight", 0, (0, 1, 2)),
@@ -68,6 +72,7 @@ class Group:
     size: int
     members: tuple[Member, ...]
     between: str | None = None
+    counts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mtprune.components import find_layers, unwrap
+from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.kernels import KERNELS, Kernel
 from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.removal import apply, constants, remove, resize
@@ -430,7 +431,7 @@ def _place(sites: Sequence[Site], kernels: Mapping[str, Kernel]) -> None:
 def _finish(model: nn.Module, plan: Plan) -> nn.Module:
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, Kernel) for m in encoder.modules()
+            isinstance(m, (Kernel, NarrowAttention)) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
     setattr(model, _PLAN, plan)

@@ -1,10 +1,10 @@
 """Plans: which form every layer takes, as a value that prints, can be edited, and is JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row"]
+__all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
@@ -108,12 +108,13 @@ class Removal:
         Raises:
             KeyError: If something is missing.
             TypeError: If something is of another kind.
+            ValueError: If indices are not written as they should be.
         """
         cuts = tuple(
             Cut(
                 cut["tensor"],
                 tuple(cut["shape"]),
-                tuple(None if kept is None else tuple(kept) for kept in cut["kept"]),
+                tuple(None if kept is None else _indices(kept) for kept in cut["kept"]),
             )
             for cut in data["cuts"]
         )
@@ -183,9 +184,39 @@ class Plan:
         )
         return replace(self, rows=rows, dense_ms=None, ms=None)
 
+    def part(self, module: str) -> "Plan":
+        """The plan of one module, whose layers are named as seen from it.
+
+        Example:
+            >>> plan = Plan((Row("encoder.up", (4, 8), "csr", ()), Row("head", (2, 4), "csr", ())))
+            >>> [row.layer for row in plan.part("encoder").rows]
+            ['up']
+            >>> plan.part("encoder").under("bert").rows[0].layer
+            'bert.up'
+        """
+        return self._renamed(lambda name: seen_from(module, name)) if module else self
+
+    def under(self, module: str) -> "Plan":
+        """The plan of a model in which this one's model is the module of that name."""
+        return self._renamed(lambda name: joined(module, name)) if module else self
+
+    def _renamed(self, rename: Callable[[str], str]) -> "Plan":
+        """With other names; what gets none is left out. Of the whole nothing is known any more."""
+        rows = (replace(row, layer=rename(row.layer)) for row in self.rows)
+        cuts = (replace(cut, tensor=rename(cut.tensor)) for cut in self.removal.cuts)
+        counts = ((rename(path), count) for path, count in self.removal.counts)
+        removal = Removal(
+            tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
+        )
+        kept = tuple(row for row in rows if row.layer)
+        return Plan(kept, self.device, self.threads, removal=removal)
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain data that JSON can hold."""
-        return asdict(self)
+        """As plain data that JSON can hold; indices that stay as the bits of a number."""
+        data = asdict(self)
+        for cut in data["removal"]["cuts"]:
+            cut["kept"] = [None if kept is None else _bits(kept) for kept in cut["kept"]]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -207,7 +238,7 @@ class Plan:
             )
             removal = Removal.from_dict(data.get("removal", asdict(Removal())))
             plan = cls(**{**data, "rows": rows, "removal": removal})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
             if row.choice not in CHOICES:
@@ -241,6 +272,36 @@ class Plan:
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
+
+
+def _bits(indices: Iterable[int]) -> str:
+    """A hexadecimal number in which the bits of these indices are set."""
+    return hex(sum(1 << index for index in indices))
+
+
+def _indices(bits: str) -> tuple[int, ...]:
+    """The indices of the bits that are set."""
+    number = int(bits, 16)
+    return tuple(index for index in range(number.bit_length()) if number >> index & 1)
+
+
+def seen_from(module: str, name: str) -> str:
+    """A name as seen from a module; empty if it is not in it.
+
+    Example:
+        >>> seen_from("encoder", "encoder.up.weight"), seen_from("encoder", "encoders.up")
+        ('up.weight', '')
+        >>> seen_from("", "up")
+        'up'
+    """
+    if not module:
+        return name
+    return name.removeprefix(f"{module}.") if name.startswith(f"{module}.") else ""
+
+
+def joined(module: str, name: str) -> str:
+    """A name in a module as seen from outside."""
+    return f"{module}.{name}" if module and name else name
 
 
 def _cells(row: Row) -> tuple[str, ...]:

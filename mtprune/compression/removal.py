@@ -7,6 +7,8 @@ and the sizes that modules keep beside their tensors follow.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from mtprune.compression.attention import narrow, narrowed
 from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
@@ -35,7 +38,7 @@ _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _WIDTHS = ("all_head_size", "inner_dim")
 """What they call the width of all heads together."""
 
-_FIXED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+_FIXED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 """Modules that derive sizes from one another, and cannot lose a part of one."""
 
 
@@ -154,6 +157,8 @@ def resize(model: nn.Module, removal: Removal) -> None:
                     f"'{cut.tensor}' belongs to a {type(module).__name__}, which cannot lose a "
                     "part. Leave the group out."
                 )
+            if isinstance(module, nn.MultiheadAttention):
+                narrow(module)
             if isinstance(module, _ConvNd) and attribute == "weight" and module.groups > 1:
                 module.groups = _groups_left(module.groups, cut)
             if isinstance(module, nn.GroupNorm) and attribute == "weight":
@@ -185,8 +190,12 @@ def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -
     high: dict[str, Tensor] = {}
     found: dict[str, nn.Linear | _ConvNd] = {}
     handles = []
+    held = ExitStack()
     for name in layers:
         layer = model.get_submodule(name)
+        parent = model.get_submodule(_layer(name))
+        if isinstance(parent, nn.MultiheadAttention):  # torch's does not call what it holds
+            held.enter_context(narrowed(parent))
         if not isinstance(layer, (nn.Linear, _ConvNd)):
             continue
         found[name] = layer
@@ -203,7 +212,8 @@ def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -
 
         handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        run(model, batches)
+        with held:
+            run(model, batches)
     finally:
         for handle in handles:
             handle.remove()
@@ -230,7 +240,7 @@ def _declared(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
             tensor = tensors[member.tensor].detach()
             if tensor.dim() == 1 and member.units == tuple(range(group.size)):
                 value = value.to(tensor) + tensor
-        value = model.get_submodule(group.between)(value)
+        value = _between(model, group.between)(value)
         used = {m.tensor: tensors[m.tensor] != 0 for m in makers}
         value = torch.where(_silent(group, used).to(value.device), value, torch.nan)
         for member in group.members:
@@ -322,7 +332,7 @@ def _check(model: nn.Module, groups: Iterable[Group]) -> None:
                     f"Group '{group.name}' names {len(member.units)} units along dimension "
                     f"{member.dim} of '{member.tensor}', whose shape is {shape}."
                 )
-        if group.between is not None and group.between not in dict(model.named_modules()):
+        if group.between is not None and not callable(_between(model, group.between)):
             raise ValueError(
                 f"Group '{group.name}' has '{group.between}' in between, and the model has no "
                 "such module."
@@ -335,6 +345,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _between(model: nn.Module, path: str) -> Any:
+    """What is at a path: a module, or a function that a module holds; None if nothing is."""
+    found: Any = model
+    for attribute in path.split("."):
+        found = getattr(found, attribute, None)
+    return found
 
 
 def _readers(groups: Iterable[Group]) -> list[str]:
@@ -399,7 +417,7 @@ def _constant(group: Group, used: Mapping[str, Tensor], given: Mapping[str, Tens
 
 
 def spare(model: nn.Module, group: Group, dead: Tensor, found: Tensor) -> None:
-    """Take back a unit where a tensor would have none: only Linear layers run without width.
+    """Take back a unit where a tensor would have none: Linear layers and attention may, others not.
 
     Args:
         model: The model.
@@ -407,9 +425,10 @@ def spare(model: nn.Module, group: Group, dead: Tensor, found: Tensor) -> None:
         dead: Those that have gone already, bool ``[size]``.
         found: Those that are to go, too; changed in place.
     """
+    kinds = (nn.Linear, nn.MultiheadAttention)
     for member in group.members:
-        linear = isinstance(model.get_submodule(_layer(member.tensor)), nn.Linear)
-        if not linear and not _stays(member, dead | found).any():
+        runs_empty = isinstance(model.get_submodule(_layer(member.tensor)), kinds)
+        if not runs_empty and not _stays(member, dead | found).any():
             index = member.index()
             found[index[found[index]][-1]] = False
 
@@ -449,6 +468,8 @@ def removal_of(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]
 
 def _counts(model: nn.Module, group: Group, left: int) -> dict[str, int]:
     """What the attention module of a group of heads counts, and what it becomes."""
+    if group.counts:
+        return {path: attrgetter(path)(model) * left // group.size for path in group.counts}
     makers = [m for m in group.members if m.role == "out" and m.tensor.endswith("weight")]
     heads = any(
         m.role == "with" and isinstance(model.get_submodule(_layer(m.tensor)), nn.Linear)
