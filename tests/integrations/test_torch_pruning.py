@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import mtprune
 from mtprune.compression.removal import cut_out, remove
@@ -434,3 +435,64 @@ def test_without_torch_pruning_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'mtprune[structured]'")):
         integration.channels(nn.Sequential(conv(3, 8)), torch.randn(1, 3, 8, 8))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 16, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                conv(16, 24, bias=False), nn.BatchNorm2d(24), nn.ReLU(), conv(24, 16, bias=False)
+            )
+            for _ in range(2)
+        )
+        self.seg = nn.Sequential(conv(16, 8), nn.ReLU(), conv(8, 2, 1))
+        self.cls = nn.Linear(16 * 4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return {"seg": self.seg(x), "cls": self.cls(F.adaptive_avg_pool2d(x, 2).flatten(1))}
+
+
+@needed
+@pytest.mark.parametrize("backend", ["prune", "inplace"])
+def test_from_vote_to_a_smaller_model(backend):
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(4, 3, 8, 8)
+    losses = {
+        "seg": lambda out, _: out["seg"].square().mean(),
+        "cls": lambda out, _: F.cross_entropy(out["cls"], torch.tensor([0, 1, 2, 0])),
+    }
+    channel = mtprune.Channel(x)
+    pruner = mtprune.MultitaskPruner(
+        model,
+        losses,
+        [model.stem, model.blocks],
+        method=mtprune.Vote(0.5, granularity=channel),
+        backend=backend,
+    )
+    report = pruner.prune([x], forward=lambda model, x: model(x), progress=False)
+    model.eval()
+    masked = model(x)
+    pruner.finalize()
+    assert torch.equal(model(x)["seg"], masked["seg"])
+    mtprune.recalibrate_bn(model, [x, torch.randn(4, 3, 8, 8)])
+    fast = mtprune.compress(model, x, groups=channel, measure=Says())
+    assert off(model, fast, torch.randn(2, 3, 8, 8)) <= TOLERANCES[torch.float32]
+    plan = mtprune.plan_of(fast)
+    # Every zero is one of a unit, and every unit goes.
+    weights = [p for p in fast.parameters() if p.dim() > 1]
+    assert sum(p.numel() for p in weights) <= report.kept + 2
+    assert plan.parameters == sum(p.numel() for p in fast.parameters())
+    assert plan.parameters < 0.6 * plan.dense_parameters
+    assert all(row.note == "no zeros" for row in plan.rows)
+
+    def operations(net):
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        return counter.get_total_flops()
+
+    assert operations(fast) < 0.6 * operations(model)
