@@ -114,8 +114,7 @@ def _holds(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     for before, after in zip(expected, got, strict=True):
         found = dict(named_tensors(after))
         for name, tensor in named_tensors(before):
-            # Rounding is ten times smaller than this, and a missing unit far larger.
             off = difference(tensor, found[name]) if name in found else float("inf")
-            if off > 10 * TOLERANCES.get(tensor.dtype, 0.0):
+            if off > TOLERANCES.get(tensor.dtype, 0.0):
                 return False
     return True

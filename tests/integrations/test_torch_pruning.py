@@ -235,6 +235,23 @@ def test_what_hangs_together_and_what_is_left_alone(case):
 
 
 @needed
+@pytest.mark.parametrize("name", nets.SHELF)
+def test_awkward_nets(name):
+    net = nets.build(name)
+    model, x = net.model.eval(), net.make_batch(0)["x"]
+    groups = channels(model, x)
+    mask_(model, groups, draw(groups, 1))
+    fast = mtprune.compress(model, x, groups=groups, measure=Says())
+    x = net.make_batch(9)["x"]
+    dtype = next(model.parameters()).dtype
+    assert off(model, fast, x) <= TOLERANCES[dtype]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, fast)]
+    assert sizes[1] < sizes[0] if groups else sizes[1] == sizes[0]
+    if name in ("called_twice", "tied", "attention", "lstm", "read_not_called"):
+        assert not groups
+
+
+@needed
 def test_literals():
     def forward(self, x):
         y = self.trunk(x)
@@ -276,6 +293,9 @@ def test_random_nets(seed):
     plan = mtprune.plan_of(fast)
     assert plan.parameters == sum(p.numel() for p in fast.parameters())
     assert plan.parameters < plan.dense_parameters
+    if seed < 5:
+        program = torch.export.export(fast, (x,))
+        assert off(fast, program.module(), x) == 0
     for cut in plan.removal.cuts:
         assert tuple(fast.state_dict()[cut.tensor].shape) == cut.after
 
