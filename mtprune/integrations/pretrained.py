@@ -51,10 +51,12 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         plan: As `Plan.to_dict` gives it.
-        tensors: Type and shape of the parts of layers that are not dense, by name.
+        tensors: Type and shape of what the configuration does not tell, by name: the parts of
+            layers that are not dense, and biases of layers that lost inputs.
         prefix: What names begin with inside the base model; empty if that was saved by itself.
         format: Of all this.
         quant_method: ``"mtprune"``.
+        others: What later formats say.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
         prefix: str = "",
         format: int = _FORMAT,  # noqa: A002 - its name in the file
         quant_method: str = METHOD,
+        **others: Any,
     ) -> None:
         if format != _FORMAT:
             raise ValueError(
@@ -185,11 +188,13 @@ def load(directory: str | PathLike[str]) -> nn.Module:
 
 def _described(model: nn.Module, plan: Plan) -> PlanConfig:
     """What the configuration of this model has to say."""
+    cut = {name.rpartition(".")[0] for name in (c.tensor for c in plan.removal.cuts)}
     tensors = {
         f"{name}.{key}": (str(value.dtype).removeprefix("torch."), list(value.shape))
         for name, module in model.named_modules()
-        if isinstance(module, Kernel)
         for key, value in module.state_dict().items()
+        # Constants that were removed may have given a layer its first bias.
+        if isinstance(module, Kernel) or (name in cut and key == "bias")
     }
     return PlanConfig(plan.to_dict(), tensors, _prefix(model))
 
