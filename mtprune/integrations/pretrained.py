@@ -95,8 +95,7 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
-        config = self.quantization_config
-        plan, tensors = _fitted(config, model)
+        plan, tensors = _fitted(self.quantization_config, model)
         assemble(model, plan, tensors)
         inside = (seen_from(_prefix(model), name) or name for name in _markers(model))
         ignored = {rf"(^|\.){re.escape(name)}$" for name in inside}
@@ -199,8 +198,11 @@ def _described(model: nn.Module, plan: Plan) -> PlanConfig:
     return PlanConfig(plan.to_dict(), tensors, _prefix(model))
 
 
-def _fitted(config: PlanConfig, model: nn.Module) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan for this model, whose head may not be the one that was saved; and its parts."""
+def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan for this model, whose head may not be the one that was saved; and its parts.
+
+    Parts have no values yet, and will be loaded in the type that they have here: the model's.
+    """
     plan, tensors, prefix = Plan.from_dict(config.plan), config.tensors, _prefix(model)
     if config.prefix != prefix:
         plan = plan.part(config.prefix).under(prefix)
@@ -217,10 +219,10 @@ def _fitted(config: PlanConfig, model: nn.Module) -> tuple[Plan, dict[str, Tenso
         tuple(cut for cut in plan.removal.cuts if cut.tensor.rpartition(".")[0] in modules),
         tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
     )
-    parts = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (dtype, shape) in tensors.items()
-    }
+    parts = {}
+    for name, (saved, shape) in tensors.items():
+        part = torch.empty(shape, dtype=getattr(torch, saved), device="meta")
+        parts[name] = part.to(model.dtype) if part.is_floating_point() else part
     return replace(plan, rows=tuple(rows), removal=removal), parts
 
 

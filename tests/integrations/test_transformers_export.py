@@ -135,13 +135,23 @@ def test_a_compressed_classifier(tmp_path):
     assert equal(transformers.AutoModel.from_pretrained(tmp_path), fast.bert)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "zeros"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_it_is_loaded_in_another_type(kind, dtype, tmp_path):
+    encoder, fast = compressed("Bert", kind)
+    save_pretrained(fast, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    assert equal(loaded, fast.to(dtype))
+    if dtype == torch.float64 or kind not in ("csr", "everything"):
+        assert torch.equal(encoder.states(loaded), encoder.states(fast))
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k in ("both", "rank", "csr")])
 def test_it_can_be_cast_and_trained(kind, tmp_path):
     pytest.importorskip("accelerate")
     encoder, fast = compressed("Bert", kind, "ForSequenceClassification")
     save_pretrained(fast, tmp_path / "model")
     auto = transformers.AutoModelForSequenceClassification
-    assert auto.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).dtype == torch.bfloat16
     model = auto.from_pretrained(tmp_path / "model")
     assert model.half().dtype == torch.float16
     assert model.double().float().dtype == torch.float32
