@@ -26,7 +26,7 @@ from typing import Any as _Any
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import Element
-from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
+from mtprune.methods import LowRank, PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
@@ -44,6 +44,7 @@ __all__ = [
     "Floor",
     "Hold",
     "Linear",
+    "LowRank",
     "MultitaskPruner",
     "OneShot",
     "PerTaskKeep",

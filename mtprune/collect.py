@@ -346,6 +346,7 @@ class Collector:
         first = index not in buffers
         if self._into is None or not weight.is_contiguous():
             assert self._saliency is not None
+            grad = self._masking.rotated(layer, grad)
             weight, grad = _prepared(weight, mask, grad, scale)
             flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
             if first:

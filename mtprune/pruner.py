@@ -13,11 +13,12 @@ from mtprune.clock import Clock
 from mtprune.collect import backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
 from mtprune.loosening import LooseMasking
+from mtprune.lowering import RankMasking
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
-from mtprune.methods.base import JOINT, describe
+from mtprune.methods.base import JOINT, Ranks, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import Count, Facts, Report, count, make_report, moment, remember
+from mtprune.report import Count, Facts, Report, count, count_rank, make_report, moment, remember
 from mtprune.round import Round, scale_of
 from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
@@ -99,6 +100,7 @@ class MultitaskPruner:
         self._layers = find_layers(self._model, include, exclude)
         if not self._layers:
             raise ValueError("The model has nothing prunable.")
+        self._layers, self._unfit = _sorted_out(self._method, self._layers)
         declared = declare(self._model, self._layers, shared_modules)
         self._usage = Usage(self._layers, self._losses, declared)
         self._usage.check_names(self._method)
@@ -127,6 +129,8 @@ class MultitaskPruner:
                     "cannot hold. Leave `score_dtype` out."
                 )
             self._masking = LooseMasking(self._masking, self._model)
+        if getattr(self._method, "lowers", False):
+            self._masking = RankMasking()
         if self._method.softens:
             self._masking = SoftMasking(self._masking, self._model, self._method.watch)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
@@ -146,6 +150,7 @@ class MultitaskPruner:
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
         self._final: dict[str, Tensor] | None = None
+        self._final_sparsity = 0.0
         handles = accept_pruned_keys(self._layers)
         if self._optimizer is not None:
             handles.append(follow(self._optimizer, self))
@@ -293,7 +298,7 @@ class MultitaskPruner:
         Masks, sparsity and report stay readable.
         """
         if self._final is None:
-            self._final = self.masks
+            self._final, self._final_sparsity = self.masks, self.sparsity
             self._masking.remove()
             self._round.forget()
             self._release()
@@ -336,10 +341,16 @@ class MultitaskPruner:
 
     @property
     def sparsity(self) -> float:
-        """The exact share of pruned weights among those the pruner prunes."""
-        masks = self.masks.values()
-        total = sum(mask.numel() for mask in masks)
-        return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
+        """The exact share of pruned weights among those the pruner prunes.
+
+        Where ranks are pruned, of the parameters that are saved.
+        """
+        if self._final is not None:
+            return self._final_sparsity
+        layers = [layer for _, layer in self._usage.active()]
+        total = sum(layer.parameter.numel() for layer in layers)
+        kept = sum(self._masking.kept(layer) for layer in layers)
+        return (total - kept) / total if total else 0.0
 
     def report(self) -> Report:
         """What was pruned at the last update, and for whom."""
@@ -351,7 +362,7 @@ class MultitaskPruner:
             observations=facts.observations,
             stable=facts.stable,
             discarded=facts.discarded,
-            left_alone=self._usage.left_alone(),
+            left_alone={**self._usage.left_alone(), **self._unfit},
             method=describe(self._method, defaults=False),
             weights={} if self._weigher.is_plain else self._weigher.weights,
             history=facts.history,
@@ -375,6 +386,7 @@ class MultitaskPruner:
             "facts": self._facts.state_dict(),
             "soft": self._soft_state(active),
             "loose": isinstance(self._masking, LooseMasking) and self._masking.is_loose,
+            "ranks": self._masking.rank_state() if isinstance(self._masking, RankMasking) else {},
             "weigher": self._weigher.state_dict(),
             **self._round.state_dict(),
             "generator": self._generator.get_state(),
@@ -416,6 +428,8 @@ class MultitaskPruner:
         elif state["loose"]:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(active, masks)
+        elif isinstance(self._masking, RankMasking):
+            self._masking.restore([layer for _, layer in self._usage.active()], state["ranks"])
         elif active:
             self._masking.install(active, masks)
         else:
@@ -475,7 +489,10 @@ class MultitaskPruner:
             for layer, mask in zip(layers, decision.masks, strict=True)
         ]
         distributed.check_equal(masks)
+        if decision.ranks is not None:
+            distributed.check_equal(decision.ranks.kept)
         before = [self._masking.current(layer).clone() for layer in layers]
+        counts = [self._masking.kept(layer) for layer in layers]
         if self._optimizer is not None and self._method.regrows:
             for layer, old, new in zip(layers, before, masks, strict=True):
                 restart_(self._optimizer, layer, new & ~old)
@@ -483,7 +500,10 @@ class MultitaskPruner:
             assert isinstance(self._masking, SoftMasking)
             softly = decision.softly
             self._masking.soften(layers, softly.thresholds, masks, softly.leak, softly.gains)
-        if decision.provisional:
+        if decision.ranks is not None:
+            assert isinstance(self._masking, RankMasking)
+            self._masking.lower(layers, decision.ranks.kept, decision.ranks.gates)
+        elif decision.provisional:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(layers, masks)
         elif decision.softly is None or decision.softly.settled:
@@ -493,7 +513,9 @@ class MultitaskPruner:
         self._record(layers, decision, step)
         self._round.next()
         self._clock.done = step
-        return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
+        return counts != [self._masking.kept(layer) for layer in layers] or any(
+            not torch.equal(old, new) for old, new in zip(before, masks, strict=True)
+        )
 
     def _record(self, layers: Sequence[Layer], decision: Decision, step: int) -> None:
         """Keep what the report needs after the evidence is gone."""
@@ -513,6 +535,11 @@ class MultitaskPruner:
                 alone[task][layer.name] = pack(wishes.get(task, mask))
             tau = None if softly is None else float(softly.thresholds[place])
             cost = self._costs.get(layer.name)
+            if decision.ranks is not None:
+                counts.append(
+                    self._count_rank(layer, components[layer.name], place, using, decision.ranks)
+                )
+                continue
             counts.append(
                 count(
                     layer.name,
@@ -532,6 +559,14 @@ class MultitaskPruner:
             discarded=dict(evidence.discarded),
             history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
         )
+
+    def _count_rank(
+        self, layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
+    ) -> Count:
+        """What an update decided about a layer's components."""
+        voters = {task: JOINT if JOINT in decided.alone else task for task in using}
+        wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
+        return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
 
     def _untold(self, layer: Layer) -> Count:
         """A layer before the first update."""
@@ -558,6 +593,20 @@ class MultitaskPruner:
                 f"Step {update} is due but {who} not been observed since step "
                 f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
             )
+
+
+def _sorted_out(method: Method, layers: Sequence[Layer]) -> tuple[list[Layer], Mapping[str, str]]:
+    """The layers a method can prune, and why not the others."""
+    unfit = getattr(method, "unfit", None)
+    reasons = {} if unfit is None else {layer.name: unfit(layer) for layer in layers}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if len(reasons) == len(layers):
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"{type(method).__name__} can prune none of these layers: '{name}' and "
+            f"{len(layers) - 1} more are left dense ({reason})."
+        )
+    return [layer for layer in layers if layer.name not in reasons], reasons
 
 
 def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:

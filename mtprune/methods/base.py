@@ -14,7 +14,7 @@ from mtprune.saliency import Saliency
 from mtprune.schedule import Schedule
 from mtprune.softening import Watch
 
-__all__ = ["JOINT", "Ballot", "Decision", "Method", "Softly", "describe"]
+__all__ = ["JOINT", "Ballot", "Decision", "Method", "Ranks", "Softly", "describe"]
 
 JOINT = "(all tasks)"
 """The one voter when the sum of the losses is scored instead of each loss."""
@@ -66,6 +66,7 @@ class Decision:
         softly: If weights are to go through soft thresholds instead, these; None for masks.
         memory: What the next decision is to know.
         provisional: Whether these masks may open again: what they hide keeps its value until then.
+        ranks: If components of matrices are kept instead of weights, which.
     """
 
     masks: Sequence[Tensor]
@@ -73,6 +74,23 @@ class Decision:
     softly: "Softly | None" = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     provisional: bool = False
+    ranks: "Ranks | None" = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which components of its weight each layer keeps: singular triples, largest first.
+
+    Attributes:
+        kept: For each layer, bool ``[m]``.
+        alone: For each voter and each layer it uses, what that voter alone would keep.
+        gates: What each component is multiplied by, ``[m]`` for each layer, while nothing is
+            removed yet; None once it is.
+    """
+
+    kept: Sequence[Tensor]
+    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    gates: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
