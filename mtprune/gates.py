@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["GAMMA", "ZETA", "mean", "mean_slope", "open_probability", "open_slope", "sample"]
+__all__ = ["GAMMA", "ZETA", "mean", "open_probability", "sample"]
 
 GAMMA, ZETA = -0.1, 1.1
 
@@ -52,12 +52,6 @@ def open_probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha + _SHIFT)
 
 
-def open_slope(log_alpha: Tensor) -> Tensor:
-    """The derivative of `open_probability`, ``p (1 - p)``."""
-    p = open_probability(log_alpha)
-    return p * (1.0 - p)
-
-
 def mean(log_alpha: Tensor) -> Tensor:
     r"""The mean of a gate.
 
@@ -83,11 +77,3 @@ def mean(log_alpha: Tensor) -> Tensor:
     rest = torch.where(near, _NEAR, rest)
     found = a * ((ZETA + top / rest) / rest * torch.log1p(rest / top) - 1.0 / rest)
     return torch.where(near, 0.5 + _MIDDLE * log_alpha, found).to(log_alpha.dtype)
-
-
-def mean_slope(log_alpha: Tensor) -> Tensor:
-    r"""The derivative of `mean` in :math:`\log\alpha`, same shape and type."""
-    x = log_alpha.detach().to(torch.float64).clone().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(mean(x).sum(), x)
-    return slope.to(log_alpha.dtype)

@@ -100,8 +100,9 @@ class MultitaskPruner:
         self._layers = find_layers(self._model, include, exclude)
         if not self._layers:
             raise ValueError("The model has nothing prunable.")
-        self._layers, self._unfit = _sorted_out(self._method, self._layers)
         declared = declare(self._model, self._layers, shared_modules)
+        self._layers, self._unfit = _sorted_out(self._method, self._layers)
+        declared = [d for d in declared if not self._unfit.keys() >= set(d.names)]
         self._usage = Usage(self._layers, self._losses, declared)
         self._usage.check_names(self._method)
         self._optimizer = None if optimizer is None else raw(optimizer, self._layers)

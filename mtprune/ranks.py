@@ -23,6 +23,7 @@ __all__ = [
     "parameters",
     "per_component",
     "rotate",
+    "rounding",
     "select",
     "spread",
 ]
@@ -112,13 +113,21 @@ def per_component(values: Tensor, shape: Shape) -> Tensor:
     return values if _is_tall(shape) else values.unsqueeze(1)
 
 
-def numerical_rank(weight: Tensor) -> int:
-    r"""How many singular values of a matrix are more than rounding.
+def rounding(dtype: torch.dtype) -> float:
+    r"""How much of the Frobenius norm of a matrix of that type may be rounding.
 
-    Storing a matrix rounds it by at most :math:`\epsilon / 2` of its Frobenius norm, with
-    :math:`\epsilon` that of its type, and computing it does a little more: a singular value counts
-    if it is above :math:`\epsilon \lVert W \rVert_F`. Computed by a singular value decomposition in
-    float64.
+    The :math:`\epsilon` of the type it is stored in, and eight times that of the type it was
+    computed in: float64 for float64, else float32.
+    """
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(dtype).eps + 8 * torch.finfo(computed).eps
+
+
+def numerical_rank(weight: Tensor) -> int:
+    """The lowest rank of a matrix that differs from this one by no more than `rounding`.
+
+    From the singular values left out, of a decomposition in float64: the norm of these is the
+    difference in Frobenius norm.
 
     Args:
         weight: ``[out, in]``.
@@ -128,7 +137,8 @@ def numerical_rank(weight: Tensor) -> int:
         (1, 0)
     """
     values = torch.linalg.svdvals(weight.detach().to(torch.float64))
-    return int((values > torch.finfo(weight.dtype).eps * values.norm()).sum())
+    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()
+    return int((left_out > rounding(weight.dtype) * values.norm()).sum())
 
 
 def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

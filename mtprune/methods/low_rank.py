@@ -31,9 +31,9 @@ __all__ = ["LowRank"]
 
 _START = 3.0  # log alpha of a gate at first: open with probability 0.995, 0.92 on average
 _FARTHEST = 6.0  # log alpha stays this close to 0, so that no gate is beyond recovery
-_TRAVEL = 20.0  # how far log alpha could go in a run: there and back
-_DUAL = 1.0  # what the multipliers gain in an update, per unit of the constraint
-_MOMENTA = (0.9, 0.99)
+_TRAVEL = 40.0  # how far log alpha could go in a run, if a gate was at the top all the time
+_STIFFNESS = 5.0  # the second multiplier at first: what a gap between due and saved counts at once
+_MEMORY = 0.9  # how much of the worth of before counts
 
 
 @dataclass(frozen=True)
@@ -190,16 +190,23 @@ class LowRank:
     def _learn(self, ballot: Ballot, step: int) -> Decision:
         r"""One step of the gates, and in the end what is kept.
 
-        The gates are at their mean, :math:`E[z_k]`, in units of what it was at first. With
-        :math:`w_k` the worth of a component less the mean worth, and s the expected share of
-        components' parameters that are saved, of which t are due, the step goes down
+        Gates are at their mean, in units of what it was at first. The step goes down the augmented
+        Lagrangian
 
-        .. math:: -\sum_k w_k\, E[z_k] + n\, (\lambda_1 (s - t) + \lambda_2 (s - t)^2)
+        .. math:: -\frac1C \sum_k c_k w_k p_k + \lambda_1 (s - t) + \lambda_2 (s - t)^2, \quad
+            s = 1 - \frac1C \sum_k c_k p_k ,
 
-        and the multipliers go up. What :math:`\lambda_1` has become in the end is the price of a
-        parameter.
+        where a component costs :math:`c_k` parameters, C in all, is open with probability
+        :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses fall
+        when it grows. Of s, the share saved, t is due. It is a step of mirror descent,
+
+        .. math:: \operatorname{logit} p_k \leftarrow \operatorname{logit} p_k
+            + \eta\, (w_k + \lambda_1 + 2 \lambda_2 (s - t)),
+
+        so that a gate that is almost shut moves as fast as any other. The multipliers go up their
+        gradients; :math:`-\lambda_1` ends as the price of a parameter.
         """
-        names, shapes = ballot.names, ballot.shapes
+        names, sizes = ballot.names, [min(shape) for shape in ballot.shapes]
         settled = self.schedule.next_update(step) is None
         memory: Mapping[str, Any] = ballot.memory
         if settled and not memory:
@@ -207,40 +214,47 @@ class LowRank:
                 "gates='learned' has had no update to learn from. Call observe() and step() in a "
                 "loop, or take gates='saliency'."
             )
-        fresh = [torch.full((min(shape),), _START, dtype=torch.float64) for shape in shapes]
-        now = [memory["log_alpha"][name] for name in names] if memory else fresh
-        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in now]))).cpu()
-        flat = torch.cat(now)
-        cost = torch.cat([torch.full((min(s),), float(sum(s))) for s in shapes]).double()
-        whole = float(cost.sum())
-        budget = (1 - self.sparsity) * sum(map(math.prod, shapes))
-        before = float(gates.open_probability(torch.tensor(_START)))
-        saved = 1.0 - float((cost * gates.open_probability(flat)).sum()) / whole / before
-        gap = saved - self.schedule.progress(step) * (1.0 - min(1.0, budget / whole))
-        first, second = memory.get("multipliers", (0.0, 0.0))
-        price = first + 2.0 * second * gap
-        slope = -(worth - worth.mean()) * gates.mean_slope(flat)
-        slope -= price * gates.open_slope(flat) * cost * (len(cost) / whole)
-        count = memory.get("count", 0) + 1
         pace = memory["pace"] if memory else self._pace()
-        moved, momenta = _adam(flat, slope, memory.get("momenta"), count, pace)
-        sizes = [min(s) for s in shapes]
-        found = moved.clamp(-_FARTHEST, _FARTHEST).split(sizes)
+        count = memory["count"] + 1 if memory else 1
+        fresh = [torch.full((size,), _START, dtype=torch.float64) for size in sizes]
+        held = [memory["log_alpha"][name] for name in names] if memory else fresh
+        votes_ = self._vote(_percentiles(ballot, [_let(log_alpha) for log_alpha in held]))
+        worth = torch.cat(votes_).cpu()
+        smooth = (1 - _MEMORY) * (worth - worth.mean())
+        smooth += _MEMORY * memory["worth"] if memory else 0.0
+        log_alpha = torch.cat(held)
+        gap = self._saved(ballot, log_alpha) - self.schedule.progress(step) * self._due(ballot)
+        first, second = memory["multipliers"] if memory else (0.0, _STIFFNESS)
+        log_alpha += pace * (smooth / (1 - _MEMORY**count) + first + 2.0 * second * gap)
+        found = log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)
         if settled:
-            kept = self._select(ballot, found, self.sparsity, sizes)
-            return Decision(ballot.masks, ranks=Ranks(kept))
-        everything = [torch.ones(size, dtype=torch.bool) for size in sizes]
+            return Decision(
+                ballot.masks, ranks=Ranks(self._select(ballot, found, self.sparsity, sizes))
+            )
         return Decision(
             ballot.masks,
             memory={
                 "log_alpha": {name: x.clone() for name, x in zip(names, found, strict=True)},
-                "momenta": momenta,
-                "multipliers": [first + _DUAL * gap, second + _DUAL * gap**2],
+                "worth": smooth,
+                "multipliers": [first + pace * gap, second + pace * gap**2],
                 "count": count,
                 "pace": pace,
             },
-            ranks=Ranks(everything, gates=[_let(x) for x in found]),
+            ranks=Ranks(
+                [torch.ones(size, dtype=torch.bool) for size in sizes],
+                gates=[_let(x) for x in found],
+            ),
         )
+
+    def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:
+        """The share of the components' parameters that shut gates are expected to save."""
+        costs = _costs(ballot)
+        return 1.0 - float((costs * gates.open_probability(log_alpha)).sum() / costs.sum())
+
+    def _due(self, ballot: Ballot) -> float:
+        """The same share in the end: factors of full rank are larger than the matrix."""
+        budget = (1 - self.sparsity) * sum(map(math.prod, ballot.shapes))
+        return 1.0 - min(1.0, budget / float(_costs(ballot).sum()))
 
     def _pace(self) -> float:
         """How far a gate's parameter moves in an update."""
@@ -275,13 +289,6 @@ def _percentiles(
     return [{voter: rankings[voter].exact(s) for voter, s in layer.items()} for layer in scores]
 
 
-def _adam(
-    x: Tensor, slope: Tensor, momenta: Sequence[Tensor] | None, count: int, rate: float
-) -> tuple[Tensor, list[Tensor]]:
-    """One step downhill. Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015."""
-    first, second = momenta or (torch.zeros_like(x), torch.zeros_like(x))
-    first = _MOMENTA[0] * first + (1 - _MOMENTA[0]) * slope
-    second = _MOMENTA[1] * second + (1 - _MOMENTA[1]) * slope.square()
-    way = first / (1 - _MOMENTA[0] ** count)
-    size = (second / (1 - _MOMENTA[1] ** count)).sqrt()
-    return x - rate * way / size.clamp(min=1e-12), [first, second]
+def _costs(ballot: Ballot) -> Tensor:
+    """How many parameters each component costs, layer by layer, float64."""
+    return torch.tensor([sum(shape) for shape in ballot.shapes for _ in range(min(shape))]).double()
