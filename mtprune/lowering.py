@@ -79,14 +79,17 @@ class RankMasking(Masking):
     @override
     @torch.no_grad()
     def remove(self) -> None:
-        """Let go; only a weight that has left its directions since is projected once more."""
+        """Let go; only a weight that has left its directions since is projected once more.
+
+        What the directions are stays known, for who saves the state now.
+        """
         for layer in self._layers:
             if layer.name in self._spans:
                 weight, there = layer.parameter.detach(), self._projected(layer)
                 off, size = (weight - there).norm(), there.norm()
                 if not bool(off <= _ROUNDING * torch.finfo(weight.dtype).eps * size):
                     weight.copy_(there)
-        self.lift()
+        self._layers = []
 
     @override
     def lift(self) -> None:

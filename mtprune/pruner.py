@@ -490,10 +490,7 @@ class MultitaskPruner:
             for layer, mask in zip(layers, decision.masks, strict=True)
         ]
         distributed.check_equal(masks)
-        if decision.ranks is not None:
-            distributed.check_equal(decision.ranks.kept)
         before = [self._masking.current(layer).clone() for layer in layers]
-        counts = [self._masking.kept(layer) for layer in layers]
         if self._optimizer is not None and self._method.regrows:
             for layer, old, new in zip(layers, before, masks, strict=True):
                 restart_(self._optimizer, layer, new & ~old)
@@ -501,9 +498,9 @@ class MultitaskPruner:
             assert isinstance(self._masking, SoftMasking)
             softly = decision.softly
             self._masking.soften(layers, softly.thresholds, masks, softly.leak, softly.gains)
+        lowered = False
         if decision.ranks is not None:
-            assert isinstance(self._masking, RankMasking)
-            self._masking.lower(layers, decision.ranks.kept, decision.ranks.gates)
+            lowered = self._lower(layers, decision.ranks)
         elif decision.provisional:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(layers, masks)
@@ -514,9 +511,17 @@ class MultitaskPruner:
         self._record(layers, decision, step)
         self._round.next()
         self._clock.done = step
-        return counts != [self._masking.kept(layer) for layer in layers] or any(
-            not torch.equal(old, new) for old, new in zip(before, masks, strict=True)
-        )
+        changed = any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
+        return changed or lowered
+
+    def _lower(self, layers: Sequence[Layer], decided: Ranks) -> bool:
+        """Let ranks, or gates, take hold; whether a rank changed."""
+        assert isinstance(self._masking, RankMasking)
+        kept = zip(decided.kept, layers, strict=True)
+        distributed.check_equal(mask.to(layer.parameter.device) for mask, layer in kept)
+        before = [self._masking.rank(layer) for layer in layers]
+        self._masking.lower(layers, decided.kept, decided.gates)
+        return before != [self._masking.rank(layer) for layer in layers]
 
     def _record(self, layers: Sequence[Layer], decision: Decision, step: int) -> None:
         """Keep what the report needs after the evidence is gone."""
@@ -536,22 +541,21 @@ class MultitaskPruner:
                 alone[task][layer.name] = pack(wishes.get(task, mask))
             tau = None if softly is None else float(softly.thresholds[place])
             cost = self._costs.get(layer.name)
+            component = components[layer.name]
             if decision.ranks is not None:
+                counts.append(_count_rank(layer, component, place, using, decision.ranks))
+            else:
                 counts.append(
-                    self._count_rank(layer, components[layer.name], place, using, decision.ranks)
+                    count(
+                        layer.name,
+                        component,
+                        mask,
+                        wishes,
+                        using=using,
+                        threshold=tau,
+                        cost=None if cost is None else float(cost),
+                    )
                 )
-                continue
-            counts.append(
-                count(
-                    layer.name,
-                    components[layer.name],
-                    mask,
-                    wishes,
-                    using=using,
-                    threshold=tau,
-                    cost=None if cost is None else float(cost),
-                )
-            )
         self._alone = alone
         self._facts = Facts(
             counts=tuple(counts),
@@ -560,14 +564,6 @@ class MultitaskPruner:
             discarded=dict(evidence.discarded),
             history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
         )
-
-    def _count_rank(
-        self, layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
-    ) -> Count:
-        """What an update decided about a layer's components."""
-        voters = {task: JOINT if JOINT in decided.alone else task for task in using}
-        wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
-        return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
 
     def _untold(self, layer: Layer) -> Count:
         """A layer before the first update."""
@@ -608,6 +604,15 @@ def _sorted_out(method: Method, layers: Sequence[Layer]) -> tuple[list[Layer], M
             f"{len(layers) - 1} more are left dense ({reason})."
         )
     return [layer for layer in layers if layer.name not in reasons], reasons
+
+
+def _count_rank(
+    layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
+) -> Count:
+    """What an update decided about a layer's rank."""
+    voters = {task: JOINT if JOINT in decided.alone else task for task in using}
+    wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
+    return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
 
 
 def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:

@@ -542,6 +542,18 @@ def test_a_resumed_run_is_the_uninterrupted_run(method, at, order, backend):
     assert whole.pruner.sparsity == resumed.pruner.sparsity
 
 
+def test_a_state_saved_after_the_end_still_holds_the_ranks():
+    loop = Loop(METHODS["gradual"]()).train(10)
+    loop.pruner.finalize()
+    resumed = Loop(METHODS["gradual"]())
+    resumed.model.load_state_dict(loop.model.state_dict())
+    resumed.pruner.load_state_dict(loop.pruner.state_dict())
+    resumed.at = 10
+    resumed.train(3)
+    assert resumed.pruner.sparsity == loop.pruner.sparsity
+    assert [ranks.numerical_rank(resumed.model.trunk[i].weight) for i in (0, 2)] == loop.ranks
+
+
 # Learned gates.
 
 
