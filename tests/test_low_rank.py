@@ -522,17 +522,21 @@ def test_pruning_over_batches():
 # Checkpoints.
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(("model", "optimizer", "pruner"))))
-@pytest.mark.parametrize("at", [1, 4, 9])
+ORDERS = list(itertools.permutations(("model", "optimizer", "pruner")))
+
+
+@pytest.mark.parametrize(
+    ("at", "order"), [*((4, order) for order in ORDERS), (1, ORDERS[0]), (9, ORDERS[0])]
+)
 @EVERY_METHOD
-def test_a_resumed_run_is_the_uninterrupted_run(method, at, order, backend):
-    whole = Loop(METHODS[method](), backend=backend).train(at)
+def test_a_resumed_run_is_the_uninterrupted_run(method, at, order):
+    whole = Loop(METHODS[method]()).train(at)
     file = io.BytesIO()
     torch.save({part: getattr(whole, part).state_dict() for part in order}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     whole.train(12 - at)
-    resumed = Loop(METHODS[method](), backend=backend)
+    resumed = Loop(METHODS[method]())
     for part in order:
         getattr(resumed, part).load_state_dict(state[part])
     resumed.at = at
