@@ -68,7 +68,8 @@ class LowRank:
             component costs.
         gates: ``"saliency"`` ranks components by the derivative of the losses in their gates when
             an update is made; ``"learned"`` trains the gates from update to update, with the
-            weights, and removes nothing before the last one.
+            weights, and removes nothing before the last one. A component that has faded and comes
+            back is as exact as the type of the weights lets it be: train them in float32.
         vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
         schedule: When ranks, or gates, change (`mtprune.schedule`).
         floor: The share of a uniform budget that every layer is sure of, filled by its own best
@@ -76,8 +77,8 @@ class LowRank:
         min_rank: The least rank of a layer, as long as the budget has as much for each.
         observations: How many observations of every task an update needs.
         disentangled: Score every loss on its own. False scores their sum.
-        rate: How far the logarithm of a gate's parameter moves in an update; so that it could cross
-            its range twice in the run, unless given.
+        rate: How far learned gates move in an update; so that all updates together could take them
+            from one end to the other three times, unless given.
 
     Example:
         >>> LowRank(0.5, vote=votes.mean).gates
@@ -218,8 +219,7 @@ class LowRank:
         count = memory["count"] + 1 if memory else 1
         fresh = [torch.full((size,), _START, dtype=torch.float64) for size in sizes]
         held = [memory["log_alpha"][name] for name in names] if memory else fresh
-        votes_ = self._vote(_percentiles(ballot, [_let(log_alpha) for log_alpha in held]))
-        worth = torch.cat(votes_).cpu()
+        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in held])))
         smooth = (1 - _MEMORY) * (worth - worth.mean())
         smooth += _MEMORY * memory["worth"] if memory else 0.0
         log_alpha = torch.cat(held)
