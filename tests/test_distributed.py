@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mtprune import Block, Cubic, SoftThreshold, Vote, recipes
+from mtprune import Block, Cubic, LowRank, SoftThreshold, Vote, recipes
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
@@ -53,6 +53,8 @@ METHODS = {
     "blocks": lambda: Vote(
         0.7, granularity=Block(2, 2), schedule=Cubic(begin=1, end=7, every=2), min_keep=0
     ),
+    "rank": lambda: LowRank(0.7, schedule=Cubic(begin=1, end=7, every=2)),
+    "gates": lambda: LowRank(0.7, "learned", schedule=Cubic(begin=1, end=7, every=1)),
 }
 
 
@@ -71,7 +73,12 @@ def train(case, rank, world):
         run.step()
         masks.append(run.pruner.masks)
     memory = run.pruner.state_dict()["memory"]
-    return {"masks": masks, "weights": weights(run), "offsets": memory.get("offsets", {})}
+    return {
+        "masks": masks,
+        "weights": weights(run),
+        "offsets": memory.get("offsets", {}),
+        "kept": [row.kept for row in run.pruner.report().layers],
+    }
 
 
 def disagree(rank):
@@ -138,9 +145,15 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
         assert same(one, other)
     assert same(first["weights"], second["weights"])
     assert first["offsets"] == second["offsets"]
+    assert first["kept"] == second["kept"]
     last = first["masks"][-1]
-    largest = 4 if case[1] == "blocks" else 1
-    assert 0 <= nets.zeros(last) - round(0.7 * nets.size(last)) < largest
+    asked = round(0.7 * nets.size(last))
+    if case[1] in ("rank", "gates"):  # no zeros, and whole components
+        assert sum(first["kept"]) < nets.size(last)
+    else:
+        largest = 4 if case[1] == "blocks" else 1
+        assert 0 <= nets.zeros(last) - asked < largest
+        assert nets.zeros(last) == nets.size(last) - sum(first["kept"])
 
 
 # Learned offsets look at the sizes of gradients before ranks add theirs up.
@@ -148,6 +161,7 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
 def test_two_ranks_are_one_process_with_the_whole_batch(case, ranks):
     alone = train(case, 0, 1)
     result = ranks[0]["/".join(case)]
+    assert alone["kept"] == result["kept"]
     for one, other in zip(alone["masks"], result["masks"], strict=True):
         assert same(one, other)
     for name, weight in alone["weights"].items():
