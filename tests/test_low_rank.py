@@ -388,10 +388,7 @@ def test_tasks_may_come_one_by_one():
         loop.pruner.step()
         loop.at += 1
     assert loop.pruner.sparsity >= 0.6
-    assert (
-        dict(loop.pruner.report().observations) == {"a": 1, "b": 1}
-        or loop.pruner.report().step == 4
-    )
+    assert loop.pruner.report().step == 4
 
 
 # How ranks hold.
