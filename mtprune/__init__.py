@@ -33,7 +33,16 @@ from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, sampling
-    from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
+    from mtprune.compression import (
+        Plan,
+        Sizes,
+        compress,
+        load,
+        measure,
+        plan_of,
+        recalibrate_bn,
+        save,
+    )
 
 __version__ = _version("mtprune")
 
@@ -51,12 +60,14 @@ __all__ = [
     "Regrow",
     "Report",
     "SigmoidThreshold",
+    "Sizes",
     "SoftThreshold",
     "Vote",
     "affinity",
     "budget",
     "compress",
     "load",
+    "measure",
     "metrics",
     "plan_of",
     "recalibrate_bn",
@@ -73,6 +84,15 @@ def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in ("affinity", "budget", "metrics", "sampling"):
         return _import_module(f"mtprune.{name}")
-    if name in ("Plan", "compress", "load", "plan_of", "recalibrate_bn", "save"):
+    if name in (
+        "Plan",
+        "Sizes",
+        "compress",
+        "load",
+        "measure",
+        "plan_of",
+        "recalibrate_bn",
+        "save",
+    ):
         return getattr(_import_module("mtprune.compression"), name)
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")

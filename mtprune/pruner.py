@@ -23,6 +23,7 @@ from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
 from mtprune.usage import Usage
 from mtprune.weighting import Weigher, parse_weighting
+from mtprune.wishes import leave
 
 __all__ = ["MultitaskPruner"]
 
@@ -294,6 +295,8 @@ class MultitaskPruner:
         """
         if self._final is None:
             self._final = self.masks
+            if self._alone:
+                leave(self._model, self._alone, {x.name: x.shape for x in self._layers})
             self._masking.remove()
             self._round.forget()
             self._release()

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.components import unwrap
+from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.kernels import KERNELS, Kernel
 from mtprune.compression.plan import Measured, Plan, Row
 from mtprune.compression.running import Calls, calls, check_devices, parse, run, unnested
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
+from mtprune.compression.sizes import sizes_of
 from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.verify import verify
+from mtprune.wishes import TaskMasks
 
 __all__ = ["MARGIN", "WORTH", "assemble", "compress", "plan_of"]
 
@@ -33,6 +36,10 @@ def compress(
     model: nn.Module,
     example_inputs: Any,
     *,
+    tasks: Sequence[str] | None = None,
+    task_masks: TaskMasks | None = None,
+    outputs: Places | None = None,
+    portable: bool = False,
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
@@ -52,7 +59,15 @@ def compress(
         model: A model with zeros in its weights: after ``pruner.finalize()``, or from elsewhere.
         example_inputs: What the model will be run on: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these, several batch sizes for instance.
-        plan: Use this one, made before or edited, and time nothing.
+        tasks: Return only what these tasks need: weights that one of them voted for, and their own
+            outputs. `plan_of` says what that left (``subnetwork``), and other weights' absence
+            changes the outputs of these tasks too (see ``docs/compress.md``).
+        task_masks: ``pruner.task_masks``: what each task voted for. Known already if the model is
+            the very one that a pruner has finalized.
+        outputs: ``{task: place}``: the keys, fields or indices of what the model returns that
+            belong to each task. By default they are found by name, or by whose weights they need.
+        portable: Take only forms that can be exported (``torch.export``, ONNX).
+        plan: Use this one, made before or edited, and time nothing; with the ``tasks`` it is for.
         tolerance: Of the relative Frobenius norm of what outputs may differ by: 1e-5 in float32
             unless given. Outputs are bitwise equal if all layers stay dense.
         measure: From a list of functions to the milliseconds of each: how forms are timed.
@@ -78,7 +93,8 @@ def compress(
     model = unwrap(model)
     before = getattr(model, _PLAN, None)
     if before is not None:
-        if plan is not None and plan != before:
+        other = tasks is not None and _tasks(before) != set(tasks)
+        if other or (plan is not None and plan != before):
             raise ValueError(
                 "This model is compressed already, by another plan. Give the dense model."
             )
@@ -86,6 +102,17 @@ def compress(
     refuse_unfinished(model)
     batches = parse(example_inputs)
     check_devices(model, batches)
+    original, part = model, None
+    if tasks is not None:
+        model, part = extract(model, batches, tasks, task_masks, outputs)
+    elif task_masks is not None or outputs is not None:
+        raise ValueError(
+            "`task_masks` and `outputs` say what belongs to `tasks`. Give `tasks` too."
+        )
+    if plan is not None and _tasks(plan) != (set() if part is None else set(part.tasks)):
+        raise ValueError(
+            f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
+        )
     work = copy.deepcopy(model).eval()
     sites = find_sites(work)
     if plan is not None:
@@ -94,14 +121,21 @@ def compress(
         expected = run(work, batches)
         given = calls(work, sites, batches)
         if plan is None:
-            plan, kernels = _choose(sites, given, measure)
+            plan, kernels = _choose(sites, given, measure, portable)
             plan, kernels = _check_whole(work, sites, batches, plan, kernels, measure)
         else:
-            plan, kernels = _follow(plan, sites)
+            plan, kernels = _follow(plan, sites, portable)
         _place(sites, kernels)
         replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
         verify(expected, run(work, batches), replaced, tolerance)
+    if plan.sizes is None:
+        plan = replace(plan, sizes=sizes_of(work, batches, against=original))
+    plan = replace(plan, subnetwork=part)
     return _finish(work, plan)
+
+
+def _tasks(plan: Plan) -> set[str]:
+    return set() if plan.subnetwork is None else set(plan.subnetwork.tasks)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -115,6 +149,7 @@ def plan_of(model: nn.Module) -> Plan:
         >>> print(plan_of(fast))
         layer  shape  choice  dense ms  chosen ms  dense bytes  bytes
         0      2x2    dense          -          -           24     24  no zeros
+        whole model: parameters 6 -> 6, multiply-adds 4 -> 4, bytes 24 -> 24
         Nothing to compress: no weight of a layer is zero.
     """
     found = getattr(unwrap(model), _PLAN, None)
@@ -134,6 +169,8 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     Raises:
         ValueError: If the plan is for another model.
     """
+    if plan.subnetwork is not None:
+        cut(model, plan.subnetwork)
     sites = find_sites(model)
     _check_fits(plan, sites)
     for site in sites:
@@ -146,7 +183,7 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
 
 
 def _choose(
-    sites: Sequence[Site], given: Mapping[str, Calls], measure: Measure
+    sites: Sequence[Site], given: Mapping[str, Calls], measure: Measure, portable: bool
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
@@ -163,7 +200,7 @@ def _choose(
         elif not given[site.name]:
             row = replace(row, note="the example inputs do not reach it")
         else:
-            forms = _forms(site, zero)
+            forms = _forms(site, zero, portable)
             if forms:
                 row = _timed(row, site, forms, given[site.name], measure)
                 if row.choice != "dense":
@@ -179,10 +216,12 @@ def _row(site: Site) -> Row:
     return Row(site.name, shape, "dense", (Measured("dense", None, site.bytes),))
 
 
-def _forms(site: Site, zero: float) -> dict[str, Kernel]:
+def _forms(site: Site, zero: float, portable: bool) -> dict[str, Kernel]:
     """Every other form of a layer that can run where it is."""
     forms = {}
     for choice, kernel in KERNELS.items():
+        if portable and not kernel.portable:
+            continue
         if kernel.lacking(site.layer.weight) or (choice == "csr" and zero < WORTH):
             continue
         parts = kernel.parts(site.layer)
@@ -264,7 +303,7 @@ def _check_fits(plan: Plan, sites: Sequence[Site]) -> None:
             raise ValueError(f"The plan is for another model: it lacks layer '{site.name}'.")
 
 
-def _follow(plan: Plan, sites: Sequence[Site]) -> tuple[Plan, dict[str, Kernel]]:
+def _follow(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Kernel]]:
     """The kernels of a plan; forms that cannot run here become dense."""
     kernels = {}
     for site in sites:
@@ -272,7 +311,10 @@ def _follow(plan: Plan, sites: Sequence[Site]) -> tuple[Plan, dict[str, Kernel]]
         if row.choice == "dense":
             continue
         kernel = KERNELS[row.choice]
-        if lacking := kernel.lacking(site.layer.weight):
+        lacking = kernel.lacking(site.layer.weight)
+        if portable and not kernel.portable:
+            lacking = f"portable=True, and {row.choice} cannot be exported"
+        if lacking:
             warnings.warn(f"Layer '{site.name}' stays dense: {lacking}.", stacklevel=3)
             plan = plan.replace(site.name, "dense")
             continue
@@ -298,5 +340,8 @@ def _finish(model: nn.Module, plan: Plan) -> nn.Module:
             isinstance(m, Kernel) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
+    for name, module in model.named_modules():
+        if isinstance(module, Kernel):
+            module.site = name
     setattr(model, _PLAN, plan)
     return model.eval()

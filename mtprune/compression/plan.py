@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mtprune.compression.extract import Subnetwork
+from mtprune.compression.sizes import Sizes
+
 __all__ = ["CHOICES", "Measured", "Plan", "Row"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4")
@@ -65,6 +68,8 @@ class Plan:
         dense_ms: Milliseconds of the whole model as it was; None if it was not timed.
         ms: Milliseconds of the whole compressed model.
         note: What else there is to say.
+        subnetwork: What was taken out of the model before, if it was for some tasks only.
+        sizes: Of the compressed model, against those of the dense one; None if not counted.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -85,6 +90,8 @@ class Plan:
     dense_ms: float | None = None
     ms: float | None = None
     note: str = ""
+    subnetwork: Subnetwork | None = None
+    sizes: Sizes | None = None
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -96,7 +103,7 @@ class Plan:
     def replace(self, layer: str, choice: str) -> "Plan":
         """The same plan with another form for one layer, or for all with the layer ``"*"``.
 
-        Times of the whole model are dropped, because they no longer hold.
+        Times and sizes of the whole model are dropped, because they no longer hold.
 
         Raises:
             KeyError: If there is no such layer.
@@ -109,7 +116,7 @@ class Plan:
         rows = tuple(
             replace(row, choice=choice) if layer in ("*", row.layer) else row for row in self.rows
         )
-        return replace(self, rows=rows, dense_ms=None, ms=None)
+        return replace(self, rows=rows, dense_ms=None, ms=None, sizes=None)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data that JSON can hold."""
@@ -133,7 +140,15 @@ class Plan:
                 )
                 for row in data["rows"]
             )
-            plan = cls(**{**data, "rows": rows})
+            part, sizes = data.get("subnetwork"), data.get("sizes")
+            plan = cls(
+                **{
+                    **data,
+                    "rows": rows,
+                    "subnetwork": None if part is None else Subnetwork.from_dict(part),
+                    "sizes": None if sizes is None else Sizes.from_dict(sizes),
+                }
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
@@ -162,6 +177,10 @@ class Plan:
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
+        if self.sizes is not None and self.sizes.against is not None:
+            printed.append(f"whole model: {self.sizes.sentence}")
+        if self.subnetwork is not None:
+            printed.append(str(self.subnetwork))
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
