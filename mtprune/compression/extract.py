@@ -129,7 +129,7 @@ def extract(
         )
     chosen = _chosen(tasks, wishes)
     work = copy.deepcopy(model).eval()
-    run(work, batches[:1])  # says what is wrong with the inputs
+    run(work, batches)  # says what is wrong with the inputs
     reached = _reached(work, batches)
     places = None
     if set(chosen) != set(wishes):

@@ -36,7 +36,7 @@ class Kernel(nn.Module, ABC):
     """
 
     choice: ClassVar[str]
-    portable: ClassVar[bool] = True
+    portable: ClassVar[bool] = False
     """Whether torch.export takes it."""
 
     site = ""
@@ -115,6 +115,7 @@ class Thin(Kernel):
     """
 
     choice = "thin"
+    portable = True
     drops_inputs: ClassVar[bool] = True
 
     @override
@@ -226,7 +227,6 @@ class Csr(Kernel):
     """
 
     choice = "csr"
-    portable = False
 
     @override
     @classmethod
@@ -336,7 +336,6 @@ class SemiStructured(Kernel):
     """
 
     choice = "2:4"
-    portable = False
 
     @override
     @classmethod
