@@ -129,7 +129,8 @@ def compress(
         replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
         verify(expected, run(work, batches), replaced, tolerance)
     if plan.sizes is None:
-        plan = replace(plan, sizes=sizes_of(work, batches, against=original))
+        # A copy once more: the user's own model is never run.
+        plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
     plan = replace(plan, subnetwork=part)
     return _finish(work, plan)
 

@@ -137,6 +137,9 @@ _LINES = (
 )
 
 
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
 def measure(
     model: nn.Module, example_inputs: Any, *, against: nn.Module | None = None, rounds: int = 21
 ) -> Sizes:
@@ -196,21 +199,15 @@ def measure(
 
 
 def sizes_of(model: nn.Module, batches: Sequence[Any], against: nn.Module) -> Sizes:
-    """What can be counted without measuring: of a model in eval mode, and of another before it.
+    """What can be counted without measuring, of a model and of another before it.
 
     Args:
-        model: The model.
+        model: The model, in eval mode.
         batches: Its example inputs.
-        against: What it was made from; its mode is put back.
+        against: What it was made from, in eval mode.
     """
-    modes = {module: module.training for module in against.modules()}
-    try:
-        against.eval()
-        with unnested(model), unnested(against):
-            before = _counted(against, batches)
-            return replace(_counted(model, batches), against=before)
-    finally:
-        _restore(modes)
+    with unnested(model), unnested(against):
+        return replace(_counted(model, batches), against=_counted(against, batches))
 
 
 def _pass(model: nn.Module, batches: Sequence[Any]) -> None:
@@ -260,8 +257,10 @@ def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
     try:
-        # With gradients: the fast paths of attention without them hide their products.
-        with untouched(model), torch.enable_grad(), counter:
+        # With gradients where torch's fast paths without them would hide products; elsewhere they
+        # would only hold on to activations.
+        fused = any(isinstance(module, _FUSED) for module in model.modules())
+        with untouched(model), torch.set_grad_enabled(fused), counter:
             _pass(model, batches)
     finally:
         for handle in handles:

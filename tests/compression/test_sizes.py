@@ -109,3 +109,20 @@ def test_errors():
         mtprune.measure(sparse(), torch.ones(5, 3))
     with pytest.raises(ValueError, match="is on meta and the model on cpu"):
         mtprune.measure(sparse(), torch.ones(5, 4, device="meta"))
+
+
+def test_the_users_own_model_is_never_run_by_compress():
+    model = Counting()
+    mtprune.compress(model, torch.ones(2, 4), measure=prefer("csr"))
+    assert model.calls == 0
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = sparse()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.lin(x)
