@@ -36,9 +36,11 @@ if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, sampling
     from mtprune.compression import (
         Plan,
+        Sizes,
         carry_optimizer,
         compress,
         load,
+        measure,
         plan_of,
         recalibrate_bn,
         save,
@@ -67,6 +69,7 @@ __all__ = [
     "Regrow",
     "Report",
     "SigmoidThreshold",
+    "Sizes",
     "SoftThreshold",
     "Vote",
     "affinity",
@@ -74,6 +77,7 @@ __all__ = [
     "carry_optimizer",
     "compress",
     "load",
+    "measure",
     "metrics",
     "plan_of",
     "recalibrate_bn",
@@ -88,9 +92,11 @@ __all__ = [
 
 _COMPRESSION = (
     "Plan",
+    "Sizes",
     "carry_optimizer",
     "compress",
     "load",
+    "measure",
     "plan_of",
     "recalibrate_bn",
     "save",

@@ -24,6 +24,7 @@ __all__ = [
     "assign",
     "declare",
     "find_layers",
+    "own_name",
     "prunable",
     "unwrap",
 ]
@@ -155,7 +156,7 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     for name, parameter in model.named_parameters():
         if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
             found = tuple(places[id(parameter)])
-            layers.append(Layer(_own_name(model, name), found, tuple(parameter.shape)))
+            layers.append(Layer(own_name(model, name), found, tuple(parameter.shape)))
     return layers
 
 
@@ -270,7 +271,7 @@ def strip(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _own_name(model: nn.Module, name: str) -> str:
+def own_name(model: nn.Module, name: str) -> str:
     """A parameter's name without what real wrappers inside the model add to it."""
     owner, kept = model, []
     for part in name.split("."):

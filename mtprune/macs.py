@@ -1,6 +1,7 @@
 """Multiply-adds: what every weight costs when the model runs."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -15,7 +16,7 @@ from typing_extensions import override
 from mtprune.collect import untouched
 from mtprune.components import Layer
 
-__all__ = ["macs_per_weight"]
+__all__ = ["Multiplied", "macs_per_weight"]
 
 
 def macs_per_weight(
@@ -69,7 +70,17 @@ def _bilinear(one: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * weight.numel() * one.shape[0]
 
 
-_COUNTS = {**flop_registry, torch.ops.aten._trilinear: _bilinear}
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    *before, queries, width = query.shape
+    keys = key.shape[-2]
+    return 2 * prod(before) * queries * keys * (width + value.shape[-1])
+
+
+_COUNTS = {
+    **flop_registry,
+    torch.ops.aten._trilinear: _bilinear,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
 _RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
 
 
@@ -105,3 +116,64 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, owner: Layer, flops: int) -> None:
         self.flops[owner.name] = self.flops.get(owner.name, 0) + flops
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts multiply-adds of whatever runs inside, and those with a weight that is not zero.
+
+    Products of two activations count in full, and so do those with a weight that was copied or cast
+    on the way.
+
+    Attributes:
+        macs: Multiply-adds.
+        kept: Those in which no weight is zero.
+        paused: Count nothing for now.
+
+    Args:
+        parameters: What is a weight.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight[0].zero_()
+        >>> with Multiplied(layer.parameters()) as counted:
+        ...     _ = layer(torch.ones(3, 4))
+        >>> counted.macs, counted.kept
+        (24, 12)
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs, self.kept, self.paused = 0, 0, False
+        self._spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters)
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if self.paused:
+            return out
+        if packet in _RECURRENT:
+            rows = args[0].numel() // args[0].shape[-1]
+            for weight in self._weights(args[1:]):
+                self.macs += rows * weight.numel()
+                self.kept += rows * int(weight.count_nonzero())
+        elif packet in _COUNTS:
+            macs = int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)) // 2
+            weights = self._weights(args)
+            self.macs += macs
+            if weights and weights[0].numel():
+                self.kept += macs * int(weights[0].count_nonzero()) // weights[0].numel()
+            else:
+                self.kept += macs
+        return out
+
+    def _weights(self, args: Any) -> list[Tensor]:
+        """The matrices among the arguments that lie in a parameter's memory."""
+        found = []
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.layout is torch.strided:
+                place = bisect_right(self._spans, leaf.data_ptr(), key=lambda span: span[0]) - 1
+                if place >= 0 and leaf.data_ptr() < self._spans[place][1]:
+                    found.append(leaf)
+        return found

@@ -35,6 +35,7 @@ from mtprune.tasks import LossFunction, check_devices, compute, given, parse, sc
 from mtprune.units import cover
 from mtprune.usage import Usage
 from mtprune.weighting import Weigher, parse_weighting
+from mtprune.wishes import leave
 
 __all__ = ["MultitaskPruner"]
 
@@ -320,6 +321,8 @@ class MultitaskPruner:
         """
         if self._final is None:
             self._final, self._final_sparsity = self.masks, self.sparsity
+            if self._alone:
+                leave(self._model, self._alone, {x.name: x.shape for x in self._layers})
             self._masking.remove()
             self._round.forget()
             self._release()

@@ -3,7 +3,9 @@
 from mtprune.compression.batchnorm import recalibrate_bn
 from mtprune.compression.build import compress, plan_of
 from mtprune.compression.carry import carry_optimizer
+from mtprune.compression.extract import Subnetwork
 from mtprune.compression.plan import Cut, Measured, Plan, Removal, Row
+from mtprune.compression.sizes import Sizes, measure
 from mtprune.compression.storage import load, save
 
 __all__ = [
@@ -12,9 +14,12 @@ __all__ = [
     "Plan",
     "Removal",
     "Row",
+    "Sizes",
+    "Subnetwork",
     "carry_optimizer",
     "compress",
     "load",
+    "measure",
     "plan_of",
     "recalibrate_bn",
     "save",

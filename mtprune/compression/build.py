@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtprune.components import find_layers, unwrap
 from mtprune.compression.attention import NarrowAttention
+from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS
 from mtprune.compression.kernels import Kernel
 from mtprune.compression.plan import Measured, Plan, Removal, Row
@@ -28,11 +29,13 @@ from mtprune.compression.running import (
     unnested,
 )
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
+from mtprune.compression.sizes import sizes_of
 from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.trial import complete
 from mtprune.compression.verify import blame, difference, verify
 from mtprune.patterns import heads, neurons
 from mtprune.structure import Group
+from mtprune.wishes import TaskMasks
 
 __all__ = ["MARGIN", "WORTH", "assemble", "compress", "plan_of"]
 
@@ -50,6 +53,10 @@ def compress(
     example_inputs: Any,
     *,
     groups: Any = "auto",
+    tasks: Sequence[str] | None = None,
+    task_masks: TaskMasks | None = None,
+    outputs: Places | None = None,
+    portable: bool = False,
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
@@ -78,7 +85,15 @@ def compress(
             several of these, or none: ``()``. ``"auto"``, which `None` is too, takes the heads and
             neurons of transformers that `mtprune.patterns` knows, if removing some of them on trial
             changes nothing else. What it does not know it does not guess.
-        plan: Use this one, made before or edited, and time nothing.
+        tasks: Return only what these tasks need: weights that one of them voted for, and their own
+            outputs. `plan_of` says what that left (``subnetwork``), and other weights' absence
+            changes the outputs of these tasks too (see ``docs/compress.md``).
+        task_masks: ``pruner.task_masks``: what each task voted for. Known already if the model is
+            the very one that a pruner has finalized.
+        outputs: ``{task: place}``: the keys, fields or indices of what the model returns that
+            belong to each task. By default they are found by name, or by whose weights they need.
+        portable: Take only forms that can be exported (``torch.export``, ONNX).
+        plan: Use this one, made before or edited, and time nothing; with the ``tasks`` it is for.
         tolerance: Of the relative Frobenius norm of what outputs may differ by: 1e-5 in float32
             unless given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
         measure: From a list of functions to the milliseconds of each: how forms are timed.
@@ -104,7 +119,8 @@ def compress(
     model = unwrap(model)
     before = getattr(model, _PLAN, None)
     if before is not None:
-        if plan is not None and plan != before:
+        other = tasks is not None and _tasks(before) != set(tasks)
+        if other or (plan is not None and plan != before):
             raise ValueError(
                 "This model is compressed already, by another plan. Give the dense model."
             )
@@ -112,8 +128,18 @@ def compress(
     refuse_unfinished(model)
     batches = parse(example_inputs)
     check_devices(model, batches)
+    original, part = model, None
+    if tasks is not None:
+        model, part = extract(model, batches, tasks, task_masks, outputs)
+    elif task_masks is not None or outputs is not None:
+        raise ValueError(
+            "`task_masks` and `outputs` say what belongs to `tasks`. Give `tasks` too."
+        )
+    if plan is not None and _tasks(plan) != (set() if part is None else set(part.tasks)):
+        raise ValueError(
+            f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
+        )
     work = copy.deepcopy(model).eval()
-    before = _parameters(work)
     units = _units(model, groups, batches) if plan is None else []
     timed = plan is None
     with unnested(work):
@@ -126,22 +152,24 @@ def compress(
             _check_fits(plan, sites)
         given = calls(work, sites, batches)
         if plan is None:
-            plan, kernels = _choose(sites, given, measure, removal)
+            plan, kernels = _choose(sites, given, measure, removal, portable)
             plan, kernels = _check_whole(work, sites, batches, plan, kernels, measure)
         else:
-            plan, kernels = _follow(plan, sites)
+            plan, kernels = _follow(plan, sites, portable)
         _place(sites, kernels)
         replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
         exact = not (removal or replaced)
         verify(expected, run(work, batches), tolerance, partial(blame, replaced), exact)
         if removal and timed:
             plan = _timed_whole(plan, model, work, batches, measure)
-    plan = replace(plan, dense_parameters=before, parameters=_parameters(work))
-    return _finish(work, plan)
+    if plan.sizes is None:
+        # A copy once more: the user's own model is never run.
+        plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
+    return _finish(work, replace(plan, subnetwork=part))
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _tasks(plan: Plan) -> set[str]:
+    return set() if plan.subnetwork is None else set(plan.subnetwork.tasks)
 
 
 def _known(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
@@ -261,6 +289,7 @@ def plan_of(model: nn.Module) -> Plan:
         >>> print(plan_of(fast))
         layer  shape  choice  dense ms  chosen ms  dense bytes  bytes
         0      2x2    dense          -          -           24     24  no zeros
+        whole model: parameters 6 -> 6, multiply-adds 4 -> 4, bytes 24 -> 24
         Nothing to compress: no weight of a layer is zero.
     """
     found = getattr(unwrap(model), _PLAN, None)
@@ -280,6 +309,8 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     Raises:
         ValueError: If the plan is for another model.
     """
+    if plan.subnetwork is not None:
+        cut(model, plan.subnetwork)
     resize(model, plan.removal)
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
@@ -299,7 +330,11 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
 
 
 def _choose(
-    sites: Sequence[Site], given: Mapping[str, Calls], measure: Measure, removal: Removal
+    sites: Sequence[Site],
+    given: Mapping[str, Calls],
+    measure: Measure,
+    removal: Removal,
+    portable: bool,
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
@@ -309,7 +344,7 @@ def _choose(
         weight = site.layer.weight.detach()
         zero = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
         choosable = weight.numel() and given[site.name] and not site.held
-        forms = _forms(site, zero) if choosable else {}
+        forms = _forms(site, zero, portable) if choosable else {}
         able = able or (zero > 0 and weight.numel() > 0) or bool(forms)
         if forms:
             row = _timed(row, site, forms, given[site.name], measure)
@@ -333,10 +368,12 @@ def _row(site: Site) -> Row:
     return Row(site.name, shape, "dense", (Measured("dense", None, site.bytes),))
 
 
-def _forms(site: Site, zero: float) -> dict[str, Kernel]:
+def _forms(site: Site, zero: float, portable: bool) -> dict[str, Kernel]:
     """Every other form of a layer that can run where it is."""
     forms = {}
     for choice, kernel in FORMS.items():
+        if portable and not kernel.portable:
+            continue
         if kernel.lacking(site.layer.weight) or (choice == "csr" and zero < WORTH):
             continue
         parts = kernel.parts(site.layer)
@@ -418,7 +455,7 @@ def _check_fits(plan: Plan, sites: Sequence[Site]) -> None:
             raise ValueError(f"The plan is for another model: it lacks layer '{site.name}'.")
 
 
-def _follow(plan: Plan, sites: Sequence[Site]) -> tuple[Plan, dict[str, Kernel]]:
+def _follow(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Kernel]]:
     """The kernels of a plan; forms that cannot run here become dense."""
     kernels = {}
     for site in sites:
@@ -426,7 +463,10 @@ def _follow(plan: Plan, sites: Sequence[Site]) -> tuple[Plan, dict[str, Kernel]]
         if row.choice == "dense":
             continue
         kernel = FORMS[row.choice]
-        if lacking := kernel.lacking(site.layer.weight):
+        lacking = kernel.lacking(site.layer.weight)
+        if portable and not kernel.portable:
+            lacking = f"portable=True, and {row.choice} cannot be exported"
+        if lacking:
             warnings.warn(f"Layer '{site.name}' stays dense: {lacking}.", stacklevel=3)
             plan = plan.replace(site.name, "dense")
             continue
@@ -452,5 +492,8 @@ def _finish(model: nn.Module, plan: Plan) -> nn.Module:
             isinstance(m, (Kernel, NarrowAttention)) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
+    for name, module in model.named_modules():
+        if isinstance(module, Kernel):
+            module.site = name
     setattr(model, _PLAN, plan)
     return model.eval()

@@ -36,6 +36,11 @@ class Kernel(nn.Module, ABC):
     """
 
     choice: ClassVar[str]
+    portable: ClassVar[bool] = False
+    """Whether torch.export takes it."""
+
+    site = ""
+    """The name of the layer in its model, once it is there."""
 
     def __init__(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -46,7 +51,7 @@ class Kernel(nn.Module, ABC):
         self.train(layer.training)
         self._hold(layer, parts)
         # Fused kernels read weights without calling layers, and stand back when there are hooks.
-        self.register_forward_pre_hook(_stand_back)
+        self.register_forward_pre_hook(_check_exporting)
 
     @classmethod
     @abstractmethod
@@ -57,6 +62,11 @@ class Kernel(nn.Module, ABC):
     def lacking(weight: Tensor) -> str:
         """Why this form cannot run where the weight is; empty if it can."""
         return ""
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The numbers that inputs are multiplied by, zeros among them included."""
+        return [part for name, part in self.named_parameters() if not name.endswith("bias")]
 
     @property
     @abstractmethod
@@ -76,8 +86,18 @@ class Kernel(nn.Module, ABC):
         return f"{sizes}, {self.choice}"
 
 
-def _stand_back(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing."""
+def _check_exporting(module: nn.Module, args: Any) -> None:
+    """A hook that says which layer an export fails at, before torch does without."""
+    assert isinstance(module, Kernel)
+    if module.portable:
+        return
+    exporting = getattr(torch.compiler, "is_exporting", bool)
+    if exporting() or torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"Layer '{module.site}' has the form '{module.choice}', which torch.export and ONNX "
+            f"cannot take. Compress again with portable=True, or with "
+            f"plan=mtprune.plan_of(model).replace({module.site!r}, 'dense')."
+        )
 
 
 class Thin(Kernel):
@@ -95,6 +115,7 @@ class Thin(Kernel):
     """
 
     choice = "thin"
+    portable = True
     drops_inputs: ClassVar[bool] = True
 
     @override
@@ -254,12 +275,6 @@ class Csr(Kernel):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        exporting = getattr(torch.compiler, "is_exporting", bool)
-        if exporting():
-            raise RuntimeError(
-                "torch.export cannot take CSR layers. Compress again with "
-                "plan=plan.replace('*', 'dense'), or 'dense' for the layers whose choice is 'csr'."
-            )
         if self.is_conv:
             return self._convolve(x)
         lines = x.reshape(-1, x.shape[-1])

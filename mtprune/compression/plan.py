@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mtprune.compression.extract import Subnetwork
+from mtprune.compression.sizes import Sizes
+
 __all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4", "rank")
@@ -133,8 +136,8 @@ class Plan:
         ms: Milliseconds of the whole compressed model.
         note: What else there is to say.
         removal: What was removed before. Shapes of rows are those of after.
-        dense_parameters: How many the model had; None if nobody counted.
-        parameters: How many the compressed model has: values that are stored, zeros among them.
+        subnetwork: What was taken out of the model before that, if it was for some tasks only.
+        sizes: Of the compressed model, against those of the dense one; None if not counted.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -156,8 +159,8 @@ class Plan:
     ms: float | None = None
     note: str = ""
     removal: Removal = Removal()
-    dense_parameters: int | None = None
-    parameters: int | None = None
+    subnetwork: Subnetwork | None = None
+    sizes: Sizes | None = None
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -169,7 +172,7 @@ class Plan:
     def replace(self, layer: str, choice: str) -> "Plan":
         """The same plan with another form for one layer, or for all with the layer ``"*"``.
 
-        Times of the whole model are dropped, because they no longer hold.
+        Times and sizes of the whole model are dropped, because they no longer hold.
 
         Raises:
             KeyError: If there is no such layer.
@@ -182,7 +185,7 @@ class Plan:
         rows = tuple(
             replace(row, choice=choice) if layer in ("*", row.layer) else row for row in self.rows
         )
-        return replace(self, rows=rows, dense_ms=None, ms=None)
+        return replace(self, rows=rows, dense_ms=None, ms=None, sizes=None)
 
     def part(self, module: str) -> "Plan":
         """The plan of one module, whose layers are named as seen from it.
@@ -237,7 +240,16 @@ class Plan:
                 for row in data["rows"]
             )
             removal = Removal.from_dict(data.get("removal", asdict(Removal())))
-            plan = cls(**{**data, "rows": rows, "removal": removal})
+            part, sizes = data.get("subnetwork"), data.get("sizes")
+            plan = cls(
+                **{
+                    **data,
+                    "rows": rows,
+                    "removal": removal,
+                    "subnetwork": None if part is None else Subnetwork.from_dict(part),
+                    "sizes": None if sizes is None else Sizes.from_dict(sizes),
+                }
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
@@ -266,9 +278,11 @@ class Plan:
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
-        if self.removal:
-            printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
-            printed.append(f"parameters: {self.dense_parameters:,} dense, {self.parameters:,} left")
+        printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+        if self.sizes is not None and self.sizes.against is not None:
+            printed.append(f"whole model: {self.sizes.sentence}")
+        if self.subnetwork is not None:
+            printed.append(str(self.subnetwork))
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)

@@ -1,7 +1,6 @@
 """The rank form: a matrix of low rank as two layers, one after the other."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ class Rank(Kernel):
         [(1, 6), (4, 1), (4,)]
     """
 
-    choice: ClassVar[str] = "rank"
+    choice = "rank"
+    portable = True
 
     @override
     @classmethod

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-__all__ = ["Measure", "interleaved"]
+__all__ = ["Measure", "interleaved", "sampled"]
 
 Measure = Callable[[Sequence[Callable[[], object]]], Sequence[float]]
 """From functions to the milliseconds that each takes."""
@@ -23,12 +23,29 @@ def interleaved(functions: Sequence[Callable[[], object]]) -> list[float]:
         >>> short < long
         True
     """
-    loops, rounds = [], 11
+    return [median(times) for times in sampled(functions)]
+
+
+def sampled(
+    functions: Sequence[Callable[[], object]], most: int = 11, least: int = 3
+) -> list[list[float]]:
+    """The milliseconds of each function, one number for each round in which all take turns.
+
+    Args:
+        functions: The functions.
+        most: How many rounds; fewer if one takes seconds.
+        least: No fewer than these.
+
+    Example:
+        >>> [len(times) for times in sampled([lambda: None, lambda: None], most=20, least=20)]
+        [20, 20]
+    """
+    loops, rounds = [], most
     for function in functions:
         function()  # the first call allocates
         once = _seconds(function, 1)
         loops.append(max(1, min(200, int(1e-3 / max(once, 1e-9)))))
-        rounds = min(rounds, max(3, int(2 / max(once, 1e-9))))
+        rounds = min(rounds, max(least, int(2 / max(once, 1e-9))))
     samples: list[list[float]] = [[] for _ in functions]
     enabled = gc.isenabled()
     gc.disable()
@@ -40,7 +57,7 @@ def interleaved(functions: Sequence[Callable[[], object]]) -> list[float]:
     finally:
         if enabled:
             gc.enable()
-    return [1e3 * median(times) for times in samples]
+    return [[1e3 * seconds for seconds in times] for times in samples]
 
 
 def _seconds(function: Callable[[], object], times: int) -> float:

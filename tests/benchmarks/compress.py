@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtprune
-from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
+from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
 SPARSITIES = {0.9: 1 / 2.0, 0.95: 1 / 3.0}
@@ -53,7 +53,7 @@ def encoders(size: str) -> dict[str, nn.Module]:
     layers, width = {"full": (6, 384), "quick": (2, 128), "toy": (1, 32)}[size]
     return {
         "torch's encoder": subject("encoder", size).model,
-        "encoder of Linear layers": Blocks(layers, width),
+        "encoder of Linear layers": Blocks(layers, width).to(device()),
     }
 
 
@@ -61,7 +61,7 @@ def encoders(size: str) -> dict[str, nn.Module]:
 def mask_(model: nn.Module, sparsity: float) -> None:
     """Random element-wise zeros in all that is prunable."""
     for layer in mtprune.components.find_layers(model):
-        layer.parameter.mul_(torch.rand(layer.shape) >= sparsity)
+        layer.parameter.mul_((torch.rand(layer.shape) >= sparsity).to(device()))
 
 
 def run(settings: Settings) -> list[Row]:
@@ -80,7 +80,7 @@ def run(settings: Settings) -> list[Row]:
 def measure(
     settings: Settings, name: str, model: nn.Module, sparsity: float, batch: int, target: float
 ) -> Row:
-    x = torch.randint(0, 1000, (batch, 4 if settings.size == "toy" else 32))
+    x = torch.randint(0, 1000, (batch, 4 if settings.size == "toy" else 32)).to(device())
     fast = mtprune.compress(model, x)
     plan = mtprune.plan_of(fast)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mtprune import MultitaskPruner, Vote
-from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
+from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
 TASKS = (1, 2, 4, 8, 12)
@@ -62,10 +62,10 @@ def timed_tasks(settings: Settings, tasks: int) -> float:
 
 def timed_weights(settings: Settings, millions: float) -> float:
     torch.manual_seed(0)
-    model = Wide(millions)
+    model = Wide(millions).to(device())
     losses = {task: (lambda out, _, task=task: out[task].square().mean()) for task in "abc"}
     pruner = MultitaskPruner(model, losses, "trunk", method=Vote(0.9, observations=10**6))
-    outputs = model(torch.randn(16, model.trunk[0].in_features))
+    outputs = model(torch.randn(16, model.trunk[0].in_features).to(device()))
     return _seconds(lambda: pruner.observe(outputs, None), settings)
 
 

@@ -48,6 +48,15 @@ class Settings:
         return self.size != "toy"
 
 
+DEVICE = "MTPRUNE_TEST_DEVICE"
+"""The variable that says where nets live, as for the tests; ``--device`` sets it."""
+
+
+def device() -> torch.device:
+    """Where nets and scores are. A process of its own, for memory, finds the same."""
+    return torch.device(os.environ.get(DEVICE, "cpu"))
+
+
 QUICK = Settings("quick", 5, (1,))
 TOY = Settings("toy", 1, (1,))
 
@@ -80,7 +89,11 @@ class Row:
 def interleaved(
     first: Callable[[], object], second: Callable[[], object], repeats: int
 ) -> dict[str, Any]:
-    """Times of two functions that take turns, and how many times the first's the second's are."""
+    """Times of two functions that take turns, and how many times the first's the second's are.
+
+    On an accelerator both clocks are the one on the wall, read when it is done.
+    """
+    on_cpu = device().type == "cpu"
     first(), second()
     times: dict[str, list[float]] = {"cpu": [], "wall": []}
     for turn in range(repeats):
@@ -89,9 +102,12 @@ def interleaved(
             (("a", first), ("b", second)) if turn % 2 else (("b", second), ("a", first))
         ):
             gc.collect()
+            _wait()
             cpu, wall = time.process_time(), time.perf_counter()
             function()
-            pair[name] = (time.process_time() - cpu, time.perf_counter() - wall)
+            _wait()
+            passed = time.perf_counter() - wall
+            pair[name] = (time.process_time() - cpu if on_cpu else passed, passed)
         for i, clock in enumerate(("cpu", "wall")):
             times[clock].append(pair["a"][i])
             times[clock + " of the other"] = [*times.get(clock + " of the other", []), pair["b"][i]]
@@ -122,6 +138,8 @@ def threads(count: int) -> Iterator[None]:
 def peak(function: Callable[[], object]) -> int:
     """By how many bytes memory rises, at its highest, while a function runs."""
     gc.collect()
+    if device().type == "cuda":
+        return _on_device(function)[1]
     before = _status("VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far is that of now
@@ -133,6 +151,8 @@ def peak(function: Callable[[], object]) -> int:
 
 def allocated(function: Callable[[], object]) -> tuple[int, int]:
     """Bytes that torch holds more of when a function is done, and at the highest meanwhile."""
+    if device().type == "cuda":
+        return _on_device(function)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -145,6 +165,25 @@ def allocated(function: Callable[[], object]) -> tuple[int, int]:
         highest = max(highest, level)
     del held
     return level, highest
+
+
+def _on_device(function: Callable[[], object]) -> tuple[int, int]:
+    """`allocated`, as the device's own allocator counts."""
+    gc.collect()
+    _wait()
+    torch.cuda.reset_peak_memory_stats(device())
+    before = torch.cuda.memory_allocated(device())
+    held = function()
+    _wait()
+    level = torch.cuda.memory_allocated(device()) - before
+    highest = torch.cuda.max_memory_allocated(device()) - before
+    del held
+    return level, highest
+
+
+def _wait() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
 
 
 def _status(key: str) -> int:
@@ -186,6 +225,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
+        "device": str(device()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -228,7 +268,10 @@ def arguments() -> tuple[Settings, str | None]:
     parser.add_argument("--toy", action="store_true", help="only whether it runs")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--json", help="write the rows there")
+    parser.add_argument("--device", help='where nets live, "cuda" for instance')
     given = parser.parse_args()
+    if given.device:
+        os.environ[DEVICE] = given.device
     settings = TOY if given.toy else QUICK if given.quick else Settings()
     if given.repeats:
         settings = Settings(settings.size, given.repeats, settings.threads)

@@ -1,11 +1,13 @@
 """The two nets that are measured, built from torch alone, and small ones like them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.benchmarks.harness import device
 
 SIZES = ("full", "quick", "toy")
 
@@ -32,9 +34,10 @@ class Subject:
 
 
 def subject(net: str, size: str = "full", tasks: int | None = None) -> Subject:
-    """``"deeplab"`` or ``"encoder"``, by default with 3 and 5 tasks."""
+    """``"deeplab"`` or ``"encoder"``, by default with 3 and 5 tasks, on the device."""
     torch.manual_seed(0)
-    return {"deeplab": _deeplab, "encoder": _encoder}[net](size, tasks)
+    made = {"deeplab": _deeplab, "encoder": _encoder}[net](size, tasks)
+    return replace(made, model=made.model.to(device()), inputs=made.inputs.to(device()))
 
 
 def _losses(names: list[str]) -> dict[str, Callable[[Any, Any], Tensor]]:

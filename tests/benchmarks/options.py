@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from mtprune import MultitaskPruner, Vote
-from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
+from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
 
@@ -66,7 +66,7 @@ def overlap(net: str, settings: Settings, observations: int) -> float:
                 inputs = torch.randn(inputs.shape, generator=generator)
             else:
                 inputs = torch.randint(0, 1000, inputs.shape, generator=generator)
-            pruner.observe(made.model(inputs), None)
+            pruner.observe(made.model(inputs.to(device())), None)
         pruner.step()
         masks.append(torch.cat([mask.reshape(-1) for mask in pruner.masks.values()]))
     one, other = masks

@@ -8,7 +8,16 @@ from torch import Tensor
 from mtprune import votes
 from mtprune.allocation import quotas
 from mtprune.selection import select
-from tests.benchmarks.harness import Row, Settings, interleaved, isolated, main, peak, threads
+from tests.benchmarks.harness import (
+    Row,
+    Settings,
+    device,
+    interleaved,
+    isolated,
+    main,
+    peak,
+    threads,
+)
 
 SIZES = {"full": 91_000_000, "quick": 9_100_000, "toy": 20_000}
 LAYERS = 40
@@ -49,7 +58,7 @@ def ballots(total: int, private: float) -> list[dict[str, Tensor]]:
 
     def draw(size: int) -> Tensor:
         one, other = (torch.randn(size, generator=generator) for _ in range(2))
-        return one.mul_(other).abs_()
+        return one.mul_(other).abs_().to(device())
 
     shared = int(total * (1 - private)) // LAYERS
     own = int(total * private) // (3 * LAYERS)
@@ -68,7 +77,7 @@ def timed(total: int, private: float, repeats: int) -> dict[str, object]:
     sizes = [prod(shape) for shape in shapes]
     quota = quotas("floor", shapes, ["shared"] * len(shapes), keep, sizes)
     generator = torch.Generator().manual_seed(1)
-    mixed = torch.rand(sum(sizes), generator=generator)
+    mixed = torch.rand(sum(sizes), generator=generator).to(device())
     return interleaved(
         lambda: torch.sort(mixed), lambda: select(scores, votes.unanimous, quota), repeats
     )

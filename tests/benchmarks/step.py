@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils import prune
 
 from mtprune import Cubic, MultitaskPruner, SoftThreshold, Vote
-from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
+from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import Subject, subject
 
 # Plain `torch.nn.utils.prune` fails on these: attention reads their weight without calling them.
@@ -117,7 +117,7 @@ def plain(net: str, settings: Settings) -> Callable[[], None]:
     pruner.finalize()
     for layer, (module, attribute) in places:
         mask = torch.rand(layer.shape, generator=generator) < 0.1
-        prune.custom_from_mask(module, attribute, mask)
+        prune.custom_from_mask(module, attribute, mask.to(device()))
     return training(made)
 
 

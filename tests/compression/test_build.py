@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mtprune
 from mtprune.compression.build import _best
-from mtprune.compression.kernels import Csr, Kernel, Rows, Thin
+from mtprune.compression.kernels import Csr, Kernel, Rows
 from mtprune.compression.plan import Measured
 from tests import nets
 from tests.compression.fakes import Says, leaves, prefer, zero_
@@ -242,24 +242,6 @@ def test_copies_and_states_of_the_compressed_model(choice):
     assert mtprune.plan_of(other) == mtprune.plan_of(fast)
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(fast.state_dict())
-
-
-@pytest.mark.parametrize("choice", ["dense", "rows", "thin"])
-def test_export(choice):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
-    zero_(model, 0.6, 0.5, 0.5)
-    x = torch.randn(2, 3, 6, 6)
-    fast = mtprune.compress(model, x, measure=prefer(choice))
-    assert isinstance(fast[0], Thin) == (choice != "dense")
-    program = torch.export.export(fast, (x,))
-    assert torch.equal(program.module()(x), fast(x))
-
-
-def test_csr_is_not_exported():
-    x = torch.randn(3, 6)
-    fast = mtprune.compress(mlp(), x, measure=prefer("csr"))
-    with pytest.raises(Exception, match=r"torch.export cannot take CSR layers"):
-        torch.export.export(fast, (x,))
 
 
 def test_a_wrong_form_is_refused_and_named(monkeypatch):

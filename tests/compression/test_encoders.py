@@ -224,8 +224,8 @@ def test_from_vote_to_disk(choice, tmp_path):
             assert difference(expected[task], got[task]) <= 1e-5
         narrow = [layer.self_attn for layer in fast.encoder.layers]
         assert any(isinstance(attention, NarrowAttention) for attention in narrow)
-        assert plan_of(fast).parameters == sum(p.numel() for p in fast.parameters())
-        assert plan_of(fast).parameters < plan_of(fast).dense_parameters
+        assert plan_of(fast).sizes.parameters == sum(p.numel() for p in fast.parameters())
+        assert plan_of(fast).sizes.parameters < plan_of(fast).sizes.against.parameters
         save(fast, tmp_path)
         loaded = load(tmp_path, Multitask())(**inputs)
         assert all(torch.equal(loaded[task], got[task]) for task in "ab")

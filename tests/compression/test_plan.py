@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mtprune.compression import Measured, Plan, Row
+from mtprune.compression import Measured, Plan, Row, Sizes
 from mtprune.compression.plan import Cut, Removal
 
 PLAN = Plan(
@@ -37,7 +37,7 @@ def test_what_was_removed_travels_too():
         Cut("other.bias", (3000,), (tuple(range(0, 3000, 7)),)),
     )
     removal = Removal(cuts, (("m.num_heads", 2), ("num_heads", 1)))
-    plan = Plan((), removal=removal, dense_parameters=9, parameters=5)
+    plan = Plan((), removal=removal, sizes=Sizes(5, 5, 5, 5, 20, 20))
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["removal"]["cuts"][0]["kept"] == ["0x9", None]
     assert Plan.from_dict(data) == plan

@@ -330,7 +330,7 @@ def test_compress_removes_first_and_tells():
     assert "removed: 0 4x2 -> 2x2" in lines
     assert "removed: 2 6x4 -> 6x2" in lines
     assert lines[-1] == "parameters: 36 dense, 24 left"
-    assert plan.parameters == sum(p.numel() for p in fast.parameters())
+    assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
     assert plan["2"].shape == (6, 2)
     assert (plan.dense_ms, plan.ms) == (2.0, 1.0)
     assert model[0].weight.shape == (4, 2)

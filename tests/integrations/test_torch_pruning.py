@@ -291,8 +291,8 @@ def test_random_nets(seed):
     fast = mtprune.compress(masked, x, groups=groups, measure=Says())
     assert off(masked, fast, image()) <= TOLERANCES[torch.float32]
     plan = mtprune.plan_of(fast)
-    assert plan.parameters == sum(p.numel() for p in fast.parameters())
-    assert plan.parameters < plan.dense_parameters
+    assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
+    assert plan.sizes.parameters < plan.sizes.against.parameters
     if seed < 5:
         program = torch.export.export(fast, (x,))
         assert off(fast, program.module(), x) == 0
@@ -506,8 +506,8 @@ def test_from_vote_to_a_smaller_model(backend):
     # Every zero is one of a unit, and every unit goes.
     weights = [p for p in fast.parameters() if p.dim() > 1]
     assert sum(p.numel() for p in weights) <= report.kept + 2
-    assert plan.parameters == sum(p.numel() for p in fast.parameters())
-    assert plan.parameters < 0.6 * plan.dense_parameters
+    assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
+    assert plan.sizes.parameters < 0.6 * plan.sizes.against.parameters
     assert all(row.note == "no zeros" for row in plan.rows)
 
     def operations(net):

@@ -82,7 +82,7 @@ def test_what_is_counted_is_what_is_stored(kind, tmp_path):
     _, fast = compressed("Bert", kind)
     save_pretrained(fast, tmp_path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
-    count = mtprune.plan_of(fast).parameters
+    count = mtprune.plan_of(fast).sizes.parameters
     assert count == sum(p.numel() for p in fast.parameters())
     assert count == sum(p.numel() for p in loaded.parameters())
     tensors = load_file(tmp_path / "model.safetensors")

@@ -1,0 +1,278 @@
+"""Sizes: what a model stores, multiplies, weighs on disk, and how long it takes."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune.collect import untouched
+from mtprune.components import unwrap
+from mtprune.compression.kernels import Kernel
+from mtprune.compression.running import call, check_devices, parse, run, unnested
+from mtprune.compression.timing import sampled
+from mtprune.macs import Multiplied
+
+__all__ = ["Sizes", "measure", "sizes_of"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model costs.
+
+    Attributes:
+        parameters: Numbers it stores as parameters.
+        parameters_kept: Those that are not zero.
+        macs: Multiply-adds of one pass over the example inputs: what is really multiplied, as
+            torch's flop counter sees it; in a sparse form, once for each number that is stored.
+        macs_kept: Those in which no weight is zero.
+        memory: Bytes of parameters and buffers, the places of sparse weights among them.
+        memory_kept: The same without parameters that are zero.
+        disk: Bytes that ``torch.save(model.state_dict(), ...)`` writes; None if not measured.
+        ms: Median milliseconds of one pass over the example inputs; None if not measured.
+        spread: The quartiles of the same.
+        rounds: How often it was timed.
+        device: Where.
+        threads: How many threads torch used.
+        against: The sizes of the model it is compared with.
+
+    Example:
+        >>> dense = Sizes(1000, 100, 1000, 100, 4000, 400, ms=2.0)
+        >>> small = Sizes(120, 110, 120, 110, 480, 440, ms=0.5, against=dense)
+        >>> small.speedup
+        4.0
+        >>> small.sentence
+        'parameters 1,000 -> 120, multiply-adds 1,000 -> 120, bytes 4,000 -> 480'
+    """
+
+    parameters: int
+    parameters_kept: int
+    macs: int
+    macs_kept: int
+    memory: int
+    memory_kept: int
+    disk: int | None = None
+    ms: float | None = None
+    spread: tuple[float, float] | None = None
+    rounds: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    against: "Sizes | None" = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as what it is compared with; None if that is not known."""
+        if self.against is None or not self.ms or self.against.ms is None:
+            return None
+        return self.against.ms / self.ms
+
+    @property
+    def sentence(self) -> str:
+        """In one line."""
+        before = self.against
+        pairs = (("parameters", "parameters"), ("multiply-adds", "macs"), ("bytes", "memory"))
+        return ", ".join(
+            f"{label} "
+            + ("" if before is None else f"{getattr(before, name):,} -> ")
+            + f"{getattr(self, name):,}"
+            for label, name in pairs
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Sizes":
+        """From plain data, as JSON holds it."""
+        spread, against = data["spread"], data["against"]
+        return cls(
+            **{
+                **data,
+                "spread": None if spread is None else (spread[0], spread[1]),
+                "against": None if against is None else cls.from_dict(against),
+            }
+        )
+
+    def __str__(self) -> str:
+        """A table; side by side with what it is compared with."""
+        models = [self] if self.against is None else [self.against, self]
+        lines = [["", *([] if self.against is None else ["before", "after", "ratio"])]]
+        for label, name in _LINES:
+            values = [getattr(model, name) for model in models]
+            if None in values:
+                continue
+            cells = [_number(value) for value in values]
+            if self.against is not None:
+                cells.append(f"{values[0] / values[1]:.2f}x" if values[1] else "")
+            lines.append([label, *cells])
+        if all(model.spread is not None for model in models):
+            spreads = [model.spread or (0.0, 0.0) for model in models]
+            lines.append(["  quartiles", *(f"{low:.3f}-{high:.3f}" for low, high in spreads)])
+        width = max(len(line) for line in lines)
+        lines = [line + [""] * (width - len(line)) for line in lines if any(line)]
+        widths = [max(len(line[i]) for line in lines) for i in range(width)]
+        printed = [
+            "  ".join(
+                cell.rjust(size) if i else cell.ljust(size)
+                for i, (cell, size) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        if self.ms is not None:
+            printed.append(f"({self.device}, threads: {self.threads}, {self.rounds} rounds)")
+        return "\n".join(printed)
+
+
+_LINES = (
+    ("parameters", "parameters"),
+    ("  not zero", "parameters_kept"),
+    ("multiply-adds", "macs"),
+    ("  not with zeros", "macs_kept"),
+    ("bytes in memory", "memory"),
+    ("  without zeros", "memory_kept"),
+    ("bytes on disk", "disk"),
+    ("ms, median", "ms"),
+)
+
+
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def measure(
+    model: nn.Module, example_inputs: Any, *, against: nn.Module | None = None, rounds: int = 21
+) -> Sizes:
+    """What a model costs, in eval mode, alone or side by side with another.
+
+    Both are timed in turns, so that what else the machine does hits both alike.
+
+    Args:
+        model: Any model, dense or compressed. It is left as it is.
+        example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a list of
+            these. One pass over all of them is what is counted and timed.
+        against: The model to compare it with, usually the dense one.
+        rounds: How often to time them, at least 20.
+
+    Raises:
+        ValueError: If a model does not run on the inputs, or there are too few rounds.
+
+    Example:
+        >>> sizes = measure(nn.Linear(8, 4), torch.ones(2, 8))
+        >>> sizes.parameters, sizes.macs, sizes.memory
+        (36, 64, 144)
+        >>> sizes.spread[0] <= sizes.ms <= sizes.spread[1]
+        True
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 20:
+        raise ValueError(f"`rounds` must be at least 20. Got {rounds!r}.")
+    models = [unwrap(model)] if against is None else [unwrap(against), unwrap(model)]
+    batches = parse(example_inputs)
+    with ExitStack() as stack:
+        for each in models:
+            if not isinstance(each, nn.Module):
+                raise TypeError(f"`model` and `against` must be modules. Got {each!r}.")
+            check_devices(each, batches)
+            stack.enter_context(unnested(each))
+            stack.callback(_restore, {module: module.training for module in each.modules()})
+            each.eval()
+            run(each, batches)
+        found = [replace(_counted(each, batches), disk=_on_disk(each)) for each in models]
+        with torch.no_grad():
+            # Without what `run` does around a call: buffers and random state are not copied.
+            timed = sampled([partial(_pass, m, batches) for m in models], rounds, rounds)
+    device = str(next((p.device for p in models[-1].parameters()), "cpu"))
+    sizes: Sizes | None = None
+    for one, times in zip(found, timed, strict=True):
+        low, _, high = quantiles(times, n=4, method="inclusive")
+        sizes = replace(
+            one,
+            ms=median(times),
+            spread=(low, high),
+            rounds=rounds,
+            device=device,
+            threads=torch.get_num_threads(),
+            against=sizes,
+        )
+    assert sizes is not None
+    return sizes
+
+
+def sizes_of(model: nn.Module, batches: Sequence[Any], against: nn.Module) -> Sizes:
+    """What can be counted without measuring, of a model and of another before it.
+
+    Args:
+        model: The model, in eval mode.
+        batches: Its example inputs.
+        against: What it was made from, in eval mode.
+    """
+    with unnested(model), unnested(against):
+        return replace(_counted(model, batches), against=_counted(against, batches))
+
+
+def _pass(model: nn.Module, batches: Sequence[Any]) -> None:
+    for batch in batches:
+        call(model, batch)
+
+
+def _restore(modes: Mapping[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def _counted(model: nn.Module, batches: Sequence[Any]) -> Sizes:
+    parameters = list(model.parameters())
+    held = {t.data_ptr(): t.nbytes for t in (*parameters, *model.buffers()) if t.numel()}
+    zeros = [p.numel() - int(p.count_nonzero()) for p in parameters]
+    macs, kept = _macs(model, batches)
+    return Sizes(
+        parameters=sum(p.numel() for p in parameters),
+        parameters_kept=sum(p.numel() for p in parameters) - sum(zeros),
+        macs=macs,
+        macs_kept=kept,
+        memory=sum(held.values()),
+        memory_kept=sum(held.values())
+        - sum(n * p.element_size() for n, p in zip(zeros, parameters, strict=True)),
+    )
+
+
+def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
+    """Multiply-adds, and those in which no weight is zero."""
+    counter = Multiplied(model.parameters())
+    handles = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        counter.paused = True
+
+    def leave(kernel: nn.Module, args: Any, out: Tensor) -> None:
+        # Every number that is stored meets every place of the output: whatever the form does.
+        assert isinstance(kernel, Kernel)
+        places = out.numel() // max(1, kernel.weight_shape[0])
+        counter.macs += places * sum(part.numel() for part in kernel.stored)
+        counter.kept += places * sum(int(part.count_nonzero()) for part in kernel.stored)
+        counter.paused = False
+
+    for module in model.modules():
+        if isinstance(module, Kernel):
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        # With gradients where torch's fast paths without them would hide products; elsewhere they
+        # would only hold on to activations.
+        fused = any(isinstance(module, _FUSED) for module in model.modules())
+        with untouched(model), torch.set_grad_enabled(fused), counter:
+            _pass(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.macs, counter.kept
+
+
+def _on_disk(model: nn.Module) -> int:
+    with tempfile.TemporaryFile() as file:
+        torch.save(model.state_dict(), file)
+        return file.tell()
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
