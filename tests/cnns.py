@@ -111,9 +111,13 @@ def mask_(model: nn.Module, groups: list[Group], masks: list[Tensor]) -> nn.Modu
     return model
 
 
-def draw(groups: list[Group], seed: int, share: float = 0.5) -> list[Tensor]:
+def draw(groups: list[Group], seed: int) -> list[Tensor]:
+    """Which units stay: about half, and the first."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(group.size, generator=generator) > share for group in groups]
+    masks = [torch.rand(group.size, generator=generator) > 0.5 for group in groups]
+    for mask in masks:
+        mask[0] = True
+    return masks
 
 
 def leaves(outputs: Any) -> list[Tensor]:

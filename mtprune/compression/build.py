@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,9 @@ from mtprune.compression.running import (
 )
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
 from mtprune.compression.timing import Measure, interleaved
+from mtprune.compression.trial import complete
 from mtprune.compression.verify import blame, difference, verify
+from mtprune.patterns import heads, neurons
 from mtprune.structure import Group
 
 __all__ = ["MARGIN", "WORTH", "assemble", "compress", "plan_of"]
@@ -45,7 +48,7 @@ def compress(
     model: nn.Module,
     example_inputs: Any,
     *,
-    groups: Any = (),
+    groups: Any = "auto",
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
@@ -70,7 +73,9 @@ def compress(
             keyword arguments, or a list of these, several batch sizes for instance.
         groups: What can be removed: the granularity that the model was pruned with,
             ``Channel(example_inputs)`` for instance, or groups (`mtprune.structure.Group`), or
-            several of these. Nothing is removed unless given: where a unit lies is not guessed.
+            several of these, or none: ``()``. ``"auto"``, which `None` is too, takes the heads and
+            neurons of transformers that `mtprune.patterns` knows, if removing some of them on trial
+            changes nothing else. What it does not know it does not guess.
         plan: Use this one, made before or edited, and time nothing.
         tolerance: Of the relative Frobenius norm of what outputs may differ by: 1e-5 in float32
             unless given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
@@ -107,7 +112,7 @@ def compress(
     check_devices(model, batches)
     work = copy.deepcopy(model).eval()
     before = _parameters(work)
-    units = _units(model, groups) if plan is None else []
+    units = _units(model, groups, batches) if plan is None else []
     timed = plan is None
     with unnested(work):
         expected = run(work, batches)
@@ -137,8 +142,19 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _units(model: nn.Module, groups: Any) -> list[Group]:
+def _known(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
+    """Heads and neurons that are where patterns look, and can be removed."""
+    found = []
+    for look in (heads, neurons):
+        with suppress(ValueError):  # there are none
+            found += look(model)
+    return complete(model, found, batches) if found else []
+
+
+def _units(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
     """The groups in what the user gave."""
+    if groups is None or groups == "auto":
+        return _known(model, batches)
     given = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
     found: list[Group] = []
     for item in given if isinstance(given, Iterable) else [given]:

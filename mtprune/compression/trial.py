@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtprune.compression.batchnorm import recalibrate_bn
 from mtprune.compression.removal import removal_of, resize, spare
-from mtprune.compression.running import named_tensors, run
+from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import TOLERANCES, difference
 from mtprune.structure import NOBODY, Group
 
@@ -41,24 +41,35 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
         1
     """
     random = torch.Generator().manual_seed(0)
+    base = _shaken(model, batches, random)
+    with unnested(base):
+        pairs = [(group, _some(base, group, random)) for group in groups]
+        pairs = [(group, dead) for group, dead in pairs if dead.any()]
+        found = _holding(base, pairs, batches)
+        if len(found) < len(pairs) and not _holds(base, found, batches):
+            tried, found = found, []
+            for pair in tried:
+                if _holds(base, [*found, pair], batches):
+                    found.append(pair)
+    return [group for group, _ in found]
+
+
+def _shaken(model: nn.Module, batches: Sequence[Any], random: torch.Generator) -> nn.Module:
+    """A copy in which nothing hides what depends on it."""
     base = copy.deepcopy(model).eval()
     for parameter in base.parameters():
-        # What is zero now, a last layer at the start for instance, must not hide what it reads.
+        # Not by zeros, as in a last layer at the start.
         if parameter.is_floating_point() and parameter.numel():
             size = float(parameter.abs().mean()) or 0.1
             noise = torch.randn(parameter.shape, generator=random) * size / 4
             parameter.add_(noise.to(parameter))
-    with suppress(ValueError):  # there may be too little to take the statistics of
-        recalibrate_bn(base, batches)  # or what is faint at the outputs would be lost in rounding
-    pairs = [(group, _some(base, group, random)) for group in groups]
-    pairs = [(group, dead) for group, dead in pairs if dead.any()]
-    found = _holding(base, pairs, batches)
-    if len(found) < len(pairs) and not _holds(base, found, batches):
-        tried, found = found, []
-        for pair in tried:
-            if _holds(base, [*found, pair], batches):
-                found.append(pair)
-    return [group for group, _ in found]
+    with unnested(base), torch.random.fork_rng(devices=[]), suppress(ValueError):
+        # Nor by being so faint that it is lost in rounding. There may be too little to measure.
+        recalibrate_bn(base, batches)
+    with unnested(base):
+        tensors = [t for out in run(base, batches) for _, t in named_tensors(out)]
+    finite = all(t.isfinite().all() for t in tensors)
+    return base if finite else copy.deepcopy(model).eval()
 
 
 def _some(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:

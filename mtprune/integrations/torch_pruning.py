@@ -6,7 +6,6 @@ each of which is tried out before it is believed; what is pruned, by whose vote,
 removed has nothing to do with torch-pruning.
 """
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from mtprune.collect import untouched
 from mtprune.components import unwrap
 from mtprune.compression.running import call, named_tensors, parse, run
 from mtprune.compression.trial import complete
-from mtprune.masking import bake
+from mtprune.masking import plain_copy
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = ["channels"]
@@ -68,9 +67,7 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
             "'mtprune[structured]'."
         ) from error
     batch = parse(example_inputs)[0]
-    work = copy.deepcopy(unwrap(model))
-    bake(work)
-    work.eval()
+    work = plain_copy(unwrap(model)).eval()
     run(work, [batch])  # complains about what the model cannot run on
     found = _groups(work, *_couplings(tp, work, batch))
     return complete(work, found, [batch])
@@ -172,6 +169,7 @@ def _place_flattened(tp: Any, graph: Any) -> None:
         before, after = (tuple(fn._input_metadata[0].shape) for fn in (parts[0][0], node.grad_fn))
         if len(before) < 3 or after != (before[0], prod(before[1:])):
             continue
+        node.type = tp.ops.OPTYPE.ELEMENTWISE  # theirs would take the place of ours
         each, source = after[1] // before[1], nodes[parts[0][0]]
         for start, end, back in ((node, source, True), (source, node, False)):
             mapping = tp.dependency.index_mapping._FlattenIndexMapping(each, reverse=back)
@@ -312,8 +310,9 @@ def _members(
 def _lines(
     name: str, module: nn.Module, units: tuple[int, ...], role: Literal["out", "with"]
 ) -> Iterator[Member]:
-    """All tensors of a module, along their first dimension."""
-    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+    """All tensors of a module along their first dimension, its weight before others."""
+    held = {"weight": None, **module._parameters, **module._buffers}
+    for key, tensor in held.items():
         if tensor is not None and tensor.dim():
             yield Member(f"{name}.{key}", 0, units, role)
 

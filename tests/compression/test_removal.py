@@ -477,3 +477,40 @@ def test_what_is_saved_comes_back_in_a_new_process(tmp_path):
     assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match="another model: it has 'up"):
         mtprune.load(tmp_path, nn.Sequential(nn.Conv2d(1, 6, 3)))
+
+
+def test_what_is_known_is_found_and_what_is_not_is_not_guessed():
+    layer, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        layer.linear2.weight[:, :4] = 0
+        layer.self_attn.out_proj.weight[:, :4] = 0
+    for groups in ("auto", None):
+        fast = mtprune.compress(layer, x, groups=groups, measure=Says())
+        assert fast.linear1.out_features == 8
+        assert fast.self_attn.out_proj.in_features == 4
+        torch.testing.assert_close(fast(x), layer.eval()(x), rtol=1e-5, atol=1e-6)
+    assert mtprune.compress(layer, x, groups=(), measure=Says()).linear1.out_features == 12
+    model = sparse_chain()
+    assert mtprune.compress(model, torch.randn(3, 2), measure=Says())[0].out_features == 4
+
+
+class Like(nn.Module):
+    """Has the names of a feed-forward block, and reads its neurons elsewhere too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin1, self.lin2, self.extra = nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.activation = nn.ReLU()
+
+    def forward(self, x):
+        hidden = self.activation(self.lin1(x))
+        return self.lin2(hidden) + self.extra(hidden)
+
+
+def test_a_name_is_no_proof():
+    model, x = Like(), torch.randn(3, 2)
+    with torch.no_grad():
+        model.lin2.weight[:, 0] = 0
+    fast = mtprune.compress(model, x, measure=Says())
+    assert fast.lin1.out_features == 4
+    assert torch.equal(fast(x), model(x))
