@@ -629,6 +629,49 @@ def test_whatever_a_method_does_it_does_over_units(name, kind, backend):
     assert torch.equal(outputs, run.model(run.net.make_batch(99)["x"])["a"])
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            Vote(granularity=NM(1, 4), schedule=Cubic(begin=1, end=5, every=1)), id="cubic"
+        ),
+        pytest.param(Vote(granularity=NM(1, 4), disentangled=False), id="joint"),
+        pytest.param(Vote(granularity=NM(1, 4), saliency=saliency.magnitude), id="magnitude"),
+        pytest.param(
+            Vote(granularity=NM(1, 4), schedule=Cubic(0, 6, 2), straight_through=True), id="through"
+        ),
+    ],
+)
+def test_whatever_a_method_does_it_does_in_patterns(method, backend):
+    run = Run(build("plain"), method, backend)
+    before = []
+    for _ in range(8):
+        run.step()
+        before.append(run.pruner.masks)
+    kept = {name: mask.view(-1, 4).sum(1) for name, mask in run.pruner.masks.items()}
+    assert len(kept) == 3
+    assert all(bool((counts == 1).all()) for counts in kept.values())
+    if not method.straight_through:
+        for old, new in pairwise(before):
+            assert all(bool((new[name] <= old[name]).all()) for name in new)
+
+
+def test_folding_gives_the_same_masks():
+    """Scores of units from the sweeps that are the backward too."""
+
+    def masks(fold: bool):
+        net = build("plain")
+        pruner = MultitaskPruner(
+            net.model, net.task_losses, "trunk", method=Vote(0.5, granularity=Rows())
+        )
+        batch = net.make_batch(0)
+        pruner.observe(net.model(batch["x"]), batch, fold=fold)
+        pruner.step()
+        return pruner.masks
+
+    assert same(masks(False), masks(True))
+
+
 def test_both_back_ends_and_both_dtypes_of_scores_agree():
     def masks(backend="prune", **options):
         method = METHODS["cubic"](GRANULARITIES["both"])
