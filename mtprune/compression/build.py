@@ -111,7 +111,7 @@ def compress(
     batches = parse(example_inputs)
     check_devices(model, batches)
     work = copy.deepcopy(model).eval()
-    before = _parameters(work)
+    dense_parameters = _parameters(work)
     units = _units(model, groups, batches) if plan is None else []
     timed = plan is None
     with unnested(work):
@@ -134,7 +134,7 @@ def compress(
         verify(expected, run(work, batches), tolerance, partial(blame, replaced), exact)
         if removal and timed:
             plan = _timed_whole(plan, model, work, batches, measure)
-    plan = replace(plan, dense_parameters=before, parameters=_parameters(work))
+    plan = replace(plan, dense_parameters=dense_parameters, parameters=_parameters(work))
     return _finish(work, plan)
 
 

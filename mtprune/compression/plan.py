@@ -268,7 +268,9 @@ class Plan:
             )
         if self.removal:
             printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
-            printed.append(f"parameters: {self.dense_parameters:,} dense, {self.parameters:,} left")
+            if self.dense_parameters is not None and self.parameters is not None:
+                counts = f"{self.dense_parameters:,} dense, {self.parameters:,} left"
+                printed.append(f"parameters: {counts}")
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
