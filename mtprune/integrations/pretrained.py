@@ -51,10 +51,12 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         plan: As `Plan.to_dict` gives it.
-        tensors: Type and shape of the parts of layers that are not dense, by name.
+        tensors: Type and shape of what the configuration does not tell, by name: the parts of
+            layers that are not dense, and biases of layers that lost inputs.
         prefix: What names begin with inside the base model; empty if that was saved by itself.
         format: Of all this.
         quant_method: ``"mtprune"``.
+        others: What later formats say.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
         prefix: str = "",
         format: int = _FORMAT,  # noqa: A002 - its name in the file
         quant_method: str = METHOD,
+        **others: Any,
     ) -> None:
         if format != _FORMAT:
             raise ValueError(
@@ -92,8 +95,7 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
-        config = self.quantization_config
-        plan, tensors = _fitted(config, model)
+        plan, tensors = _fitted(self.quantization_config, model)
         assemble(model, plan, tensors)
         inside = (seen_from(_prefix(model), name) or name for name in _markers(model))
         ignored = {rf"(^|\.){re.escape(name)}$" for name in inside}
@@ -185,17 +187,22 @@ def load(directory: str | PathLike[str]) -> nn.Module:
 
 def _described(model: nn.Module, plan: Plan) -> PlanConfig:
     """What the configuration of this model has to say."""
+    cut = {name.rpartition(".")[0] for name in (c.tensor for c in plan.removal.cuts)}
     tensors = {
         f"{name}.{key}": (str(value.dtype).removeprefix("torch."), list(value.shape))
         for name, module in model.named_modules()
-        if isinstance(module, Kernel)
         for key, value in module.state_dict().items()
+        # Constants that were removed may have given a layer its first bias.
+        if isinstance(module, Kernel) or (name in cut and key == "bias")
     }
     return PlanConfig(plan.to_dict(), tensors, _prefix(model))
 
 
-def _fitted(config: PlanConfig, model: nn.Module) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan for this model, whose head may not be the one that was saved; and its parts."""
+def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan for this model, whose head may not be the one that was saved; and its parts.
+
+    Parts have no values yet, and will be loaded in the type that they have here: the model's.
+    """
     plan, tensors, prefix = Plan.from_dict(config.plan), config.tensors, _prefix(model)
     if config.prefix != prefix:
         plan = plan.part(config.prefix).under(prefix)
@@ -212,10 +219,10 @@ def _fitted(config: PlanConfig, model: nn.Module) -> tuple[Plan, dict[str, Tenso
         tuple(cut for cut in plan.removal.cuts if cut.tensor.rpartition(".")[0] in modules),
         tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
     )
-    parts = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (dtype, shape) in tensors.items()
-    }
+    parts = {}
+    for name, (saved, shape) in tensors.items():
+        part = torch.empty(shape, dtype=getattr(torch, saved), device="meta")
+        parts[name] = part.to(model.dtype) if part.is_floating_point() else part
     return replace(plan, rows=tuple(rows), removal=removal), parts
 
 

@@ -10,7 +10,7 @@ from mtprune import Head, MultitaskPruner, Neuron, Vote, compress, load, plan_of
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.removal import remove
 from mtprune.compression.verify import difference
-from mtprune.patterns import heads, neurons
+from mtprune.patterns import Attention, FeedForward, heads, neurons
 from tests import encoders
 from tests.compression.fakes import prefer, zero_
 from tests.encoders import HEADS, INNER, PRETRAINED, TORCH, WIDTH
@@ -125,6 +125,65 @@ def test_a_neuron_that_nothing_reaches_is_a_bias(name, probed):
     name = down.removesuffix("weight") + "bias"
     moved = smaller.get_parameter(name) - encoder.model.get_parameter(name)
     torch.testing.assert_close(moved, column * nn.functional.gelu(bias), rtol=1e-4, atol=1e-6)
+
+
+class Shared(nn.Module):
+    """Heads of queries that share keys and values two by two, and a gate apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim, self.out_features = 2, 8
+        self.q_proj, self.o_proj = nn.Linear(6, 16), nn.Linear(16, 6, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.gate, self.up, self.down = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x):
+        q, k, v = (
+            part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        read = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        x = x + self.o_proj(read.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+MINE = (
+    Attention(
+        "mine",
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "o_proj.weight",
+        "head_dim",
+        counts=("out_features",),
+        only=(("head_dim", 2),),
+    ),
+    FeedForward("mine", up=("gate.weight", "up.weight"), down="down.weight"),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dead", ALL)
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_block_of_ones_own(dead, constant):
+    """A head of keys and values goes with its queries; constants of both kinds are biases."""
+    torch.manual_seed(0)
+    model = encoders.randomize(nn.Sequential(Shared(), nn.LayerNorm(6))).eval()
+    groups = heads(model, MINE) + neurons(model, MINE)
+    assert [group.size for group in groups] == [4, 10]
+    if constant:
+        for group in groups:
+            for tensor, mine in rows(model, group, "out", 1):
+                if tensor.dim() > 1:
+                    tensor[mine] = 0
+    encoders.zero(model, groups, ALL[dead])
+    x = torch.randn(64, 5, 6)
+    expected = model(x)
+    remove(model, groups, [x])
+    assert difference(expected, model(x)) <= 1e-5
+    gone = {"none": 0, "some": 2, "all": 4}[dead] + (constant and dead != "all")
+    assert len(model[0].q_proj.weight) == 4 * (4 - gone)
+    assert model[0].out_features == 2 * (4 - gone)
 
 
 class Multitask(nn.Module):
