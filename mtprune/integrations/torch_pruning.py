@@ -206,6 +206,7 @@ def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -
     for number in range(len(coupled)):
         merged.setdefault(same.find(number), []).append(number)
     order = {name: i for i, name in enumerate((*modules, *dict(work.named_parameters())))}
+    held = work.state_dict(keep_vars=True)
     uses = Counter(id(p) for m in work.modules() for p in m._parameters.values() if p is not None)
     groups = []
     for numbers in merged.values():
@@ -218,14 +219,14 @@ def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -
         for side, index in sorted(all_spots, key=lambda spot: (order[spot[0][0]], spot)):
             unit = numbered.setdefault(together.find((side, index)), len(numbered))
             sides.setdefault(side, {})[index] = unit
-        members = list(_members(work, modules, sides))
-        tied = any(uses[id(work.state_dict(keep_vars=True)[m.tensor])] > 1 for m in members if m)
-        if None in members or tied or len(numbered) < 2:
+        found = list(_members(work, modules, sides))
+        members = tuple(m for m in found if m is not None)
+        tied = any(uses[id(held[m.tensor])] > 1 for m in members)
+        if len(members) < len(found) or tied or len(numbered) < 2:
             continue
-        first = next((m.tensor for m in members if m and m.role == "out"), None)
-        if first is not None and any(m and m.role == "in" for m in members):
-            name = f"{first.rpartition('.')[0]}.channels"
-            groups.append(Group(name, len(numbered), tuple(m for m in members if m)))
+        makers = [m.tensor.rpartition(".")[0] for m in members if m.role == "out"]
+        if makers and any(m.role == "in" for m in members):
+            groups.append(Group(f"{makers[0]}.channels", len(numbered), members))
     return sorted(groups, key=lambda group: order[group.members[0].tensor.rpartition(".")[0]])
 
 
