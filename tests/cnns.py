@@ -1,7 +1,6 @@
 """Random small multitask CNNs: skips, concats, grouped and depthwise convolutions, heads."""
 
 import random
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +117,3 @@ def draw(groups: list[Group], seed: int) -> list[Tensor]:
     for mask in masks:
         mask[0] = True
     return masks
-
-
-def leaves(outputs: Any) -> list[Tensor]:
-    return [outputs[task] for task in sorted(outputs)]

@@ -8,7 +8,7 @@ removed has nothing to do with torch-pruning.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from math import prod
 from typing import Any, Literal
@@ -131,14 +131,16 @@ def _place_concats(tp: Any, graph: Any) -> None:
     """
     nodes = {node.grad_fn: node for node in graph.module2node.values()}
     for node in list(nodes.values()):
-        if not isinstance(node.module, tp.ops._ConcatOp) or node.grad_fn._saved_dim != 1:
+        if not isinstance(node.module, tp.ops._ConcatOp):
+            continue
+        whole = _shape(node.grad_fn)
+        if node.grad_fn._saved_dim % 2**64 not in (1, 2**64 + 1 - len(whole)):
             continue
         parts = [fn for fn, _ in node.grad_fn.next_functions]
-        sizes = [_width(fn) for fn in parts]
+        sizes = [None if fn is None else _shape(fn, i)[1] for fn, i in node.grad_fn.next_functions]
         unknown = [i for i, size in enumerate(sizes) if size is None]
         if len(unknown) == 1:
-            whole = node.grad_fn._input_metadata[0].shape[1]
-            sizes[unknown[0]] = whole - sum(size for size in sizes if size is not None)
+            sizes[unknown[0]] = whole[1] - sum(size for size in sizes if size is not None)
         if None in sizes or any(fn is not None and fn not in nodes for fn in parts):
             continue
         node.enable_index_mapping = False  # theirs would take the place of ours
@@ -166,7 +168,7 @@ def _place_flattened(tp: Any, graph: Any) -> None:
         parts = getattr(node.grad_fn, "next_functions", ())
         if not isinstance(node.module, tp.ops._ReshapeOp) or not parts or parts[0][0] not in nodes:
             continue
-        before, after = (tuple(fn._input_metadata[0].shape) for fn in (parts[0][0], node.grad_fn))
+        before, after = _shape(*parts[0]), _shape(node.grad_fn)
         if len(before) < 3 or after != (before[0], prod(before[1:])):
             continue
         node.type = tp.ops.OPTYPE.ELEMENTWISE  # theirs would take the place of ours
@@ -178,10 +180,9 @@ def _place_flattened(tp: Any, graph: Any) -> None:
                     dependency.index_mapping[0] = mapping
 
 
-def _width(fn: Any) -> int | None:
-    """How many channels an operation puts out."""
-    shape: Sequence[int] = () if fn is None else fn._input_metadata[0].shape
-    return shape[1] if len(shape) > 1 else None
+def _shape(fn: Any, output: int = 0) -> tuple[int, ...]:
+    """The shape of what an operation put out."""
+    return tuple(fn._input_metadata[output].shape)
 
 
 def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -> list[Group]:
@@ -205,6 +206,7 @@ def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -
     for number in range(len(coupled)):
         merged.setdefault(same.find(number), []).append(number)
     order = {name: i for i, name in enumerate((*modules, *dict(work.named_parameters())))}
+    held = work.state_dict(keep_vars=True)
     uses = Counter(id(p) for m in work.modules() for p in m._parameters.values() if p is not None)
     groups = []
     for numbers in merged.values():
@@ -217,14 +219,14 @@ def _groups(work: nn.Module, coupled: list[list[list[Spot]]], fixed: set[int]) -
         for side, index in sorted(all_spots, key=lambda spot: (order[spot[0][0]], spot)):
             unit = numbered.setdefault(together.find((side, index)), len(numbered))
             sides.setdefault(side, {})[index] = unit
-        members = list(_members(work, modules, sides))
-        tied = any(uses[id(work.state_dict(keep_vars=True)[m.tensor])] > 1 for m in members if m)
-        if None in members or tied or len(numbered) < 2:
+        found = list(_members(work, modules, sides))
+        members = tuple(m for m in found if m is not None)
+        tied = any(uses[id(held[m.tensor])] > 1 for m in members)
+        if len(members) < len(found) or tied or len(numbered) < 2:
             continue
-        first = next((m.tensor for m in members if m and m.role == "out"), None)
-        if first is not None and any(m and m.role == "in" for m in members):
-            name = f"{first.rpartition('.')[0]}.channels"
-            groups.append(Group(name, len(numbered), tuple(m for m in members if m)))
+        makers = [m.tensor.rpartition(".")[0] for m in members if m.role == "out"]
+        if makers and any(m.role == "in" for m in members):
+            groups.append(Group(f"{makers[0]}.channels", len(numbered), members))
     return sorted(groups, key=lambda group: order[group.members[0].tensor.rpartition(".")[0]])
 
 

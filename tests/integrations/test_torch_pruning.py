@@ -82,11 +82,11 @@ def twice(self, x):
     return self.c(torch.cat([y, y], 1))
 
 
-def cat(*names, last="c", image=False, flat=False):
+def cat(*names, image=False, flat=False, dim=1):
     def forward(self, x):
         parts = [getattr(self, name)(x) for name in names]
         parts = [part.flatten(1) for part in parts] if flat else parts
-        return getattr(self, last)(torch.cat([x, *parts] if image else parts, 1))
+        return self.c(torch.cat([x, *parts] if image else parts, dim))
 
     return forward
 
@@ -145,6 +145,14 @@ CASES = {
     "concat": (
         Does(cat("a", "b"), a=conv(3, 4), b=conv(3, 5), c=conv(9, 2)),
         {"a": 4, "b": 5},
+    ),
+    "concat, counted from behind": (
+        Does(cat("a", "b", dim=-3), a=conv(3, 4), b=conv(3, 5), c=conv(9, 2)),
+        {"a": 4, "b": 5},
+    ),
+    "concat side by side": (
+        Does(cat("a", "b", dim=3), a=conv(3, 4), b=conv(3, 4), c=conv(4, 2)),
+        {"a": 4},
     ),
     "concat with the image": (
         Does(cat("a", "b", image=True), a=conv(3, 4), b=conv(3, 5), c=conv(12, 2)),
