@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["CHOICES", "Measured", "Plan", "Row"]
 
-CHOICES = ("dense", "rows", "thin", "csr", "2:4")
+CHOICES = ("dense", "rows", "thin", "sparse", "csr", "2:4")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
 
 
