@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from mtprune.components import unwrap
 from mtprune.compression.kernels import KERNELS, Kernel
 from mtprune.compression.plan import Measured, Plan, Row
-from mtprune.compression.running import Calls, calls, check_devices, parse, run, unnested
+from mtprune.compression.running import (
+    Calls,
+    calls,
+    check_devices,
+    parse,
+    run,
+    self_attentions,
+    unnested,
+)
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
 from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.verify import verify
@@ -24,7 +32,7 @@ MARGIN = 0.05
 """A form must beat the dense one by this share of its time; closer ones are ties."""
 
 WORTH = 0.5
-"""The share of zeros from which CSR is tried."""
+"""The share of zeros from which sparse products are tried."""
 
 _PLAN = "_mtprune_plan"
 
@@ -87,11 +95,13 @@ def compress(
     batches = parse(example_inputs)
     check_devices(model, batches)
     work = copy.deepcopy(model).eval()
-    sites = find_sites(work)
-    if plan is not None:
-        _check_fits(plan, sites)
     with unnested(work):
         expected = run(work, batches)
+        if plan is None:
+            sites = find_sites(work, self_attentions(work, batches))
+        else:
+            sites = find_sites(work, _opened(plan))
+            _check_fits(plan, sites)
         given = calls(work, sites, batches)
         if plan is None:
             plan, kernels = _choose(sites, given, measure)
@@ -134,14 +144,16 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     Raises:
         ValueError: If the plan is for another model.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, _opened(plan))
     _check_fits(plan, sites)
+    kernels = {}
     for site in sites:
         choice = plan[site.name].choice
         if choice != "dense":
             prefix = site.name + "."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            site.place(KERNELS[choice](site.layer, parts))
+            kernels[site.name] = KERNELS[choice](site.layer, parts)
+    _place(sites, kernels)
     return _finish(model, plan)
 
 
@@ -183,7 +195,7 @@ def _forms(site: Site, zero: float) -> dict[str, Kernel]:
     """Every other form of a layer that can run where it is."""
     forms = {}
     for choice, kernel in KERNELS.items():
-        if kernel.lacking(site.layer.weight) or (choice == "csr" and zero < WORTH):
+        if (choice in ("sparse", "csr") and zero < WORTH) or kernel.lacking(site.layer.weight):
             continue
         parts = kernel.parts(site.layer)
         if parts is not None:
@@ -246,6 +258,12 @@ def _check_whole(
         f"{before:.2f} ms without."
     )
     return replace(plan, rows=rows, dense_ms=before, ms=before, note=note), {}
+
+
+def _opened(plan: Plan) -> list[str]:
+    """The attentions whose projections are layers in a plan."""
+    suffix = ".in_proj"
+    return [r.layer.removesuffix(suffix) for r in plan.rows if r.layer.endswith(suffix)]
 
 
 def _check_fits(plan: Plan, sites: Sequence[Site]) -> None:

@@ -1,4 +1,4 @@
-"""Attention as layers: `MultiheadAttention` taken apart, so that each part can change its form."""
+"""Projections: what attention multiplies by, as Linear layers that can take another form."""
 
 from typing import cast
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["SelfAttention", "obstacle"]
+__all__ = ["SelfAttention", "can_open"]
 
 
 class SelfAttention(nn.Module):
@@ -53,18 +53,10 @@ class SelfAttention(nn.Module):
 
     @classmethod
     def of(cls, attention: nn.MultiheadAttention) -> "SelfAttention":
-        """The same attention, with the same weights; `obstacle` must have none against it."""
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        into = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
-        into.weight = weight
-        if bias is not None:
-            into.bias = bias
-        width = attention.embed_dim
-        out = nn.Linear(width, width, attention.out_proj.bias is not None, "meta")
-        out.weight, out.bias = attention.out_proj.weight, attention.out_proj.bias
+        """The same attention, with the same parameters, if `can_open`."""
         own = cls(
-            into,
-            out,
+            _linear(cast(nn.Parameter, attention.in_proj_weight), attention.in_proj_bias),
+            _linear(attention.out_proj.weight, attention.out_proj.bias),
             attention.num_heads,
             batch_first=attention.batch_first,
             dropout=attention.dropout,
@@ -146,6 +138,15 @@ class SelfAttention(nn.Module):
         return mask
 
 
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A layer of parameters that there are already."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
 def _added(mask: Tensor, like: Tensor) -> Tensor:
     """A mask as numbers to add: minus infinity where a bool mask hides."""
     if mask.dtype != torch.bool:
@@ -153,20 +154,18 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
 
 
-def obstacle(attention: nn.MultiheadAttention) -> str:
-    """Why an attention cannot be taken apart; empty if it can.
+def can_open(attention: nn.MultiheadAttention) -> bool:
+    """Whether `SelfAttention.of` does all that an attention does.
 
     Example:
-        >>> obstacle(nn.MultiheadAttention(8, 2)), obstacle(nn.MultiheadAttention(8, 2, kdim=4))
-        ('', 'its keys or values have another width')
+        >>> can_open(nn.MultiheadAttention(8, 2)), can_open(nn.MultiheadAttention(8, 2, kdim=4))
+        (True, False)
     """
-    if type(attention) is not nn.MultiheadAttention:
-        return f"a {type(attention).__name__} may do more than its base class"
-    if not attention._qkv_same_embed_dim:
-        return "its keys or values have another width"
-    if attention.bias_k is not None or attention.add_zero_attn:
-        return "it adds keys of its own"
-    inside = cast("list[nn.Module]", list(attention.modules()))
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
-        return "it has hooks"
-    return ""
+    inside: list[nn.Module] = list(attention.modules())
+    return (
+        type(attention) is nn.MultiheadAttention
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+    )
