@@ -55,8 +55,8 @@ class SelfAttention(nn.Module):
     def of(cls, attention: nn.MultiheadAttention) -> "SelfAttention":
         """The same attention, with the same parameters, if `can_open`."""
         own = cls(
-            _linear(cast(nn.Parameter, attention.in_proj_weight), attention.in_proj_bias),
-            _linear(attention.out_proj.weight, attention.out_proj.bias),
+            _linear(attention.in_proj_weight, attention.in_proj_bias),
+            _linear(cast(nn.Parameter, attention.out_proj.weight), attention.out_proj.bias),
             attention.num_heads,
             batch_first=attention.batch_first,
             dropout=attention.dropout,
