@@ -6,6 +6,7 @@ compiler and processor, and loaded without the interpreter's lock.
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -130,36 +131,35 @@ def _at_hand(x: Tensor) -> bool:
 
     Going through torch's dispatcher takes longer than multiplying a short sentence.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or (x.requires_grad and torch.is_grad_enabled())
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
     )
 
 
 def _multiply(
     x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
-    inputs = x.shape[-1]
+    *batch, inputs = x.shape
     library = _library()
     if isinstance(library, str):
         _warn(library)
         return F.linear(x, unpack(start, column, value, outputs, inputs), bias)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    tokens = y.numel() // max(1, outputs)
-    _check(
-        library.mtprune_linear(
-            *_weight(start, column, value, bias, outputs),
-            outputs,
-            inputs,
-            x.data_ptr(),
-            tokens,
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
+    y = x.new_empty((*batch, outputs))
+    code = library.mtprune_linear(
+        *_weight(start, column, value, bias, outputs),
+        outputs,
+        inputs,
+        x.data_ptr(),
+        math.prod(batch),
+        y.data_ptr(),
+        torch.get_num_threads(),
     )
+    if code:
+        _fail(code)
     return y
 
 
@@ -179,16 +179,16 @@ def _convolve(
     x = x.contiguous()
     y = x.new_empty((x.shape[0], *size))
     sizes = (*x.shape, *size[1:], *geometry)
-    _check(
-        library.mtprune_conv(
-            *_weight(start, column, value, bias, size[0] * geometry[0]),
-            size[0],
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            x.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
+    code = library.mtprune_conv(
+        *_weight(start, column, value, bias, size[0] * geometry[0]),
+        size[0],
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        x.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
     )
+    if code:
+        _fail(code)
     return y
 
 
@@ -216,10 +216,13 @@ def _weight(
     start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, rows: int
 ) -> tuple[int | None, ...]:
     """What both functions take first; the rest is checked where it is read."""
+    count = value.numel()
     if (
-        (len(start), len(column)) != (rows + 1, len(value))
-        or (start.dtype, value.dtype) != (torch.int32, torch.float32)
+        start.numel() != rows + 1
+        or column.numel() != count
+        or start.dtype != torch.int32
         or column.dtype not in (torch.int16, torch.int32)
+        or value.dtype != torch.float32
     ):
         raise ValueError(_BROKEN)
     return (
@@ -227,7 +230,7 @@ def _weight(
         column.data_ptr(),
         value.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        len(value),
+        count,
         column.dtype == torch.int32,
     )
 
@@ -235,11 +238,10 @@ def _weight(
 _BROKEN = "The parts of a sparse weight do not fit each other. Compress or load the model again."
 
 
-def _check(code: int) -> None:
+def _fail(code: int) -> NoReturn:
     if code == 1:
         raise MemoryError("There is no memory left for a sparse product.")
-    if code:
-        raise ValueError(_BROKEN)
+    raise ValueError(_BROKEN)
 
 
 @cache

@@ -197,6 +197,8 @@ static void linear_rows(const Weight *w, const float *panel, int P, int64_t firs
     float tile[TILE * WIDEST] __attribute__((aligned(64)));
     for (int64_t row = first; row < last; row += TILE) {
         const int64_t rows = last - row < TILE ? last - row : TILE;
+        for (int64_t token = 0; token < count; token++) /* on its way while sums are made */
+            __builtin_prefetch(y + token * w->outputs + row, 1);
         multiply(w, row, row + rows, 0, w->groups, panel, P, tile, P);
         turn(tile, rows, count, P, y + row, w->outputs);
     }
