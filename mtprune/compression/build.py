@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.components import unwrap
+from mtprune.compression import native
 from mtprune.compression.kernels import KERNELS, Kernel
 from mtprune.compression.plan import Measured, Plan, Row
 from mtprune.compression.running import (
@@ -49,10 +50,12 @@ def compress(
 
     Every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what the
     model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
-    outputs), ``"thin"`` (without its dead inputs too), ``"csr"`` (torch's sparse product, on a CPU)
-    or ``"2:4"`` (CUDA, float16 and bfloat16). A form that is not faster than the dense one by 5 %
-    is not taken, of forms within 5 % of each other the smallest is, and if the model as a whole is
-    no faster, all layers stay dense.
+    outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a sparse product of our own,
+    on a CPU in float32; a C compiler makes it at first use), ``"csr"`` (torch's sparse product, on
+    a CPU) or ``"2:4"`` (CUDA, float16 and bfloat16). So are the projections of a
+    ``MultiheadAttention`` that attends to itself. A form that is not faster than the dense one by
+    5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as a whole
+    is no faster, all layers stay dense.
 
     The copy is in eval mode and meant for inference; the model is left as it is.
 
@@ -162,7 +165,7 @@ def _choose(
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
-    zeros = False
+    zeros, missing = False, ""
     for site in sites:
         row = _row(site)
         weight = site.layer.weight.detach()
@@ -175,6 +178,8 @@ def _choose(
         elif not given[site.name]:
             row = replace(row, note="the example inputs do not reach it")
         else:
+            if zero >= WORTH and weight.device.type == "cpu" and weight.dtype == torch.float32:
+                missing = native.lacking()
             forms = _forms(site, zero)
             if forms:
                 row = _timed(row, site, forms, given[site.name], measure)
@@ -182,6 +187,7 @@ def _choose(
                     kernels[site.name] = forms[row.choice]
         rows.append(row)
     note = "" if zeros else "Nothing to compress: no weight of a layer is zero."
+    note = f"Without the form 'sparse': {missing}." if missing else note
     device = str(sites[0].layer.weight.device) if sites else "cpu"
     return Plan(tuple(rows), device, torch.get_num_threads(), note=note), kernels
 
@@ -253,7 +259,8 @@ def _check_whole(
     if after < before:
         return replace(plan, dense_ms=before, ms=after), kernels
     rows = tuple(replace(row, choice="dense") for row in plan.rows)
-    note = (
+    note = plan.note + " " * bool(plan.note)
+    note += (
         f"All layers stay dense: with the fastest forms the whole model took {after:.2f} ms, and "
         f"{before:.2f} ms without."
     )

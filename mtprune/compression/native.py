@@ -120,7 +120,7 @@ def unpack(start: Tensor, column: Tensor, value: Tensor, rows: int, columns: int
     row = torch.arange(len(start) - 1, device=start.device).div(
         max(1, groups), rounding_mode="floor"
     )
-    row = row.repeat_interleave(start.long().diff())
+    row = row.repeat_interleave(start.long().diff(), output_size=len(value))
     full = value.new_zeros(rows, columns)
     full[row, column.long()] = value
     return full

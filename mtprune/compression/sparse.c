@@ -46,14 +46,14 @@ ALWAYS void row_times_panel(const Weight *w, int64_t begin, int64_t end, float b
     vec sum[MOST];
 #pragma GCC unroll 32
     for (int v = 0; v < V * SETS; v++)
-        sum[v] = (vec){0} + (v < V ? bias : 0.0f);
+        sum[v] = (v < V ? bias : 0.0f) - (vec){0};
     int64_t i = begin;
     for (; i + SETS <= end; i += SETS) {
 #pragma GCC unroll 4
         for (int s = 0; s < SETS; s++) {
             const size_t column = wide ? (size_t)w->column32[i + s] : w->column16[i + s];
             const vec *x = (const vec *)(panel + column * P);
-            const vec weight = (vec){0} + w->value[i + s];
+            const vec weight = w->value[i + s] - (vec){0};
 #pragma GCC unroll 32
             for (int v = 0; v < V; v++)
                 sum[s * V + v] += weight * x[v];
@@ -62,7 +62,7 @@ ALWAYS void row_times_panel(const Weight *w, int64_t begin, int64_t end, float b
     for (; i < end; i++) {
         const size_t column = wide ? (size_t)w->column32[i] : w->column16[i];
         const vec *x = (const vec *)(panel + column * P);
-        const vec weight = (vec){0} + w->value[i];
+        const vec weight = w->value[i] - (vec){0};
 #pragma GCC unroll 32
         for (int v = 0; v < V; v++)
             sum[v] += weight * x[v];
@@ -197,9 +197,12 @@ static void linear_rows(const Weight *w, const float *panel, int P, int64_t firs
     float tile[TILE * WIDEST] __attribute__((aligned(64)));
     for (int64_t row = first; row < last; row += TILE) {
         const int64_t rows = last - row < TILE ? last - row : TILE;
-        for (int64_t token = 0; token < count; token++) /* on its way while sums are made */
-            __builtin_prefetch(y + token * w->outputs + row, 1);
-        multiply(w, row, row + rows, 0, w->groups, panel, P, tile, P);
+        for (int64_t r = 0; r < rows; r++) {
+            /* What the next tile is written to is on its way while this one is made. */
+            for (int64_t token = r; token < count; token += TILE)
+                __builtin_prefetch(y + token * w->outputs + row + TILE, 1);
+            multiply(w, row + r, row + r + 1, 0, w->groups, panel, P, tile + r * P, P);
+        }
         turn(tile, rows, count, P, y + row, w->outputs);
     }
 }
