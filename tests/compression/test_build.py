@@ -226,7 +226,7 @@ def test_the_model_is_left_as_it_is():
     assert torch.equal(random, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("choice", ["csr", "rows", "thin"])
+@pytest.mark.parametrize("choice", ["sparse", "csr", "rows", "thin"])
 def test_copies_and_states_of_the_compressed_model(choice):
     model, x = zero_(nn.Sequential(nn.Linear(6, 16), nn.Tanh()), 0.6, 0.3, 0.3), torch.randn(3, 6)
     fast = mtprune.compress(model, x, measure=prefer(choice))
