@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -150,8 +151,7 @@ def _multiply(
     x = x.contiguous()
     y = x.new_empty((*batch, outputs))
     code = library.mtprune_linear(
-        *_weight(start, column, value, bias, outputs),
-        outputs,
+        *_weight(start, column, value, bias, outputs, 1),
         inputs,
         x.data_ptr(),
         math.prod(batch),
@@ -180,8 +180,7 @@ def _convolve(
     y = x.new_empty((x.shape[0], *size))
     sizes = (*x.shape, *size[1:], *geometry)
     code = library.mtprune_conv(
-        *_weight(start, column, value, bias, size[0] * geometry[0]),
-        size[0],
+        *_weight(start, column, value, bias, size[0], geometry[0]),
         (ctypes.c_int64 * len(sizes))(*sizes),
         x.data_ptr(),
         y.data_ptr(),
@@ -209,20 +208,22 @@ def _convolve_dense(
         for i in range(2)
     ]
     padded = F.pad(x, (before[1], after[1], before[0], after[0]))
-    return F.conv2d(padded, weight, bias, stride, 0, dilation)[..., : size[1], : size[2]]
+    y = F.conv2d(padded, weight, bias, stride, 0, dilation)
+    return y[..., : size[1], : size[2]].contiguous()
 
 
 def _weight(
-    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, rows: int
+    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int, groups: int
 ) -> tuple[int | None, ...]:
-    """What both functions take first; the rest is checked where it is read."""
+    """What both functions take first; what is in there is checked where it is read."""
     count = value.numel()
     if (
-        start.numel() != rows + 1
+        start.numel() != outputs * groups + 1
         or column.numel() != count
         or start.dtype != torch.int32
         or column.dtype not in (torch.int16, torch.int32)
         or value.dtype != torch.float32
+        or (bias is not None and (bias.numel() != outputs or bias.dtype != torch.float32))
     ):
         raise ValueError(_BROKEN)
     return (
@@ -232,6 +233,7 @@ def _weight(
         None if bias is None else bias.data_ptr(),
         count,
         column.dtype == torch.int32,
+        outputs,
     )
 
 
@@ -297,17 +299,15 @@ def _library() -> ctypes.CDLL | str:
         directory = _cache_directory()
         for flags in FLAGS:
             where = directory / _key(compiler, flags)
-            for _ in range(2):  # again if what was found there is broken
-                try:
-                    if not _sound(where):
-                        _compile(compiler, flags, where)
-                    return _declared(ctypes.CDLL(str(where / _LIBRARY)))
-                except OSError as error:
-                    reason = reason or str(error)
-                    shutil.rmtree(where, ignore_errors=True)
+            try:
+                if not _sound(where):
+                    _compile(compiler, flags, where)
+                return _declared(ctypes.CDLL(str(where / _LIBRARY)))
+            except OSError as error:
+                reason = reason or str(error)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"the C compiler {compiler[0]} failed: {_first_line(reason or str(error))}"
-    return f"what the C compiler {compiler[0]} made cannot be loaded: {_first_line(reason)}"
+        reason = reason or str(error)
+    return f"the C compiler {compiler[0]} made no library: {_first_line(reason)}"
 
 
 def _compiler() -> list[str]:
@@ -320,9 +320,12 @@ def _compiler() -> list[str]:
 
 def _cache_directory() -> Path:
     """A directory that only this user writes to: what lies there is executed."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    for directory in (Path(home) / "mtprune", Path(tempfile.gettempdir()) / f"mtprune-{user}"):
+    places = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
+    with suppress(RuntimeError):  # a user without a home
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        places.insert(0, Path(home) / "mtprune")
+    for directory in places:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = directory.lstat()
@@ -372,11 +375,13 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], where: Path) -> None
                 raise OSError(_first_line(done.stderr) or f"it returned {done.returncode}")
         (made / "sparse.o").unlink()
         (made / _DIGEST).write_text(hashlib.sha256((made / _LIBRARY).read_bytes()).hexdigest())
+        if _sound(where):  # another process was faster
+            return
         shutil.rmtree(where, ignore_errors=True)
         try:
             made.rename(where)
         except OSError:
-            if not _sound(where):  # not even by another process, in the meantime
+            if not _sound(where):
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)

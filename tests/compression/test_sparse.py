@@ -223,6 +223,7 @@ def test_parts_that_do_not_fit_are_not_followed():
         "weight_column of another sign": lambda c: -c - 1,
         "weight_start backwards": lambda s: s.flip(0),
         "weight_start too short": lambda s: s[:-1],
+        "bias": lambda b: b[1:],
     }.items():
         parts = Sparse.parts(layer)
         key = name.split()[0]
@@ -357,7 +358,7 @@ def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(native, "COMPILERS", ())
-    assert native.lacking() == "what the C compiler false made cannot be loaded: it returned 1"
+    assert native.lacking() == "the C compiler false made no library: it returned 1"
 
 
 class Classifier(nn.Module):
