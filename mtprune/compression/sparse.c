@@ -27,8 +27,11 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 #define TILE 16   /* outputs that are turned around together */
 #define CHUNK 32  /* channels that are packed together */
 
+ALWAYS int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ALWAYS int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 typedef struct {
-    const int32_t *start;    /* [outputs * groups + 1]: where a row's groups begin */
+    const int32_t *start;     /* [outputs * groups + 1]: where a row's groups begin */
     const uint16_t *column16; /* of each value; one of the two is NULL */
     const int32_t *column32;
     const float *value;
@@ -106,48 +109,59 @@ static void multiply(const Weight *w, int64_t first, int64_t last, int64_t low, 
 /* The narrowest panel that so few columns need. */
 static int panel_width(int64_t columns) { return columns <= 16 ? 16 : columns <= 32 ? 32 : 64; }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE __builtin_shufflevector
+#endif
+#endif
+
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
 /* out[c * out_pitch + r] = in[r * in_pitch + c], for a tile of 16 x 16. */
 ALWAYS void turn_tile(const float *in, int64_t in_pitch, float *out, int64_t out_pitch)
 {
-#if defined(__has_builtin) && defined(__AVX__)
-#if __has_builtin(__builtin_shufflevector)
-#define HAS_SHUFFLE
-#endif
-#endif
-#ifdef HAS_SHUFFLE
-    typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-    typedef float sixteen __attribute__((vector_size(64), aligned(4), may_alias));
-    /* Four rows of four columns at a time: each 16 bytes read are 4 columns of one row. */
-#pragma GCC unroll 4
+#if defined(SHUFFLE) && LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
     for (int c = 0; c < 16; c += 4) {
-        sixteen part[4];
+        vec part[4]; /* four columns of rows r, 4 + r, 8 + r and 12 + r */
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) { /* rows r, 4 + r, 8 + r, 12 + r */
-            four a = *(const four *)(in + r * in_pitch + c);
-            four b = *(const four *)(in + (4 + r) * in_pitch + c);
-            four d = *(const four *)(in + (8 + r) * in_pitch + c);
-            four e = *(const four *)(in + (12 + r) * in_pitch + c);
-            typedef float eight __attribute__((vector_size(32)));
-            eight ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
-            eight de = __builtin_shufflevector(d, e, 0, 1, 2, 3, 4, 5, 6, 7);
-            part[r] = __builtin_shufflevector(ab, de, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-                                              14, 15);
+        for (int r = 0; r < 4; r++) {
+            const float *from = in + r * in_pitch + c;
+            const four a = *(const four *)from, b = *(const four *)(from + 4 * in_pitch);
+            const four d = *(const four *)(from + 8 * in_pitch);
+            const four e = *(const four *)(from + 12 * in_pitch);
+            const eight ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+            const eight de = SHUFFLE(d, e, 0, 1, 2, 3, 4, 5, 6, 7);
+            part[r] = SHUFFLE(ab, de, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         }
-#define LOW(a, b)                                                                                  \
-    __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define HIGH(a, b)                                                                                 \
-    __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define FIRST(a, b)                                                                                \
-    __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define SECOND(a, b)                                                                               \
-    __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-        sixteen l01 = LOW(part[0], part[1]), l23 = LOW(part[2], part[3]);
-        sixteen h01 = HIGH(part[0], part[1]), h23 = HIGH(part[2], part[3]);
-        *(sixteen *)(out + (c + 0) * out_pitch) = FIRST(l01, l23);
-        *(sixteen *)(out + (c + 1) * out_pitch) = SECOND(l01, l23);
-        *(sixteen *)(out + (c + 2) * out_pitch) = FIRST(h01, h23);
-        *(sixteen *)(out + (c + 3) * out_pitch) = SECOND(h01, h23);
+#define EACH(a, b, i, j, k, l)                                                                     \
+    SHUFFLE(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12,      \
+            j + 12, k + 12, l + 12)
+        const vec low01 = EACH(part[0], part[1], 0, 16, 1, 17);
+        const vec low23 = EACH(part[2], part[3], 0, 16, 1, 17);
+        const vec high01 = EACH(part[0], part[1], 2, 18, 3, 19);
+        const vec high23 = EACH(part[2], part[3], 2, 18, 3, 19);
+        *(vec *)(out + (c + 0) * out_pitch) = EACH(low01, low23, 0, 1, 16, 17);
+        *(vec *)(out + (c + 1) * out_pitch) = EACH(low01, low23, 2, 3, 18, 19);
+        *(vec *)(out + (c + 2) * out_pitch) = EACH(high01, high23, 0, 1, 16, 17);
+        *(vec *)(out + (c + 3) * out_pitch) = EACH(high01, high23, 2, 3, 18, 19);
+#undef EACH
     }
+#elif defined(SHUFFLE)
+    for (int r = 0; r < 16; r += 4)
+        for (int c = 0; c < 16; c += 4) {
+            const float *from = in + r * in_pitch + c;
+            const four a = *(const four *)from, b = *(const four *)(from + in_pitch);
+            const four d = *(const four *)(from + 2 * in_pitch);
+            const four e = *(const four *)(from + 3 * in_pitch);
+            const four low0 = SHUFFLE(a, b, 0, 4, 1, 5), low1 = SHUFFLE(d, e, 0, 4, 1, 5);
+            const four high0 = SHUFFLE(a, b, 2, 6, 3, 7), high1 = SHUFFLE(d, e, 2, 6, 3, 7);
+            float *to = out + c * out_pitch + r;
+            *(four *)to = SHUFFLE(low0, low1, 0, 1, 4, 5);
+            *(four *)(to + out_pitch) = SHUFFLE(low0, low1, 2, 3, 6, 7);
+            *(four *)(to + 2 * out_pitch) = SHUFFLE(high0, high1, 0, 1, 4, 5);
+            *(four *)(to + 3 * out_pitch) = SHUFFLE(high0, high1, 2, 3, 6, 7);
+        }
 #else
     for (int r = 0; r < 16; r++)
         for (int c = 0; c < 16; c++)
@@ -182,21 +196,22 @@ static float *scratch(int64_t floats)
 
 /* Linear: y[tokens, outputs] = x[tokens, inputs] W^T + b. */
 
+/* Inputs [from, to) of `count` tokens; columns past them are summed up too, so they are zero. */
 static void linear_pack(const float *x, int64_t inputs, int64_t from, int64_t to, int64_t count,
                         int P, float *panel)
 {
-    /* Inputs [from, to) of `count` tokens; the other columns are computed too, so they are zero. */
     if (count < P)
         memset(panel + from * P, 0, sizeof(float) * (size_t)((to - from) * P));
     turn(x + from, count, to - from, inputs, panel + from * P, P);
 }
 
+/* Outputs [first, last) of `count` tokens. */
 static void linear_rows(const Weight *w, const float *panel, int P, int64_t first, int64_t last,
                         int64_t count, float *y)
 {
     float tile[TILE * WIDEST] __attribute__((aligned(64)));
     for (int64_t row = first; row < last; row += TILE) {
-        const int64_t rows = last - row < TILE ? last - row : TILE;
+        const int64_t rows = smaller(last - row, TILE);
         for (int64_t r = 0; r < rows; r++) {
             /* What the next tile is written to is on its way while this one is made. */
             for (int64_t token = r; token < count; token += TILE)
@@ -219,7 +234,7 @@ static int linear(const Weight *w, const float *x, int64_t tokens, float *y, int
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < panels; i++) {
                 const int64_t from = i * WIDEST;
-                const int64_t count = tokens - from < WIDEST ? tokens - from : WIDEST;
+                const int64_t count = smaller(tokens - from, WIDEST);
                 const int P = panel_width(count);
                 if (panel) {
                     linear_pack(x + from * w->inputs, w->inputs, 0, w->inputs, count, P, panel);
@@ -237,18 +252,18 @@ static int linear(const Weight *w, const float *x, int64_t tokens, float *y, int
     const int64_t out_tiles = (w->outputs + TILE - 1) / TILE;
     for (int64_t i = 0; i < panels; i++) {
         const int64_t from = i * WIDEST;
-        const int64_t count = tokens - from < WIDEST ? tokens - from : WIDEST;
+        const int64_t count = smaller(tokens - from, WIDEST);
         const int P = panel_width(count);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < in_tiles; t++) {
-                const int64_t last = (t + 1) * TILE < w->inputs ? (t + 1) * TILE : w->inputs;
+                const int64_t last = smaller((t + 1) * TILE, w->inputs);
                 linear_pack(x + from * w->inputs, w->inputs, t * TILE, last, count, P, panel);
             }
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < out_tiles; t++) {
-                const int64_t last = (t + 1) * TILE < w->outputs ? (t + 1) * TILE : w->outputs;
+                const int64_t last = smaller((t + 1) * TILE, w->outputs);
                 linear_rows(w, panel, P, t * TILE, last, count, y + from * w->outputs);
             }
         }
@@ -258,13 +273,12 @@ static int linear(const Weight *w, const float *x, int64_t tokens, float *y, int
 }
 
 /* Convolution of images [count, channels, height, width] to [count, outputs, high, wide]. */
+
 typedef struct {
     int64_t count, channels, height, width, high, wide;
     int64_t kernel[2], stride[2], padding[2], dilation[2];
 } Shape;
 
-ALWAYS int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ALWAYS int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /* The quotient rounded up, for any a and positive b. */
 ALWAYS int64_t quotient_up(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
@@ -336,6 +350,7 @@ static void conv_pack(const Shape *s, const float *image, int64_t tap, int64_t f
     }
 }
 
+/* Outputs [first, last) of pixels [from, from + count) of one image. */
 static void conv_rows(const Weight *w, const Shape *s, const float *panel, int P, int64_t first,
                       int64_t last, int64_t from, int64_t count, float *y)
 {
