@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mtprune.components import find_layers, unwrap
+from mtprune.compression import native
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS
@@ -26,6 +27,7 @@ from mtprune.compression.running import (
     named_tensors,
     parse,
     run,
+    self_attentions,
     unnested,
 )
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
@@ -43,7 +45,7 @@ MARGIN = 0.05
 """A form must beat the dense one by this share of its time; closer ones are ties."""
 
 WORTH = 0.5
-"""The share of zeros from which CSR is tried."""
+"""The share of zeros from which sparse products are tried."""
 
 _PLAN = "_mtprune_plan"
 
@@ -68,8 +70,10 @@ def compress(
 
     Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what
     the model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
-    outputs), ``"thin"`` (without its dead inputs too), ``"csr"`` (torch's sparse product, on a CPU)
-    or ``"2:4"`` (CUDA, float16 and bfloat16). So is every Linear of low rank, which can be
+    outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a sparse product of our own,
+    on a CPU in float32; a C compiler makes it at first use), ``"csr"`` (torch's sparse product, on
+    a CPU) or ``"2:4"`` (CUDA, float16 and bfloat16). So are the projections of a
+    ``MultiheadAttention`` that attends to itself, and every Linear of low rank, which can be
     ``"rank"``: two layers, where these are smaller. A form that is not faster than the dense one
     by 5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as a
     whole is no faster, all layers stay dense.
@@ -147,8 +151,10 @@ def compress(
         removal = _remove(work, units, batches, plan)
         if removal:
             _verify_removal(model, work, expected, units, batches, tolerance)
-        sites = find_sites(work)
-        if plan is not None:
+        if plan is None:
+            sites = find_sites(work, self_attentions(work, batches))
+        else:
+            sites = find_sites(work, _opened(plan))
             _check_fits(plan, sites)
         given = calls(work, sites, batches)
         if plan is None:
@@ -318,14 +324,16 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
         if attribute == "bias" and isinstance(layer, (nn.Linear, _ConvNd)) and layer.bias is None:
             # Constants that were removed are in there.
             layer.bias = nn.Parameter(tensor, layer.weight.requires_grad)
-    sites = find_sites(model)
+    sites = find_sites(model, _opened(plan))
     _check_fits(plan, sites)
+    kernels = {}
     for site in sites:
         choice = plan[site.name].choice
         if choice != "dense":
             prefix = site.name + "."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            site.place(FORMS[choice](site.layer, parts))
+            kernels[site.name] = FORMS[choice](site.layer, parts)
+    _place(sites, kernels)
     return _finish(model, plan)
 
 
@@ -338,7 +346,7 @@ def _choose(
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
-    able = bool(removal)
+    able, missing = bool(removal), ""
     for site in sites:
         row = _row(site)
         weight = site.layer.weight.detach()
@@ -356,8 +364,11 @@ def _choose(
             row = replace(row, note=site.held)
         elif not given[site.name]:
             row = replace(row, note="the example inputs do not reach it")
+        if zero >= WORTH and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            missing = native.lacking()
         rows.append(row)
     note = "" if able else "Nothing to compress: no weight of a layer is zero."
+    note = f"Without the form 'sparse': {missing}." if missing else note
     device = str(sites[0].layer.weight.device) if sites else "cpu"
     threads = torch.get_num_threads()
     return Plan(tuple(rows), device, threads, note=note, removal=removal), kernels
@@ -374,7 +385,7 @@ def _forms(site: Site, zero: float, portable: bool) -> dict[str, Kernel]:
     for choice, kernel in FORMS.items():
         if portable and not kernel.portable:
             continue
-        if kernel.lacking(site.layer.weight) or (choice == "csr" and zero < WORTH):
+        if (choice in ("sparse", "csr") and zero < WORTH) or kernel.lacking(site.layer.weight):
             continue
         parts = kernel.parts(site.layer)
         if parts is not None:
@@ -432,11 +443,18 @@ def _check_whole(
     if after < before:
         return replace(plan, dense_ms=before, ms=after), kernels
     rows = tuple(replace(row, choice="dense") for row in plan.rows)
-    note = (
+    note = plan.note + " " * bool(plan.note)
+    note += (
         f"All layers stay dense: with the fastest forms the whole model took {after:.2f} ms, and "
         f"{before:.2f} ms without."
     )
     return replace(plan, rows=rows, dense_ms=before, ms=before, note=note), {}
+
+
+def _opened(plan: Plan) -> list[str]:
+    """The attentions whose projections are layers in a plan."""
+    suffix = ".in_proj"
+    return [r.layer.removesuffix(suffix) for r in plan.rows if r.layer.endswith(suffix)]
 
 
 def _check_fits(plan: Plan, sites: Sequence[Site]) -> None:

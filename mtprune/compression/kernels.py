@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["KERNELS", "Csr", "Dense", "Kernel", "Rows", "SemiStructured", "Thin"]
+from mtprune.compression import native
+
+__all__ = ["KERNELS", "Csr", "Dense", "Kernel", "Rows", "SemiStructured", "Sparse", "Thin"]
 
 Dense = nn.Linear | nn.Conv2d
 """What can be replaced."""
@@ -79,6 +81,10 @@ class Kernel(nn.Module, ABC):
                 self.register_parameter(name, nn.Parameter(part, requires_grad=False))
             else:
                 self.register_buffer(name, part)
+
+    def _pair(self, name: str) -> tuple[int, int]:
+        first, second = getattr(self, name)
+        return first, second
 
     @override
     def extra_repr(self) -> str:
@@ -304,10 +310,6 @@ class Csr(Kernel):
         y = out.view(-1, len(batch), height, width).transpose(0, 1)
         return y.contiguous() if x.dim() == 4 else y[0]
 
-    def _pair(self, name: str) -> tuple[int, int]:
-        first, second = getattr(self, name)
-        return first, second
-
     def _products(self, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The weight times ``[inputs, n]``, plus the bias: tiles, and where they start."""
         matrix = self._matrix()
@@ -326,6 +328,137 @@ class Csr(Kernel):
     @override
     def weight(self) -> Tensor:
         return self._matrix().to_dense().view(self.weight_shape)
+
+
+class Sparse(Kernel):
+    """The kept weights with their places, multiplied by native code of our own, on a CPU.
+
+    A convolution is a product too: weights meet the pixels under their tap as they lie, row by row.
+    Rows of its kernel are kept apart, so that those that see nothing but padding are left out.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[0., 0, 2], [0, 3, 0]]))
+        >>> sparse = Sparse(layer, Sparse.parts(layer))
+        >>> [sparse.weight_values.tolist(), sparse.weight_column.tolist()]
+        [[2.0, 3.0], [2, 1]]
+    """
+
+    choice = "sparse"
+
+    @override
+    @classmethod
+    def parts(cls, layer: Dense) -> Parts | None:
+        weight = layer.weight.detach()
+        groups = 1
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups != 1:
+                return None
+            groups = layer.kernel_size[0]
+            weight = weight.permute(0, 2, 3, 1)  # channels fastest
+        flat = weight.flatten(1)
+        row, column = flat.nonzero(as_tuple=True)
+        if len(column) > torch.iinfo(torch.int32).max:
+            return None
+        counts = (flat != 0).view(len(flat) * groups, -1).sum(1)
+        narrow = flat.shape[1] <= torch.iinfo(torch.int16).max + 1
+        parts = {
+            "weight_start": torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+            "weight_column": column.to(torch.int16 if narrow else torch.int32),
+            "weight_values": flat[row, column],
+        }
+        if layer.bias is not None:
+            parts["bias"] = layer.bias.detach().clone()
+        return parts
+
+    @override
+    @staticmethod
+    def lacking(weight: Tensor) -> str:
+        if weight.device.type != "cpu":
+            return f"the sparse product runs on a CPU, and the layer is on {weight.device}"
+        if weight.dtype != torch.float32:
+            return f"the sparse product needs float32, and the layer is {weight.dtype}"
+        return native.lacking()
+
+    @override
+    def _hold(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
+        self.weight_start: Tensor
+        self.weight_column: Tensor
+        self.weight_values: Tensor
+        self.bias: Tensor | None
+        super()._hold(layer, parts)
+        if "bias" not in parts:
+            self.register_parameter("bias", None)
+        if isinstance(layer, nn.Conv2d):
+            self.margins = _margins(layer)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_conv:
+            return self._convolve(x) if x.dim() == 4 else self._convolve(x[None])[0]
+        if x.shape[-1] != self.weight_shape[1]:
+            raise RuntimeError(
+                f"The layer takes {self.weight_shape[1]} inputs and got shape {tuple(x.shape)}."
+            )
+        if not self._at_home(x):
+            return F.linear(x, self.weight, self.bias)
+        return native.multiply(x, *self._parts(), self.weight_shape[0])
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        outputs, channels, *kernel = self.weight_shape
+        stride, dilation = self._pair("stride"), self._pair("dilation")
+        left, right, top, bottom = self.margins
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self.margins, str(self.padding_mode))
+            left = right = top = bottom = 0
+        high, wide = (
+            (x.shape[2 + i] + both - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+            for i, both in enumerate((top + bottom, left + right))
+        )
+        if x.shape[1] != channels or high < 1 or wide < 1:
+            raise RuntimeError(
+                f"The layer takes {channels} channels and images no smaller than its kernel of "
+                f"{kernel}, and got shape {tuple(x.shape)}."
+            )
+        if not self._at_home(x):
+            x = F.pad(x, (left, right, top, bottom))
+            return F.conv2d(x, self.weight, self.bias, stride, 0, dilation)
+        geometry = (*kernel, *stride, top, left, *dilation)
+        return native.convolve(x, *self._parts(), (outputs, high, wide), geometry)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        # Past the slow way to attributes of modules: the product itself takes microseconds.
+        parameters, buffers = self._parameters, self._buffers
+        values, bias = parameters["weight_values"], parameters["bias"]
+        return buffers["weight_start"], buffers["weight_column"], values, bias  # type: ignore[return-value]
+
+    def _at_home(self, x: Tensor) -> bool:
+        """Whether nothing was moved or cast; if it was, the dense weight is made for each call."""
+        value = self._parts()[2]
+        return x.is_cpu and value.is_cpu and x.dtype == value.dtype == torch.float32
+
+    @property
+    @override
+    def weight(self) -> Tensor:
+        outputs, inputs, *kernel = self.weight_shape
+        flat = torch.Size((inputs, *kernel)).numel()
+        full = native.unpack(*self._parts()[:3], outputs, flat)
+        if not kernel:
+            return full
+        return full.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
+
+
+def _margins(layer: nn.Conv2d) -> tuple[int, ...]:
+    """How many pixels a convolution pads: left, right, top and bottom."""
+    margins: list[int] = []
+    for i in (1, 0):
+        if isinstance(layer.padding, str):
+            both = layer.dilation[i] * (layer.kernel_size[i] - 1) if layer.padding == "same" else 0
+            margins += (both // 2, both - both // 2)
+        else:
+            margins += (layer.padding[i], layer.padding[i])
+    return tuple(margins)
 
 
 class SemiStructured(Kernel):
@@ -397,7 +530,7 @@ class SemiStructured(Kernel):
         return full.scatter_(2, places, self.weight_pairs.view(rows, -1, 2)).view(rows, inputs)
 
 
-KERNELS: dict[str, type[Kernel]] = {k.choice: k for k in (Rows, Thin, Csr, SemiStructured)}
+KERNELS: dict[str, type[Kernel]] = {k.choice: k for k in (Rows, Thin, Sparse, Csr, SemiStructured)}
 """All forms but the dense one."""
 
 

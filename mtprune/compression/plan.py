@@ -9,7 +9,7 @@ from mtprune.compression.sizes import Sizes
 
 __all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
-CHOICES = ("dense", "rows", "thin", "csr", "2:4", "rank")
+CHOICES = ("dense", "rows", "thin", "sparse", "csr", "2:4", "rank")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
 
 

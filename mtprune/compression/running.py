@@ -10,9 +10,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mtprune.collect import untouched
+from mtprune.compression.projections import can_open
 from mtprune.compression.sites import Site
 
-__all__ = ["Calls", "call", "calls", "check_devices", "named_tensors", "parse", "run", "unnested"]
+__all__ = [
+    "Calls",
+    "call",
+    "calls",
+    "check_devices",
+    "named_tensors",
+    "parse",
+    "run",
+    "self_attentions",
+    "unnested",
+]
 
 Calls = dict[tuple[int, ...], tuple[Tensor, int]]
 """For each shape that a layer was given: one such input, and how often it came."""
@@ -98,6 +109,30 @@ def calls(model: nn.Module, sites: Iterable[Site], batches: Sequence[Any]) -> di
         for handle in handles:
             handle.remove()
     return found
+
+
+def self_attentions(model: nn.Module, batches: Sequence[Any]) -> list[str]:
+    """Attentions that look at what they are given and nothing else, and that can be opened."""
+    alone: dict[str, bool] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.MultiheadAttention) and can_open(module):
+
+            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                query, key, value = (*args, *(kwargs[k] for k in _ATTENDS[len(args) :]))[:3]
+                alone[name] = alone.get(name, True) and query is key and key is value
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        if handles:
+            run(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, only in alone.items() if only]
+
+
+_ATTENDS = ("query", "key", "value")
 
 
 @contextmanager

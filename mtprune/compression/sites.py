@@ -1,6 +1,7 @@
 """Sites: the layers that could take another form, and why some cannot."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,33 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mtprune.compression.kernels import Dense, Kernel
+from mtprune.compression.projections import SelfAttention, can_open
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
+
+
+Places = tuple[tuple[nn.Module, str], ...]
+"""Where a module hangs: its parents, and the attribute of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """An attention whose projections are layers, as long as one of them has another form.
+
+    Attributes:
+        attention: As it was, with what torch has fused.
+        own: As layers.
+        parents: Where it hangs.
+    """
+
+    attention: nn.MultiheadAttention
+    own: SelfAttention
+    parents: Places
+
+    def settle(self) -> None:
+        """Hang there what is needed now."""
+        replaced = any(isinstance(module, Kernel) for module in self.own.children())
+        _hang(self.own if replaced else self.attention, self.parents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +47,20 @@ class Site:
         layer: The layer as it is.
         parents: Module and attribute of all places where it hangs.
         held: Why it must stay dense; empty if nothing is against another form.
+        opened: The attention that it is a projection of, if it is one.
     """
 
     name: str
     layer: Dense
-    parents: tuple[tuple[nn.Module, str], ...]
+    parents: Places
     held: str = ""
+    opened: Opened | None = None
 
     def place(self, module: nn.Module) -> None:
         """Hang this module there instead."""
-        for parent, attribute in self.parents:
-            parent._modules[attribute] = module
+        _hang(module, self.parents)
+        if self.opened is not None:
+            self.opened.settle()
 
     @property
     def bytes(self) -> int:
@@ -40,21 +69,31 @@ class Site:
         return self.layer.weight.nbytes + bias
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]:
     """All Linear and Conv2d layers of a model, also those that must stay dense.
+
+    Args:
+        model: The model.
+        attentions: Names of `MultiheadAttention` whose projections shall be layers too: they are
+            opened, and closed again when the last of them is placed as it was.
 
     Example:
         >>> [site.name for site in find_sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
         ['0']
     """
+    places = _places(model)
+    opened: dict[nn.Module, Opened] = {}
+    for name, module in list(model.named_modules()):
+        if name in attentions and isinstance(module, nn.MultiheadAttention) and can_open(module):
+            own = SelfAttention.of(module)
+            opened[own] = Opened(module, own, places[module])
+            _hang(own, places[module])
+    if opened:
+        places = _places(model)
     inside = {id(m) for k in model.modules() if isinstance(k, Kernel) for m in k.modules()}
     uses: Counter[int] = Counter()
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         uses.update(id(parameter) for parameter in module._parameters.values())
-        for attribute, child in module._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((module, attribute))
     sites = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or id(module) in inside:
@@ -62,8 +101,24 @@ def find_sites(model: nn.Module) -> list[Site]:
         if "weight" in module._parameters:
             shared = uses[id(module.weight)] > 1
             held = _held(module, name, shared)
-            sites.append(Site(name, module, tuple(places.get(module, ())), held))
+            parents = places.get(module, ())
+            of = next((opened[parent] for parent, _ in parents if parent in opened), None)
+            sites.append(Site(name, module, parents, held, of))
     return sites
+
+
+def _places(model: nn.Module) -> dict[nn.Module, Places]:
+    places: dict[nn.Module, Places] = {}
+    for module in model.modules():
+        for attribute, child in module._modules.items():
+            if child is not None:
+                places[child] = (*places.get(child, ()), (module, attribute))
+    return places
+
+
+def _hang(module: nn.Module, parents: Places) -> None:
+    for parent, attribute in parents:
+        parent._modules[attribute] = module
 
 
 def _held(module: Dense, name: str, shared: bool) -> str:

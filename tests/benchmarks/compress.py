@@ -1,7 +1,7 @@
-"""Compressed against dense: the text encoder with random element-wise masks, outputs checked.
+"""Compressed against dense, with random element-wise masks, outputs checked.
 
-Two encoders: torch's, whose attention keeps its dense projections, and one whose attention is four
-Linear layers, as most pretrained encoders have it.
+Two text encoders: torch's, and one whose attention is four Linear layers, as most pretrained ones
+have it. And SceneNet, as DiSparse has it: DeepLab on ResNet-34, with a head for each of 3 tasks.
 """
 
 import torch
@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtprune
+from examples.common.nets import build
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
 SPARSITIES = {0.9: 1 / 2.0, 0.95: 1 / 3.0}
-"""Sparsity, and the largest share of the dense time that is aimed at."""
+"""Sparsity of encoders, and the largest share of the dense time that is aimed at."""
+
+SCENENET = (0.95, 1 / 1.5)
+"""The same for SceneNet."""
 
 
 class Block(nn.Module):
@@ -57,6 +61,14 @@ def encoders(size: str) -> dict[str, nn.Module]:
     }
 
 
+def scenenet(size: str) -> tuple[nn.Module, Tensor]:
+    """The net, and one image."""
+    torch.manual_seed(0)
+    width, side = {"full": (1.0, 256), "quick": (0.5, 128), "toy": (0.1, 64)}[size]
+    model = build("deeplab_resnet34", {"seg": 13, "depth": 1, "normals": 3}, width)
+    return model.to(device()), torch.randn(1, 3, side, side)
+
+
 @torch.no_grad()
 def mask_(model: nn.Module, sparsity: float) -> None:
     """Random element-wise zeros in all that is prunable."""
@@ -68,26 +80,33 @@ def run(settings: Settings) -> list[Row]:
     rows = []
     for sparsity, target in SPARSITIES.items():
         for name, model in encoders(settings.size).items():
-            model.eval()
             mask_(model, sparsity)
             for batch in (1, 16):
+                x = torch.randint(0, 1000, (batch, 4 if settings.size == "toy" else 32))
+                what = f"{name}, {sparsity:.0%}, {batch} x {x.shape[1]} tokens"
                 for count in settings.threads:
                     with threads(count):
-                        rows.append(measure(settings, name, model, sparsity, batch, target))
+                        rows.append(measure(settings, what, model, x, target))
+    sparsity, target = SCENENET
+    model, x = scenenet(settings.size)
+    mask_(model, sparsity)
+    what = f"SceneNet, {sparsity:.0%}, 1 x {x.shape[2]} x {x.shape[3]} pixels"
+    for count in settings.threads:
+        with threads(count):
+            rows.append(measure(settings, what, model, x, target))
     return rows
 
 
-def measure(
-    settings: Settings, name: str, model: nn.Module, sparsity: float, batch: int, target: float
-) -> Row:
-    x = torch.randint(0, 1000, (batch, 4 if settings.size == "toy" else 32)).to(device())
+def measure(settings: Settings, what: str, model: nn.Module, x: Tensor, target: float) -> Row:
+    model.eval()
+    x = x.to(device())
     fast = mtprune.compress(model, x)
     plan = mtprune.plan_of(fast)
     with torch.no_grad():
         found = interleaved(lambda: fast(x), lambda: model(x), 3 * settings.repeats)
     choices = [row.choice for row in plan.rows]
     return Row(
-        f"{name}, {sparsity:.0%}, {batch} x {x.shape[1]} tokens, threads: {plan.threads}",
+        f"{what}, threads: {plan.threads}",
         "dense",
         1 / found["wall"]["ratio"],
         target,

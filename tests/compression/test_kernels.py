@@ -87,7 +87,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8, 1.0])
-@pytest.mark.parametrize("choice", ["rows", "thin", "csr"])
+@pytest.mark.parametrize("choice", ["rows", "thin", "sparse", "csr"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_form_gives_what_the_dense_layer_gives(name, choice, sparsity):
     make, shape = LAYERS[name]

@@ -61,8 +61,8 @@ def test_an_edit_is_another_plan():
 def test_errors():
     with pytest.raises(KeyError, match=r"no layer 'c'. It has \['a', 'b'\]"):
         PLAN.replace("c", "dense")
-    with pytest.raises(ValueError, match=r"`choice` must be one of .*Got 'sparse'"):
-        PLAN.replace("a", "sparse")
+    with pytest.raises(ValueError, match=r"`choice` must be one of .*Got 'fast'"):
+        PLAN.replace("a", "fast")
     with pytest.raises(ValueError, match=r"not a plan as Plan.to_dict"):
         Plan.from_dict({"rows": [{"layer": "a"}]})
     data = PLAN.to_dict()

@@ -11,7 +11,7 @@ from tests.compression.fakes import leaves, prefer, zero_
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8, 1.0])
-@pytest.mark.parametrize("choice", ["csr", "rows", "thin"])
+@pytest.mark.parametrize("choice", ["sparse", "csr", "rows", "thin"])
 @pytest.mark.parametrize("name", nets.SHELF)
 def test_compressed_is_what_it_was(name, choice, sparsity):
     net = nets.build(name)

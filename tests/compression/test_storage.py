@@ -35,7 +35,7 @@ def compressed(model, x, choice="csr"):
     return mtprune.compress(zero_(model, 0.8, rows=0.2, cols=0.2), x, measure=prefer(choice))
 
 
-@pytest.mark.parametrize("choice", ["csr", "rows", "thin", "dense"])
+@pytest.mark.parametrize("choice", ["sparse", "csr", "rows", "thin", "dense"])
 @pytest.mark.parametrize(
     "name", ["plain", "tied", "conv_bn", "channels_last", "bfloat16", "attention"]
 )
