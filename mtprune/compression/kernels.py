@@ -39,7 +39,10 @@ class Kernel(nn.Module, ABC):
 
     choice: ClassVar[str]
     portable: ClassVar[bool] = False
-    """Whether torch.export takes it."""
+    """Whether torch.export and ONNX take it."""
+
+    exports: ClassVar[bool] = False
+    """Whether torch.export takes it at least."""
 
     site = ""
     """The name of the layer in its model, once it is there."""
@@ -98,9 +101,11 @@ def _check_exporting(module: nn.Module, args: Any) -> None:
     if module.portable:
         return
     exporting = getattr(torch.compiler, "is_exporting", bool)
-    if exporting() or torch.onnx.is_in_onnx_export():
+    onnx = torch.onnx.is_in_onnx_export()
+    if onnx or (exporting() and not module.exports):
+        who = "ONNX" if module.exports else "torch.export and ONNX"
         raise RuntimeError(
-            f"Layer '{module.site}' has the form '{module.choice}', which torch.export and ONNX "
+            f"Layer '{module.site}' has the form '{module.choice}', which {who} "
             f"cannot take. Compress again with portable=True, or with "
             f"plan=mtprune.plan_of(model).replace({module.site!r}, 'dense')."
         )
@@ -346,6 +351,7 @@ class Sparse(Kernel):
     """
 
     choice = "sparse"
+    exports = True
 
     @override
     @classmethod

@@ -329,7 +329,7 @@ def test_compress_removes_first_and_tells():
     lines = str(plan).splitlines()
     assert "removed: 0 4x2 -> 2x2" in lines
     assert "removed: 2 6x4 -> 6x2" in lines
-    assert lines[-1] == "parameters: 36 dense, 24 left"
+    assert lines[-1].startswith("whole model: parameters 36 -> 24, multiply-adds 96 -> 48")
     assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
     assert plan["2"].shape == (6, 2)
     assert (plan.dense_ms, plan.ms) == (2.0, 1.0)

@@ -14,6 +14,7 @@ from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
 
 PORTABLE = ["dense", *(choice for choice, form in FORMS.items() if form.portable)]
+EXPORTS = [*PORTABLE, *(c for c, form in FORMS.items() if form.exports and not form.portable)]
 STUCK = [choice for choice, form in FORMS.items() if not form.portable]
 
 
@@ -28,7 +29,7 @@ def compressed(choice, x):
     return fast
 
 
-@pytest.mark.parametrize("choice", PORTABLE)
+@pytest.mark.parametrize("choice", EXPORTS)
 def test_export(choice):
     x = torch.randn(2, 3, 6, 6)
     fast = compressed(choice, x)
@@ -36,7 +37,7 @@ def test_export(choice):
     assert torch.equal(program.module()(x), fast(x))
 
 
-@pytest.mark.parametrize("choice", PORTABLE)
+@pytest.mark.parametrize("choice", EXPORTS)
 def test_export_of_any_batch_size(choice):
     x = torch.randn(2, 3, 6, 6)
     fast = compressed(choice, x)
@@ -71,7 +72,7 @@ def test_compile(choice):
     torch.testing.assert_close(got, fast(x))
 
 
-@pytest.mark.parametrize("choice", [c for c in STUCK if c != "2:4"])
+@pytest.mark.parametrize("choice", [c for c in STUCK if c not in (*EXPORTS, "2:4")])
 def test_what_cannot_be_exported_says_which_layer_and_what_to_do(choice):
     x = torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(cnn(), x, measure=prefer(choice))
@@ -82,6 +83,16 @@ def test_what_cannot_be_exported_says_which_layer_and_what_to_do(choice):
     plan = mtprune.plan_of(fast).replace("*", "dense")
     program = torch.export.export(mtprune.compress(cnn_like(fast), x, plan=plan), (x,))
     torch.testing.assert_close(program.module()(x), fast(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", [c for c in EXPORTS if c not in PORTABLE])
+def test_what_onnx_alone_cannot_take_it_names(choice):
+    pytest.importorskip("onnxscript")
+    x = torch.randn(2, 3, 6, 6)
+    fast = compressed(choice, x)
+    with warnings.catch_warnings(), pytest.raises(Exception, match=f"mtprune.{choice}_conv2d"):
+        warnings.simplefilter("ignore")  # the exporter's own, of torch's internals
+        torch.onnx.export(fast, (x,), dynamo=True, verbose=False)
 
 
 def cnn_like(fast):
