@@ -1,25 +1,105 @@
-"""Attention with fewer heads: what torch's module cannot say."""
+"""Attention torch lacks: with fewer heads than fit, or with projections of another form."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["NarrowAttention", "narrow", "narrowed"]
+__all__ = ["NarrowAttention", "SelfAttention", "can_open", "narrow", "narrowed"]
+
+_HINT = "`is_causal` is only a hint: give `attn_mask` too."
 
 
-class NarrowAttention(nn.MultiheadAttention):
-    """A `torch.nn.MultiheadAttention` whose heads together are narrower than what they read.
+def _inputs(inputs: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
+    """Queries, keys and values as ``[batch, length, width]``; one tensor stays one."""
+    if inputs[0].dim() == 2:
+        found = {id(x): x[None] for x in inputs}
+    elif batch_first:
+        return list(inputs)
+    else:
+        found = {id(x): x.transpose(0, 1) for x in inputs}
+    return [found[id(x)] for x in inputs]
 
-    Torch's module takes the size of a head to be the inputs' over the number of heads, which no
-    longer holds when heads are gone. It is called as that module, and its parameters have the same
-    names: ``in_proj_weight`` ``[3 * heads * head_dim, embed_dim]``, ``out_proj.weight``
-    ``[embed_dim, heads * head_dim]``. Attention weights are those of the heads that are left.
-    Made by `narrow`.
+
+def _attend(
+    parts: Sequence[Tensor],
+    heads: tuple[int, int],
+    mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    dropout: float,
+    causal: bool,
+    need_weights: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor | None]:
+    r"""What all heads read, :math:`\mathrm{softmax}(Q K^T / \sqrt{d} + M) V`, side by side.
+
+    Args:
+        parts: Queries, keys and values, each ``[batch, length, heads * head_dim]``.
+        heads: How many, and how wide each.
+        mask: As torch takes it.
+        padding: Likewise.
+        dropout: Of the weights.
+        causal: Whether the mask is known to be the causal one.
+        need_weights: Whether to give the weights too.
+        average: Whether they are averaged over heads.
     """
+    q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in parts)
+    causal = causal and padding is None and not need_weights
+    added = None if causal else _mask(mask, padding, q)
+    if not need_weights:
+        read = F.scaled_dot_product_attention(q, k, v, added, dropout, causal)
+        return read.transpose(1, 2).flatten(2), None
+    scores = q @ k.transpose(-2, -1) * heads[1] ** -0.5
+    weights = F.dropout((scores if added is None else scores + added).softmax(-1), dropout)
+    read = (weights @ v).transpose(1, 2).flatten(2)
+    return read, weights.sum(1) / max(1, heads[0]) if average else weights
+
+
+def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """Both masks added up, as `scaled_dot_product_attention` adds them to the scores."""
+    if mask is not None and mask.dim() == 3:
+        batch, heads = q.shape[:2]
+        if len(mask) != batch * heads:
+            raise ValueError(
+                f"`attn_mask` has {len(mask)} masks for {batch} sequences and {heads} heads: some "
+                "heads were removed. Give one for all heads, [queries, keys]."
+            )
+        mask = mask.unflatten(0, (batch, heads))
+    masks = [None if padding is None else padding[:, None, None], mask]
+    added = [_added(m, q) for m in masks if m is not None]
+    return sum(added[1:], added[0]) if added else None
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask to add: minus infinity where a bool one is True, which stands for what is hidden."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+
+
+def _outputs(
+    y: Tensor, weights: Tensor | None, dim: int, batch_first: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As the queries came."""
+    if dim == 2:
+        return y[0], None if weights is None else weights[0]
+    return y if batch_first else y.transpose(0, 1), weights
+
+
+class _Attending(nn.Module, ABC):
+    """How attention is called, and all it does but its projections into queries, keys, values."""
+
+    out_proj: Any
+    num_heads: int
+    head_dim: int
+    batch_first: bool
+    dropout: float
 
     @override
     def forward(
@@ -33,68 +113,50 @@ class NarrowAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `torch.nn.MultiheadAttention.forward`; ``is_causal`` is a hint there, not needed here.
+        """As `torch.nn.MultiheadAttention.forward`; ``is_causal`` is a hint about the mask.
 
         Raises:
             ValueError: If ``attn_mask`` is for another number of heads, or missing though
                 ``is_causal``.
         """
         if is_causal and attn_mask is None:
-            raise ValueError("`is_causal` is only a hint: give `attn_mask` too.")
-        inputs = [query, key, value]
-        if query.dim() == 2:
-            inputs = [x[None] for x in inputs]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
-        q, k, v = self._projected(inputs)
-        mask = self._mask(key_padding_mask, attn_mask, q)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = F.dropout(weights, dropout)
-            read = weights @ v
-        else:
-            read = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        out: Tensor = self.out_proj(read.transpose(1, 2).flatten(2))
-        if weights is not None and average_attn_weights:
-            weights = weights.sum(1) / max(1, self.num_heads)
-        if query.dim() == 2:
-            return out[0], None if weights is None else weights[0]
-        return out if self.batch_first else out.transpose(0, 1), weights
+            raise ValueError(_HINT)
+        if query.dim() == 2 and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        read, weights = _attend(
+            self._projected(_inputs((query, key, value), self.batch_first)),
+            (self.num_heads, self.head_dim),
+            attn_mask,
+            key_padding_mask,
+            dropout=self.dropout if self.training else 0.0,
+            causal=is_causal,
+            need_weights=need_weights,
+            average=average_attn_weights,
+        )
+        return _outputs(self.out_proj(read), weights, query.dim(), self.batch_first)
 
+    @abstractmethod
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Queries, keys and values, each ``[batch, heads, length, head_dim]``."""
+        """Queries, keys and values, each ``[batch, length, heads * head_dim]``."""
+
+
+class NarrowAttention(_Attending, nn.MultiheadAttention):
+    """A `torch.nn.MultiheadAttention` whose heads together are narrower than what they read.
+
+    Torch's module takes the size of a head to be the inputs' over the number of heads, which no
+    longer holds when heads are gone. It is called as that module, and its parameters have the same
+    names: ``in_proj_weight`` ``[3 * heads * head_dim, embed_dim]``, ``out_proj.weight``
+    ``[embed_dim, heads * head_dim]``. Attention weights are those of the heads that are left.
+    Made by `narrow`.
+    """
+
+    @override
+    def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
         if inputs[0] is inputs[1] is inputs[2]:
-            parts = F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:
-            weights = self.in_proj_weight.chunk(3)
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            parts = tuple(map(F.linear, inputs, weights, biases))
-        return [p.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for p in parts]
-
-    def _mask(self, padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks added up, as `scaled_dot_product_attention` adds them to the scores."""
-        if mask is not None and mask.dim() == 3:
-            if len(mask) != len(q) * self.num_heads:
-                raise ValueError(
-                    f"`attn_mask` has {len(mask)} masks for {len(q)} sequences and "
-                    f"{self.num_heads} heads: some heads were removed. Give one for all heads, "
-                    "[queries, keys]."
-                )
-            mask = mask.unflatten(0, (len(q), self.num_heads))
-        masks = [None if padding is None else padding[:, None, None], mask]
-        added = [_added(m, q) for m in masks if m is not None]
-        return sum(added[1:], added[0]) if added else None
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask to add: minus infinity where a bool one is True, which stands for what is hidden."""
-    if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+            return list(F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return list(map(F.linear, inputs, weights, biases))
 
 
 def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
@@ -142,3 +204,91 @@ def narrowed(attention: nn.MultiheadAttention) -> Iterator[None]:
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
     own = attention.in_proj_weight is None or attention.bias_k is not None
     return not (own or attention.add_zero_attn)
+
+
+class SelfAttention(_Attending):
+    r"""Attention whose projections are Linear layers, called as `MultiheadAttention` is.
+
+    For queries, keys and values of all heads side by side in one projection,
+    :math:`[Q, K, V] = x W_{in}^T + b_{in}` and
+    :math:`y = \mathrm{softmax}(Q K^T / \sqrt{d} + M) V W_{out}^T + b_{out}`.
+
+    Args:
+        in_proj: From the width to ``3 * heads * head_dim``: queries, then keys, then values.
+        out_proj: From ``heads * head_dim`` to the width.
+        num_heads: How many heads there are; they need not fill the width.
+        head_dim: How wide each is.
+        batch_first: Whether inputs are ``[batch, length, width]``, not ``[length, batch, width]``.
+        dropout: Of the attention weights, in training.
+
+    Example:
+        >>> dense = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+        >>> own = SelfAttention.of(dense)
+        >>> x = torch.randn(3, 5, 8)
+        >>> torch.allclose(own(x, x, x)[0], dense(x, x, x)[0], atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        in_proj: nn.Module,
+        out_proj: nn.Module,
+        num_heads: int,
+        head_dim: int,
+        *,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.in_proj = in_proj
+        self.out_proj = out_proj
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.batch_first = batch_first
+        self.dropout = dropout
+        # What torch's encoder layers ask before they read weights themselves: they must not.
+        self.in_proj_bias = None
+        self._qkv_same_embed_dim = False
+
+    @classmethod
+    def of(cls, attention: nn.MultiheadAttention) -> "SelfAttention":
+        """The same attention, with the same parameters, if `can_open`."""
+        own = cls(
+            _linear(attention.in_proj_weight, attention.in_proj_bias),
+            _linear(cast(nn.Parameter, attention.out_proj.weight), attention.out_proj.bias),
+            attention.num_heads,
+            attention.head_dim,
+            batch_first=attention.batch_first,
+            dropout=attention.dropout,
+        )
+        return own.train(attention.training)
+
+    @override
+    def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
+        # One projection makes all three: what is not asked for is made and left.
+        made = {key: self.in_proj(x) for key, x in {id(x): x for x in inputs}.items()}
+        return [made[id(x)].chunk(3, -1)[i] for i, x in enumerate(inputs)]
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A layer of parameters that there are already."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def can_open(attention: nn.MultiheadAttention) -> bool:
+    """Whether `SelfAttention.of` does all that an attention does.
+
+    Example:
+        >>> can_open(nn.MultiheadAttention(8, 2)), can_open(nn.MultiheadAttention(8, 2, kdim=4))
+        (True, False)
+    """
+    inside: list[nn.Module] = list(attention.modules())
+    return (
+        type(attention) in (nn.MultiheadAttention, NarrowAttention)
+        and _is_plain(attention)
+        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+    )

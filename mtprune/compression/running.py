@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mtprune.collect import untouched
-from mtprune.compression.projections import can_open
+from mtprune.compression.attention import can_open
 from mtprune.compression.sites import Site
 
 __all__ = [

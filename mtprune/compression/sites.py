@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.kernels import Dense, Kernel
-from mtprune.compression.projections import SelfAttention, can_open
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
 

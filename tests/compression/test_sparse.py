@@ -10,8 +10,8 @@ from torch import nn
 
 import mtprune
 from mtprune.compression import native
+from mtprune.compression.attention import SelfAttention
 from mtprune.compression.kernels import Sparse
-from mtprune.compression.projections import SelfAttention
 from mtprune.compression.verify import difference
 from tests.compression.fakes import prefer, zero_
 
