@@ -1,51 +1,46 @@
 """`compress`: choose a form for every layer, build the copy, and check it."""
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mtprune.components import find_layers, unwrap
-from mtprune.compression import native
+from mtprune.components import unwrap
 from mtprune.compression.attention import NarrowAttention
+from mtprune.compression.choose import (
+    check_fits,
+    check_whole,
+    choose,
+    follow,
+    opened,
+    place,
+    time_whole,
+)
 from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS
 from mtprune.compression.kernels import Kernel
-from mtprune.compression.plan import Measured, Plan, Removal, Row
-from mtprune.compression.removal import apply, constants, remove, resize
+from mtprune.compression.plan import Plan
+from mtprune.compression.removal import resize
 from mtprune.compression.running import (
-    Calls,
     calls,
     check_devices,
-    named_tensors,
     parse,
     run,
     self_attentions,
     unnested,
 )
-from mtprune.compression.sites import Site, find_sites, refuse_unfinished
+from mtprune.compression.shrink import check_shrunk, shrink, units_of
+from mtprune.compression.sites import find_sites, refuse_unfinished
 from mtprune.compression.sizes import sizes_of
 from mtprune.compression.timing import Measure, interleaved
-from mtprune.compression.trial import complete
-from mtprune.compression.verify import blame, difference, verify
-from mtprune.patterns import heads, neurons
-from mtprune.structure import Group
+from mtprune.compression.verify import blame, verify
 from mtprune.wishes import TaskMasks
 
-__all__ = ["MARGIN", "WORTH", "assemble", "compress", "plan_of"]
-
-MARGIN = 0.05
-"""A form must beat the dense one by this share of its time; closer ones are ties."""
-
-WORTH = 0.5
-"""The share of zeros from which sparse products are tried."""
+__all__ = ["assemble", "compress", "plan_of"]
 
 _PLAN = "_mtprune_plan"
 
@@ -144,30 +139,30 @@ def compress(
             f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
         )
     work = copy.deepcopy(model).eval()
-    units = _units(model, groups, batches) if plan is None else []
+    units = units_of(model, groups, batches) if plan is None else []
     timed = plan is None
     with unnested(work):
         expected = run(work, batches)
-        removal = _remove(work, units, batches, plan)
+        removal = shrink(work, units, batches, plan)
         if removal:
-            _verify_removal(model, work, expected, units, batches, tolerance)
+            check_shrunk(model, work, expected, units, batches, tolerance)
         if plan is None:
             sites = find_sites(work, self_attentions(work, batches))
         else:
-            sites = find_sites(work, _opened(plan))
-            _check_fits(plan, sites)
+            sites = find_sites(work, opened(plan))
+            check_fits(plan, sites)
         given = calls(work, sites, batches)
         if plan is None:
-            plan, kernels = _choose(sites, given, measure, removal, portable)
-            plan, kernels = _check_whole(work, sites, batches, plan, kernels, measure)
+            plan, kernels = choose(sites, given, measure, removal, portable)
+            plan, kernels = check_whole(work, sites, batches, plan, kernels, measure)
         else:
-            plan, kernels = _follow(plan, sites, portable)
-        _place(sites, kernels)
+            plan, kernels = follow(plan, sites, portable)
+        place(sites, kernels)
         replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
         exact = not (removal or replaced)
         verify(expected, run(work, batches), tolerance, partial(blame, replaced), exact)
         if removal and timed:
-            plan = _timed_whole(plan, model, work, batches, measure)
+            plan = time_whole(plan, model, work, batches, measure)
     if plan.sizes is None:
         # A copy once more: the user's own model is never run.
         plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
@@ -176,112 +171,6 @@ def compress(
 
 def _tasks(plan: Plan) -> set[str]:
     return set() if plan.subnetwork is None else set(plan.subnetwork.tasks)
-
-
-def _known(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
-    """Heads and neurons that are where patterns look, and can be removed."""
-    found = []
-    for look in (heads, neurons):
-        with suppress(ValueError):  # there are none
-            found += look(model)
-    return complete(model, found, batches) if found else []
-
-
-def _units(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
-    """The groups in what the user gave."""
-    if groups is None or groups == "auto":
-        return _known(model, batches)
-    given = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
-    found: list[Group] = []
-    for item in given if isinstance(given, Iterable) else [given]:
-        if isinstance(item, Group):
-            found.append(item)
-        elif hasattr(item, "groups"):
-            found += item.groups(model, find_layers(model))
-        else:
-            raise TypeError(
-                "`groups` must be groups (mtprune.structure.Group) or a granularity whose units "
-                f"can be removed, mtprune.Channel(example_inputs) for instance. Got {item!r}."
-            )
-    return found
-
-
-def _remove(
-    work: nn.Module, units: Sequence[Group], batches: Sequence[Any], plan: Plan | None
-) -> Removal:
-    """Remove what is dead, or what the plan says."""
-    if plan is None:
-        return remove(work, units, batches) if units else Removal()
-    if plan.removal:
-        layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
-        apply(work, plan.removal, constants(work, _layers(work, layers), batches))
-    return plan.removal
-
-
-def _layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    known = dict(model.named_modules())
-    return [name for name in names if name in known]
-
-
-def _verify_removal(
-    model: nn.Module,
-    work: nn.Module,
-    expected: Sequence[Any],
-    units: Sequence[Group],
-    batches: Sequence[Any],
-    tolerance: float | None,
-) -> None:
-    """Compare what is left after removal, and name the group that should not have been removed."""
-    worst = partial(_worst_group, model, expected, units, batches)
-    try:
-        got = run(work, batches)
-    except ValueError as error:
-        raise RuntimeError(
-            f"Without its dead units the model does not run: {error.__cause__}." + worst()
-        ) from error
-    verify(expected, got, tolerance, worst)
-
-
-def _worst_group(
-    model: nn.Module, expected: Sequence[Any], units: Sequence[Group], batches: Sequence[Any]
-) -> str:
-    """Which group does most harm when its dead units alone are removed."""
-    worst, most = None, -1.0
-    for group in units:
-        alone = copy.deepcopy(model).eval()
-        with unnested(alone):
-            if not remove(alone, [group], batches):
-                continue
-            try:
-                pairs = zip(expected, run(alone, batches), strict=True)
-                off = max(
-                    difference(a, b)
-                    for before, after in pairs
-                    for (_, a), (_, b) in zip(
-                        named_tensors(before), named_tensors(after), strict=True
-                    )
-                )
-            except ValueError:
-                off = float("inf")
-        if off > most:
-            worst, most = group, off
-    if worst is None:
-        return " The plan removes units that are not dead in this model."
-    layers = dict.fromkeys(m.tensor.rpartition(".")[0] for m in worst.members if m.role == "in")
-    return (
-        f" The worst group is '{worst.name}', which {list(layers)} read, off by {most:.1e} alone: "
-        "more than its members depends on it. Leave it out of `groups`."
-    )
-
-
-def _timed_whole(
-    plan: Plan, model: nn.Module, work: nn.Module, batches: Sequence[Any], measure: Measure
-) -> Plan:
-    """Time the model as it was against what came out."""
-    dense = copy.deepcopy(model).eval()
-    with unnested(dense):
-        before, after = measure([lambda: run(dense, batches), lambda: run(work, batches)])
-    return replace(plan, dense_ms=before, ms=after)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -324,8 +213,8 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
         if attribute == "bias" and isinstance(layer, (nn.Linear, _ConvNd)) and layer.bias is None:
             # Constants that were removed are in there.
             layer.bias = nn.Parameter(tensor, layer.weight.requires_grad)
-    sites = find_sites(model, _opened(plan))
-    _check_fits(plan, sites)
+    sites = find_sites(model, opened(plan))
+    check_fits(plan, sites)
     kernels = {}
     for site in sites:
         choice = plan[site.name].choice
@@ -333,175 +222,8 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
             prefix = site.name + "."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             kernels[site.name] = FORMS[choice](site.layer, parts)
-    _place(sites, kernels)
+    place(sites, kernels)
     return _finish(model, plan)
-
-
-def _choose(
-    sites: Sequence[Site],
-    given: Mapping[str, Calls],
-    measure: Measure,
-    removal: Removal,
-    portable: bool,
-) -> tuple[Plan, dict[str, Kernel]]:
-    """Time every form of every layer, and take the best."""
-    rows, kernels = [], {}
-    able, missing = bool(removal), ""
-    for site in sites:
-        row = _row(site)
-        weight = site.layer.weight.detach()
-        zero = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-        choosable = weight.numel() and given[site.name] and not site.held
-        forms = _forms(site, zero, portable) if choosable else {}
-        able = able or (zero > 0 and weight.numel() > 0) or bool(forms)
-        if forms:
-            row = _timed(row, site, forms, given[site.name], measure)
-            if row.choice != "dense":
-                kernels[site.name] = forms[row.choice]
-        elif zero == 0 or not weight.numel():
-            row = replace(row, note="no zeros")
-        elif site.held:
-            row = replace(row, note=site.held)
-        elif not given[site.name]:
-            row = replace(row, note="the example inputs do not reach it")
-        if zero >= WORTH and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            missing = native.lacking()
-        rows.append(row)
-    note = "" if able else "Nothing to compress: no weight of a layer is zero."
-    note = f"Without the form 'sparse': {missing}." if missing else note
-    device = str(sites[0].layer.weight.device) if sites else "cpu"
-    threads = torch.get_num_threads()
-    return Plan(tuple(rows), device, threads, note=note, removal=removal), kernels
-
-
-def _row(site: Site) -> Row:
-    shape = tuple(site.layer.weight.shape)
-    return Row(site.name, shape, "dense", (Measured("dense", None, site.bytes),))
-
-
-def _forms(site: Site, zero: float, portable: bool) -> dict[str, Kernel]:
-    """Every other form of a layer that can run where it is."""
-    forms = {}
-    for choice, kernel in FORMS.items():
-        if portable and not kernel.portable:
-            continue
-        if (choice in ("sparse", "csr") and zero < WORTH) or kernel.lacking(site.layer.weight):
-            continue
-        parts = kernel.parts(site.layer)
-        if parts is not None:
-            forms[choice] = kernel(site.layer, parts)
-    return forms
-
-
-@torch.no_grad()
-def _timed(
-    row: Row, site: Site, forms: Mapping[str, Kernel], given: Calls, measure: Measure
-) -> Row:
-    total = [0.0] * (1 + len(forms))
-    for x, times in given.values():
-        functions = [partial(module, x) for module in (site.layer, *forms.values())]
-        # Outside autograd's and, as elsewhere, in the mode the model will run in.
-        total = [t + times * ms for t, ms in zip(total, measure(functions), strict=True)]
-    measured = [Measured("dense", total[0], site.bytes)]
-    for (choice, form), ms in zip(forms.items(), total[1:], strict=True):
-        measured.append(Measured(choice, ms, sum(t.nbytes for t in form.state_dict().values())))
-    return replace(row, choice=_best(measured), measured=tuple(measured))
-
-
-def _best(measured: Sequence[Measured]) -> str:
-    """The fastest form; of those as fast as it, the smallest; dense unless it is beaten."""
-    dense, *others = [(m.choice, m.ms or 0.0, m.bytes) for m in measured]
-    faster = [m for m in others if m[1] < (1 - MARGIN) * dense[1]]
-    if not faster:
-        return "dense"
-    fastest = min(m[1] for m in faster)
-    return min((m for m in faster if m[1] <= (1 + MARGIN) * fastest), key=lambda m: m[2])[0]
-
-
-def _check_whole(
-    work: nn.Module,
-    sites: Sequence[Site],
-    batches: Sequence[Any],
-    plan: Plan,
-    kernels: dict[str, Kernel],
-    measure: Measure,
-) -> tuple[Plan, dict[str, Kernel]]:
-    """Time the model as a whole: what is fused in the dense one must not be lost unpaid."""
-    if not kernels:
-        return plan, kernels
-
-    def dense() -> None:
-        _place(sites, {})
-        run(work, batches)
-
-    def compressed() -> None:
-        _place(sites, kernels)
-        run(work, batches)
-
-    before, after = measure([dense, compressed])
-    _place(sites, {})
-    if after < before:
-        return replace(plan, dense_ms=before, ms=after), kernels
-    rows = tuple(replace(row, choice="dense") for row in plan.rows)
-    note = plan.note + " " * bool(plan.note)
-    note += (
-        f"All layers stay dense: with the fastest forms the whole model took {after:.2f} ms, and "
-        f"{before:.2f} ms without."
-    )
-    return replace(plan, rows=rows, dense_ms=before, ms=before, note=note), {}
-
-
-def _opened(plan: Plan) -> list[str]:
-    """The attentions whose projections are layers in a plan."""
-    suffix = ".in_proj"
-    return [r.layer.removesuffix(suffix) for r in plan.rows if r.layer.endswith(suffix)]
-
-
-def _check_fits(plan: Plan, sites: Sequence[Site]) -> None:
-    """Complain about a plan for another model."""
-    shapes = {site.name: tuple(site.layer.weight.shape) for site in sites}
-    for row in plan.rows:
-        if shapes.get(row.layer) != row.shape:
-            got = f"shape {shapes[row.layer]}" if row.layer in shapes else "no such layer"
-            raise ValueError(
-                f"The plan is for another model: it has '{row.layer}' with shape {row.shape}, and "
-                f"this model has {got}."
-            )
-    known = {row.layer for row in plan.rows}
-    for site in sites:
-        if site.name not in known:
-            raise ValueError(f"The plan is for another model: it lacks layer '{site.name}'.")
-
-
-def _follow(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Kernel]]:
-    """The kernels of a plan; forms that cannot run here become dense."""
-    kernels = {}
-    for site in sites:
-        row = plan[site.name]
-        if row.choice == "dense":
-            continue
-        kernel = FORMS[row.choice]
-        lacking = kernel.lacking(site.layer.weight)
-        if portable and not kernel.portable:
-            lacking = f"portable=True, and {row.choice} cannot be exported"
-        if lacking:
-            warnings.warn(f"Layer '{site.name}' stays dense: {lacking}.", stacklevel=3)
-            plan = plan.replace(site.name, "dense")
-            continue
-        parts = kernel.parts(site.layer)
-        if parts is None or site.held:
-            raise ValueError(
-                f"The plan does not fit layer '{site.name}': it cannot be '{row.choice}'"
-                + (f", because {site.held}" if site.held else "")
-                + f". Use plan.replace({site.name!r}, 'dense')."
-            )
-        kernels[site.name] = kernel(site.layer, parts)
-    return plan, kernels
-
-
-def _place(sites: Sequence[Site], kernels: Mapping[str, Kernel]) -> None:
-    for site in sites:
-        site.place(kernels.get(site.name, site.layer))
 
 
 def _finish(model: nn.Module, plan: Plan) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mtprune
-from mtprune.compression.build import _best
+from mtprune.compression.choose import _best
 from mtprune.compression.kernels import Csr, Kernel, Rows
 from mtprune.compression.plan import Measured
 from tests import nets
