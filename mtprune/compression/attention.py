@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["NarrowAttention", "SelfAttention", "can_open", "narrow", "narrowed"]
+__all__ = ["NarrowAttention", "SelfAttention", "can_open", "linear_of", "narrow", "narrowed"]
 
 _HINT = "`is_causal` is only a hint: give `attn_mask` too."
 
@@ -254,8 +254,8 @@ class SelfAttention(_Attending):
     def of(cls, attention: nn.MultiheadAttention) -> "SelfAttention":
         """The same attention, with the same parameters, if `can_open`."""
         own = cls(
-            _linear(attention.in_proj_weight, attention.in_proj_bias),
-            _linear(cast(nn.Parameter, attention.out_proj.weight), attention.out_proj.bias),
+            linear_of(attention.in_proj_weight, attention.in_proj_bias),
+            linear_of(cast(nn.Parameter, attention.out_proj.weight), attention.out_proj.bias),
             attention.num_heads,
             attention.head_dim,
             batch_first=attention.batch_first,
@@ -270,9 +270,12 @@ class SelfAttention(_Attending):
         return [made[id(x)].chunk(3, -1)[i] for i, x in enumerate(inputs)]
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A layer of parameters that there are already."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A layer of parameters that there are already, which may be empty."""
+    outputs, inputs = weight.shape
+    # Built without memory, and with a size that torch does not warn of.
+    layer = nn.Linear(max(1, inputs), max(1, outputs), bias is not None, "meta")
+    layer.in_features, layer.out_features = inputs, outputs
     layer.weight = weight
     if bias is not None:
         layer.bias = bias

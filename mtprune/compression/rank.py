@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mtprune import ranks
+from mtprune.compression.attention import linear_of
 from mtprune.compression.kernels import Dense, Kernel, Parts
 
 __all__ = ["Rank"]
@@ -45,8 +46,9 @@ class Rank(Kernel):
 
     @override
     def _hold(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
-        self.down = _linear(parts["down.weight"], None)
-        self.up = _linear(parts["up.weight"], parts.get("up.bias"))
+        held = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
+        self.down = linear_of(held["down.weight"], None)
+        self.up = linear_of(held["up.weight"], held.get("up.bias"))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -75,15 +77,3 @@ def _may_be_low(weight: Tensor) -> bool:
     least = ranks.most((weight.shape[0], weight.shape[1])) + 1
     corner = torch.linalg.svdvals(weight.detach()[:least, :least].to(torch.float64))
     return bool(corner[-1] <= ranks.rounding(weight.dtype) * size)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer of these tensors, which may be empty."""
-    outputs, inputs = weight.shape
-    # Built without memory, and with a size that torch does not warn of.
-    layer = nn.Linear(max(1, inputs), max(1, outputs), bias is not None, "meta")
-    layer.in_features, layer.out_features = inputs, outputs
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer

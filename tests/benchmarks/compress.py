@@ -1,8 +1,11 @@
-"""Compressed against dense, with random element-wise masks, outputs checked.
+"""Compressed against dense, outputs checked: random weights, random units, or components gone.
 
 Two text encoders: torch's, and one whose attention is four Linear layers, as most pretrained ones
 have it. And SceneNet, as DiSparse has it: DeepLab on ResNet-34, with a head for each of 3 tasks.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 
 import mtprune
 from examples.common.nets import build
+from mtprune import patterns, ranks
+from mtprune.components import find_layers
+from mtprune.structure import Group, spread
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
@@ -18,6 +24,9 @@ SPARSITIES = {0.9: 1 / 2.0, 0.95: 1 / 3.0}
 
 SCENENET = (0.95, 1 / 1.5)
 """The same for SceneNet."""
+
+HALVES = {"rank": 1 / 1.5, "heads and neurons": 1 / 1.8, "channels": 1 / 2.0}
+"""The share of the dense time that is aimed at with half of these."""
 
 
 class Block(nn.Module):
@@ -76,7 +85,51 @@ def mask_(model: nn.Module, sparsity: float) -> None:
         layer.parameter.mul_((torch.rand(layer.shape) >= sparsity).to(device()))
 
 
+@torch.no_grad()
+def halve_ranks_(model: nn.Module) -> None:
+    """Half the parameters of every Linear layer of a trunk, as two factors would have them."""
+    for layer in find_layers(model):
+        if layer.name.startswith("trunk"):
+            rows, columns = layer.shape
+            rank = rows * columns // (2 * (rows + columns))
+            up, down = ranks.factors(layer.parameter, rank)
+            layer.parameter.copy_(up @ down)
+
+
+@torch.no_grad()
+def halve_units_(model: nn.Module, groups: Sequence[Group]) -> None:
+    """A random half of every group's units at 0, with all that belongs to them."""
+    masks = [torch.randperm(group.size) < group.size // 2 for group in groups]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, mask in spread(groups, masks, shapes).items():
+        model.get_parameter(name).mul_(mask.to(device()))
+
+
 def run(settings: Settings) -> list[Row]:
+    rows = elementwise(settings)
+    tokens = 4 if settings.size == "toy" else 32
+    for half in ("rank", "heads and neurons"):
+        name, groups = "torch's encoder", ()
+        if half == "rank":
+            name = "encoder of Linear layers"
+        model = encoders(settings.size)[name]
+        if half == "rank":
+            halve_ranks_(model)
+        else:
+            groups = [*patterns.heads(model), *patterns.neurons(model)]
+            halve_units_(model, groups)
+        for batch in (1, 16):
+            x = torch.randint(0, 1000, (batch, tokens))
+            what = f"{name}, half the {half}, {batch} x {tokens} tokens"
+            rows += each(settings, what, model, x, HALVES[half], groups)
+    model, x = scenenet(settings.size)
+    groups = mtprune.Channel(x.to(device())).groups(model, find_layers(model))
+    halve_units_(model, groups)
+    what = f"SceneNet, half the channels, 1 x {x.shape[2]} x {x.shape[3]} pixels"
+    return rows + each(settings, what, model, x, HALVES["channels"], groups)
+
+
+def elementwise(settings: Settings) -> list[Row]:
     rows = []
     for sparsity, target in SPARSITIES.items():
         for name, model in encoders(settings.size).items():
@@ -84,23 +137,34 @@ def run(settings: Settings) -> list[Row]:
             for batch in (1, 16):
                 x = torch.randint(0, 1000, (batch, 4 if settings.size == "toy" else 32))
                 what = f"{name}, {sparsity:.0%}, {batch} x {x.shape[1]} tokens"
-                for count in settings.threads:
-                    with threads(count):
-                        rows.append(measure(settings, what, model, x, target))
+                rows += each(settings, what, model, x, target)
     sparsity, target = SCENENET
     model, x = scenenet(settings.size)
     mask_(model, sparsity)
     what = f"SceneNet, {sparsity:.0%}, 1 x {x.shape[2]} x {x.shape[3]} pixels"
+    return rows + each(settings, what, model, x, target)
+
+
+def each(settings: Settings, what: str, *args: Any) -> list[Row]:
+    """A row for each number of threads."""
+    rows = []
     for count in settings.threads:
         with threads(count):
-            rows.append(measure(settings, what, model, x, target))
+            rows.append(measure(settings, what, *args))
     return rows
 
 
-def measure(settings: Settings, what: str, model: nn.Module, x: Tensor, target: float) -> Row:
+def measure(
+    settings: Settings,
+    what: str,
+    model: nn.Module,
+    x: Tensor,
+    target: float,
+    groups: Sequence[Group] = (),
+) -> Row:
     model.eval()
     x = x.to(device())
-    fast = mtprune.compress(model, x)
+    fast = mtprune.compress(model, x, groups=groups)
     plan = mtprune.plan_of(fast)
     with torch.no_grad():
         found = interleaved(lambda: fast(x), lambda: model(x), 3 * settings.repeats)
@@ -116,6 +180,8 @@ def measure(settings: Settings, what: str, model: nn.Module, x: Tensor, target: 
             "choices": {choice: choices.count(choice) for choice in sorted(set(choices))},
             "bytes": sum(row.chosen.bytes for row in plan.rows if row.chosen),
             "dense bytes": sum(row.dense.bytes for row in plan.rows),
+            "parameters": sum(p.numel() for p in fast.parameters()),
+            "dense parameters": sum(p.numel() for p in model.parameters()),
         },
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune.compression.attention import NarrowAttention, narrow
+from mtprune.compression.attention import NarrowAttention, SelfAttention, can_open, narrow
 
 HEADS, SIZE = 4, 3
 WIDTH = HEADS * SIZE
@@ -143,3 +143,12 @@ def test_errors():
     for options in ({"kdim": 2}, {"add_bias_kv": True}, {"add_zero_attn": True}):
         with pytest.raises(ValueError, match="with one size for queries, keys and values"):
             narrow(nn.MultiheadAttention(4, 2, **options))
+
+
+def test_opened_without_any_head():
+    """Nothing is left to project, and no layer is made that torch warns of."""
+    _, thin = pair(())
+    x = torch.randn(2, 5, WIDTH)
+    own = SelfAttention.of(thin)
+    assert torch.equal(own(x, x, x)[0], thin(x, x, x)[0])
+    assert can_open(thin)
