@@ -106,8 +106,8 @@ class KilledError(Exception):
         ("cityscapes", ["--method", "disparse_static"]),
         ("taskonomy", ["--method", "dense"]),
         ("camvid", ["--method", "disparse_pretrained", "--net", "mtan_segnet"]),
-        ("census", ["--method", "magnitude"]),
         ("nyuv2", ["--method", "adapmtl"]),
+        *(("census", ["--method", method]) for method in METHODS),
     ],
 )
 def test_killed_and_resumed_is_bitwise_the_same(train, tmp_path, monkeypatch, name, arguments):
@@ -192,6 +192,18 @@ def test_mixed_precision_and_a_task_alone(train):
     )
     assert list(found["test"]) == ["depth", "seg"]
     assert found["zeros"] == round(0.9 * found["weights"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
+def test_a_compiled_net_is_pruned_alike(train, monkeypatch):
+    compile_ = torch.compile  # through the same graphs, but without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda net: compile_(net, backend="aot_eager"))
+    arguments = ["--method", "disparse_pretrained", "--steps", "6"]
+    runs = [train("census", *arguments, *more) for more in ([], ["--compile"])]
+    assert runs[0]["zeros"] == runs[1]["zeros"] == round(0.9 * runs[1]["weights"])
+    one, two = (weights(run["options"]["out"]) for run in runs)
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-5), name
 
 
 def test_options_shape_the_method():
