@@ -68,6 +68,7 @@ PROBLEM = Problem(
         "steps": 2000,
         "width": 0.25,
     },
+    nets=("unet", "deeplab_resnet34", "mobilenetv2", "mtan_segnet"),
 )
 if __name__ == "__main__":
     main(PROBLEM)
