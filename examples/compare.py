@@ -148,7 +148,7 @@ def looks_at_losses(spec: str) -> bool:
     if name in (*CHAINS, TUNED):
         return False
     stand_in = argparse.Namespace(
-        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None
+        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None, pretrained=None
     )
     method = METHODS[name][0](stand_in)
     return not hasattr(method, "saliency") or uses_gradient(method.saliency)

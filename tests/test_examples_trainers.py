@@ -212,6 +212,8 @@ def test_options_shape_the_method():
             options.parse(census.PROBLEM, ["--data", "x", "--steps", "400", *arguments])
         )
 
+    assert method("--method", "best") == recipes.adapmtl(0.9, 400)
+    assert method("--method", "best", "--pretrained", "x") == recipes.best(0.9, 400)
     assert method("--method", "magnitude").schedule.at == 200
     assert method("--method", "magnitude", "--dense-steps", "7").schedule.at == 7
     assert method("--method", "magnitude", "--pretrained", "x").schedule.at == 0
@@ -233,6 +235,7 @@ def test_options_shape_the_method():
         (["--loss-scale", "college"], r"must look like seg=30"),
         (["--loss-scale", "seg=30"], r"--loss-scale names \['seg'\], not in --tasks"),
         (["--rewind"], "--rewind needs --pretrained"),
+        (["--rewind", "--pretrained", "x"], "--rewind is for what prunes at once. --method vote d"),
         (["--method", "rigl", "--when", "init"], "--when does not apply to --method rigl"),
         (["--dense-steps", "5000"], r"--dense-steps must be less than --steps 2000\. Got 5000"),
         (["--steps", "0"], "must be at least 1"),
