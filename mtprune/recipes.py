@@ -40,17 +40,17 @@ def best(
     * From a trained network, without ``steps``: the same vote at once, on eight batches.
     * From scratch (``trained=False``): `adapmtl`, whose thresholds rise while the network trains.
 
-    What it rests on is docs/results/census.md and docs/results/camvid.md: small networks, short runs.
-    On census data the mean change of the losses against the dense network was, at 90 % zeros,
-    -0.7 % by the gradual vote and -0.3 % at once; at 95 %, -2.9 % gradually and -5.4 % at once (one
-    ranking, no floor). From scratch `adapmtl` lost 0.2 % and 6.7 %, where the next best that trains
-    once, sparse training, lost 9 % and 20 %. On CamVid, at 90 %, no method differed from another by
-    more than seeds do.
+    What this rests on is docs/results/census.md and docs/results/camvid.md: small networks, short
+    runs. On census data the mean change of the losses against the dense network was, at 90 % zeros,
+    -0.7 % by the gradual vote and -0.3 % at once; at 95 %, -2.9 % gradually and -5.4 % at once (by
+    one ranking, without a floor). From scratch `adapmtl` lost 0.2 % and 6.7 %, where the next best
+    that trains once lost 9 % and 19 %. On CamVid, at 90 %, no method differed from another by more
+    than seeds do.
 
-    It is not the best where losses are well scaled and known to stay so: joint saliency, which costs
-    one sweep instead of one per task, was as good there. Up to 90 %, pruning at once is as good as
-    gradually. At 80 %, magnitude in rounds was ahead at twice the fine-tuning (+1.6 % to +0.7 %); at
-    95 % from scratch, a lottery ticket at three trainings (-4.8 %).
+    Where it is not the best: joint saliency, one sweep instead of one per task, is as good where
+    losses are well scaled. Up to 90 %, at once is as good as gradually. At 80 % magnitude in rounds
+    was ahead, at twice the fine-tuning (+1.6 % to +0.7 %); at 95 % without a trained network to
+    start from, a lottery ticket was, at three trainings (-4.8 %).
 
     Args:
         sparsity: Share of zeros in the end.
