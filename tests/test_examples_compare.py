@@ -96,7 +96,7 @@ def test_interval_is_student_s():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dispare_static"], "there is no method 'dispare_static'. There is dense, v"),
+        (["--methods", "dispare_static"], "there is no method 'dispare_static'. There is dense, b"),
         (["--reference", "joint:init"], "--reference joint:init is none of --methods"),
         (["--methods", "lth:init"], "when to prune does not apply to 'lth:init'"),
         (["--seeds", "0"], "must be at least 1"),
