@@ -26,8 +26,8 @@ def open_camvid(root: Path, tasks: Sequence[str]) -> data.Source:
         "input": lambda array, path: data.normalized(data.tensor(array, path, 3) / 255),
         "label": lambda array, path: data.classes(array, path, CLASSES, CLASSES),
         "group": lambda array, path: data.classes(array, path, GROUPS, data.IGNORE),
-        "edge": lambda array, path: data.tensor(array, path, 1),
-        "presence": lambda array, path: torch.from_numpy(array).float(),
+        "edge": lambda array, path: data.marks(data.tensor(array, path, 1), f"'edge' of {path}"),
+        "presence": _presence,
     }
     splits = {}
     for split in ("train", "val", "test"):
@@ -36,6 +36,15 @@ def open_camvid(root: Path, tasks: Sequence[str]) -> data.Source:
         splits[split] = data.Arrays(root / f"{split}.npz", arrays, readers)
     outputs = {"label": CLASSES, "group": GROUPS, "edge": 1, "presence": CLASSES}
     return data.Source("CamVid", splits, outputs)
+
+
+def _presence(array: np.ndarray, path: Path) -> Tensor:
+    """Which classes a picture holds, ``[11]``."""
+    if len(array) != CLASSES:
+        raise ValueError(
+            f"'presence' of {path} must have shape (N, {CLASSES}). Got (N, {len(array)})."
+        )
+    return data.marks(torch.from_numpy(array).float(), f"'presence' of {path}")
 
 
 PROBLEM = Problem(
@@ -59,6 +68,7 @@ PROBLEM = Problem(
         "steps": 2000,
         "width": 0.25,
     },
+    nets=("unet", "deeplab_resnet34", "mobilenetv2", "mtan_segnet"),
 )
 if __name__ == "__main__":
     main(PROBLEM)

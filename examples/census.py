@@ -47,7 +47,7 @@ def open_census(root: Path, tasks: Sequence[str]) -> data.Source:
 
 def _hot(codes: np.ndarray, sizes: Sequence[int], path: Path) -> Tensor:
     """One-hot codes of all columns, ``[N, sum of sizes]``."""
-    if codes.shape[1] != len(sizes) or (codes >= np.array(sizes)).any():
+    if codes.shape[1] != len(sizes) or ((codes < 0) | (codes >= sizes)).any():
         raise ValueError(f"'x_cat' of {path} does not fit schema.json.")
     columns = torch.from_numpy(codes).long().unbind(1)
     return torch.cat([one_hot(x, n).float() for x, n in zip(columns, sizes, strict=True)], 1)
@@ -57,10 +57,11 @@ def _labels(found: Mapping[str, np.ndarray], tasks: Sequence[str], path: Path) -
     labels = {}
     for task in tasks:
         labels[task] = torch.from_numpy(found[task]).long()
-        if (top := int(labels[task].max())) >= CLASSES[task]:
-            raise ValueError(
-                f"'{task}' of {path} holds class {top}. There are {CLASSES[task]} classes."
-            )
+        for edge in (int(labels[task].min()), int(labels[task].max())):
+            if not 0 <= edge < CLASSES[task]:
+                raise ValueError(
+                    f"'{task}' of {path} holds class {edge}. There are {CLASSES[task]} classes."
+                )
     return labels
 
 

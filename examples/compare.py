@@ -32,7 +32,16 @@ from typing import Any
 
 from common.data import Source
 from common.loop import comparable, open_or_exit, train
-from common.options import METHODS, Options, Problem, assignment, make_method, parse, positive
+from common.options import (
+    METHODS,
+    Options,
+    Problem,
+    assignment,
+    make_method,
+    parse,
+    positive,
+    positive_float,
+)
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import t as student
@@ -93,6 +102,7 @@ def jobs(entry: Entry, seed: int, options: Options) -> list[Job]:
     if entry.scaled:
         common += ["--loss-scale", *(f"{task}={x}" for task, x in options.loss_scale)]
     scratch, tuned = (["--steps", str(n)] for n in (options.steps, options.tune_steps))
+    tuned += ["--lr", str(options.tune_lr)] if options.tune_lr else []
     if name == TUNED:
         arguments = ["--method", "dense", "--seed", str(seed), "--pretrained", str(dense), *tuned]
         return [Job(tuple(arguments), out)]
@@ -138,7 +148,7 @@ def looks_at_losses(spec: str) -> bool:
     if name in (*CHAINS, TUNED):
         return False
     stand_in = argparse.Namespace(
-        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None
+        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None, pretrained=None
     )
     method = METHODS[name][0](stand_in)
     return not hasattr(method, "saliency") or uses_gradient(method.saliency)
@@ -314,6 +324,7 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--seeds", type=positive, default=3, help="how many")
     add("--steps", type=positive, default=2000, help="of training from scratch")
     add("--tune-steps", type=positive, default=500, help="of training from the dense net")
+    add("--tune-lr", type=positive_float, help="its learning rate; unless given, the trainer's")
     add("--rounds", type=positive, default=3, help="of imp and lth")
     add("--loss-scale", nargs="+", type=assignment, default=[], metavar="TASK=X", help="see above")
     add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")

@@ -77,6 +77,17 @@ def test_lottery_tickets_start_where_they_began(census, tmp_path):
     assert second.arguments[second.arguments.index("--allocation") + 1] == "erk"
 
 
+def test_what_starts_from_the_dense_net_has_a_rate_of_its_own():
+    arguments = ["census", "--data", "x", "--tune-lr", "0.25", "--rounds", "1"]
+    options = compare.read(arguments)
+    rates = {}
+    for spec in ("vote", "magnitude", "imp", "dense_tuned", "lth", "snip", "rigl", "vote:init"):
+        (job,) = compare.jobs(compare.Entry(spec, 0.75), 3, options)
+        rates[spec] = dict(zip(job.arguments, job.arguments[1:], strict=False)).get("--lr")
+    tuned = ("vote", "magnitude", "imp", "dense_tuned")
+    assert rates == {spec: "0.25" if spec in tuned else None for spec in rates}
+
+
 def test_interval_is_student_s():
     assert compare.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
     assert compare.interval([1.0]) != compare.interval([1.0])  # nan
@@ -85,7 +96,7 @@ def test_interval_is_student_s():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dispare_static"], "there is no method 'dispare_static'. There is dense, v"),
+        (["--methods", "dispare_static"], "there is no method 'dispare_static'. There is dense, b"),
         (["--reference", "joint:init"], "--reference joint:init is none of --methods"),
         (["--methods", "lth:init"], "when to prune does not apply to 'lth:init'"),
         (["--seeds", "0"], "must be at least 1"),

@@ -384,6 +384,20 @@ def test_broken_arrays_and_tables(copy):
     np.savez(root / "train.npz", **{**arrays, "edge": arrays["edge"][1:]})
     with pytest.raises(ValueError, match="must be equally long"):
         open_camvid(root, ["edge"])
+    np.savez(root / "train.npz", **{**arrays, "edge": arrays["edge"] + 1})
+    with pytest.raises(ValueError, match=r"'edge' of .*train\.npz holds 2\. It must be 0 or 1"):
+        open_camvid(root, ["edge"]).splits["train"][0]
+    np.savez(root / "train.npz", **{**arrays, "presence": arrays["presence"] * 0.5})
+    with pytest.raises(ValueError, match=r"'presence' of .*train\.npz holds 0\.5"):
+        open_camvid(root, ["presence"]).splits["train"][0]
+    np.savez(root / "train.npz", **{**arrays, "presence": arrays["presence"][:, 1:]})
+    with pytest.raises(ValueError, match=r"'presence' of .* must have shape \(N, 11\)"):
+        open_camvid(root, ["presence"]).splits["train"][0]
+    np.savez(root / "train.npz", **{**arrays, "group": arrays["group"][:, 1:]})
+    with pytest.raises(
+        ValueError, match=r"'group' of .*train\.npz is 47x64, but the input is 48x64"
+    ):
+        open_camvid(root, ["group"]).splits["train"][0]
     (root / "train.npz").write_text("nothing")
     with pytest.raises(ValueError, match=r"train\.npz is broken"):
         open_camvid(root, ["edge"])
@@ -391,6 +405,12 @@ def test_broken_arrays_and_tables(copy):
     arrays = dict(np.load(root / "test.npz"))
     np.savez(root / "test.npz", **{**arrays, "college": arrays["college"] + 2})
     with pytest.raises(ValueError, match=r"'college' of .*test\.npz holds class 3"):
+        open_census(root, ["college"])
+    np.savez(root / "test.npz", **{**arrays, "college": arrays["college"].astype(int) - 2})
+    with pytest.raises(ValueError, match=r"'college' of .*test\.npz holds class -1"):
+        open_census(root, ["college"])
+    np.savez(root / "test.npz", **{**arrays, "x_cat": arrays["x_cat"].astype(int) - 1})
+    with pytest.raises(ValueError, match="does not fit schema"):
         open_census(root, ["college"])
     np.savez(root / "test.npz", **{**arrays, "x_cat": arrays["x_cat"] + 9})
     with pytest.raises(ValueError, match="does not fit schema"):

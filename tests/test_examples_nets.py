@@ -40,7 +40,8 @@ def test_mobilenetv2_is_as_large_as_published():
 
 
 @pytest.mark.parametrize(
-    ("net", "stride"), [("deeplab_resnet34", 8), ("mobilenetv2", 8), ("mtan_segnet", 1)]
+    ("net", "stride"),
+    [("deeplab_resnet34", 8), ("mobilenetv2", 8), ("mtan_segnet", 1), ("unet", 2)],
 )
 def test_outputs_of_any_image_size(net, stride):
     model = nets.build(net, {"seg": 5, "depth": 1}, width=0.02).eval()
@@ -69,6 +70,27 @@ def test_what_mtan_shares_is_what_every_task_uses():
         assert shared <= {id(parameters[name]) for name in used}
         other = {"seg": "depth", "depth": "seg"}[task]
         assert not any(f".{other}." in name for name in used)
+
+
+def test_unet_hands_every_resolution_on():
+    model = nets.build("unet", {"seg": 5, "depth": 1}, width=0.1)
+    with torch.no_grad():
+        for block in (*model.down, *model.up):
+            for x in block.parameters():
+                x.abs_()  # no path may die in a ReLU
+    grids = []
+    for block in model.down:
+        block.register_forward_hook(lambda block, inputs, output: grids.append(output))
+    image = torch.rand(2, 3, 64, 96)
+    outputs = model(image)
+    assert [tuple(grid.shape[-2:]) for grid in grids] == [(32, 48), (16, 24), (8, 12), (4, 6)]
+    for output in outputs.values():
+        for grid in torch.autograd.grad(output.square().sum(), grids, retain_graph=True):
+            assert grid.abs().sum() > 0
+    head = {id(x) for x in model.heads.parameters()}
+    shared = {id(x) for module in model.shared_modules() for x in module.parameters()}
+    assert shared | head == {id(x) for x in model.parameters()}
+    assert not shared & head
 
 
 def test_mmoe_mixes_its_experts():

@@ -109,8 +109,8 @@ class KilledError(Exception):
         ("cityscapes", ["--method", "disparse_static"]),
         ("taskonomy", ["--method", "dense"]),
         ("camvid", ["--method", "disparse_pretrained", "--net", "mtan_segnet"]),
-        ("census", ["--method", "magnitude"]),
         ("nyuv2", ["--method", "adapmtl"]),
+        *(("census", ["--method", method]) for method in METHODS),
     ],
 )
 def test_killed_and_resumed_is_bitwise_the_same(train, tmp_path, monkeypatch, name, arguments):
@@ -197,12 +197,26 @@ def test_mixed_precision_and_a_task_alone(train):
     assert found["zeros"] == round(0.9 * found["weights"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
+def test_a_compiled_net_is_pruned_alike(train, monkeypatch):
+    compile_ = torch.compile  # through the same graphs, but without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda net: compile_(net, backend="aot_eager"))
+    arguments = ["--method", "disparse_pretrained", "--steps", "6"]
+    runs = [train("census", *arguments, *more) for more in ([], ["--compile"])]
+    assert runs[0]["zeros"] == runs[1]["zeros"] == round(0.9 * runs[1]["weights"])
+    one, two = (weights(run["options"]["out"]) for run in runs)
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-5), name
+
+
 def test_options_shape_the_method():
     def method(*arguments):
         return options.make_method(
             options.parse(census.PROBLEM, ["--data", "x", "--steps", "400", *arguments])
         )
 
+    assert method("--method", "best") == recipes.adapmtl(0.9, 400)
+    assert method("--method", "best", "--pretrained", "x") == recipes.best(0.9, 400)
     assert method("--method", "magnitude").schedule.at == 200
     assert method("--method", "magnitude", "--dense-steps", "7").schedule.at == 7
     assert method("--method", "magnitude", "--pretrained", "x").schedule.at == 0
@@ -224,6 +238,7 @@ def test_options_shape_the_method():
         (["--loss-scale", "college"], r"must look like seg=30"),
         (["--loss-scale", "seg=30"], r"--loss-scale names \['seg'\], not in --tasks"),
         (["--rewind"], "--rewind needs --pretrained"),
+        (["--rewind", "--pretrained", "x"], "--rewind is for what prunes at once. --method vote d"),
         (["--method", "rigl", "--when", "init"], "--when does not apply to --method rigl"),
         (["--dense-steps", "5000"], r"--dense-steps must be less than --steps 2000\. Got 5000"),
         (["--steps", "0"], "must be at least 1"),

@@ -32,7 +32,8 @@ PUBLISHED = {
     "adapmtl": lambda s: recipes.adapmtl(s, 1_000),
     "adapmtl_published": lambda s: recipes.adapmtl_published(s, 1_000),
 }
-EVERY_RECIPE = pytest.mark.parametrize("name", PUBLISHED)
+EVERY = {**PUBLISHED, "best": lambda s: recipes.best(s)}
+EVERY_RECIPE = pytest.mark.parametrize("name", EVERY)
 GRADUAL = Cubic(begin=10, end=1_000, every=100)
 
 
@@ -89,18 +90,36 @@ def test_options_are_passed_on():
         assert recipe(0.9, fraction=0.1, **TIMES).schedule == Regrow(100, 1_000, 0.1)
 
 
+def test_best_prunes_a_trained_network_gradually_or_at_once():
+    assert recipes.best(0.9) == Vote(0.9, observations=8)
+    gradual = Vote(0.9, schedule=Cubic(begin=1, end=500, every=50), observations=4)
+    assert recipes.best(0.9, 1_000) == gradual
+    assert recipes.best(0.9, steps=1_000, trained=True) == gradual
+    assert recipes.best(0.9, 1) == Vote(0.9, schedule=Cubic(begin=1, end=1, every=1))
+
+
+def test_best_from_scratch_is_adapmtl():
+    assert recipes.best(0.9, 1_000, trained=False) == recipes.adapmtl(0.9, 1_000)
+    with pytest.raises(ValueError, match="From scratch, `steps` must be given"):
+        recipes.best(0.9, trained=False)
+    for steps in (0, 2.5, True):
+        for trained in (True, False):
+            with pytest.raises(ValueError, match=r"`steps` must be a whole number, at least 1\."):
+                recipes.best(0.9, steps, trained=trained)
+
+
 @EVERY_RECIPE
 def test_every_recipe_refuses_a_percentage(name):
     with pytest.raises(ValueError, match=r"Got 90\. Did you mean 0\.9\?"):
-        PUBLISHED[name](90)
+        EVERY[name](90)
 
 
 @EVERY_RECIPE
 def test_every_recipe_is_public_and_cites_its_paper(name):
     assert name in recipes.__all__
     citation = re.search(r", (\w+ )*(19|20)\d\d", inspect.getdoc(getattr(recipes, name)))
-    assert citation or name == "random"
+    assert citation or name in ("best", "random")
 
 
 def test_every_public_recipe_is_tested_here():
-    assert set(PUBLISHED) == set(recipes.__all__)
+    assert set(EVERY) == set(recipes.__all__)

@@ -159,6 +159,16 @@ def classes(array: np.ndarray, path: Path, count: int, ignore: int) -> Tensor:
     return found.masked_fill(ignored, IGNORE)
 
 
+def marks(values: Tensor, what: str) -> Tensor:
+    """Yes and no as 1 and 0, checked; 255 is ignored."""
+    wrong = values[(values != 0) & (values != 1) & (values != IGNORE)]
+    if len(wrong):
+        raise ValueError(
+            f"{what} holds {float(wrong[0]):g}. It must be 0 or 1, or {IGNORE} = ignore."
+        )
+    return values
+
+
 def normalized(image: Tensor) -> Tensor:
     """An RGB image with values in [0, 1], as nets trained on ImageNet want it."""
     return (image - MEAN) / STD
@@ -556,11 +566,23 @@ class Arrays:
         return len(self.arrays["input"])
 
     def __getitem__(self, number: int) -> Sample:
-        """One of them."""
-        return {
+        """One of them.
+
+        Raises:
+            ValueError: If it holds what it must not, or is of another size than the input.
+        """
+        sample = {
             name: self.readers[name](array[number], self.path)
             for name, array in self.arrays.items()
         }
+        full = sample["input"].shape[-2:]
+        for name, value in sample.items():
+            if value.dim() > 1 and (size := value.shape[-2:]) != full:
+                raise ValueError(
+                    f"'{name}' of {self.path} is {size[0]}x{size[1]}, but the input is "
+                    f"{full[0]}x{full[1]}."
+                )
+        return sample
 
 
 @dataclass(frozen=True)

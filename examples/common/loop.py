@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import data, losses, nets, results
-from common.options import Options, Problem, make_method, parse
-from mtprune import MultitaskPruner, OneShot
+from common.options import Options, Problem, make_method, parse, prunes_at_once
+from mtprune import MultitaskPruner
 
 Results = dict[str, Any]
 
@@ -204,12 +204,6 @@ def set_rate(optimizer: torch.optim.Optimizer, options: Options, step: int) -> N
     """The learning rate of a step: a staircase downwards."""
     for group in optimizer.param_groups:
         group["lr"] = options.lr * options.lr_factor ** (step // options.lr_every)
-
-
-def prunes_at_once(options: Options) -> bool:
-    """Whether masks come before training, and do not change in it."""
-    schedule = getattr(make_method(options), "schedule", None)
-    return isinstance(schedule, OneShot) and schedule.at == 0
 
 
 def start_from(run: Run) -> None:

@@ -6,6 +6,7 @@ and has ``shared_modules()``: what its tasks share, as the pruner wants to know 
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, max_unpool2d, pad, relu
 
-NETS = ("deeplab_resnet34", "mobilenetv2", "mtan_segnet", "mmoe")
+NETS = ("deeplab_resnet34", "mobilenetv2", "mtan_segnet", "unet", "mmoe")
 
 
 def build(net: str, outputs: Mapping[str, int], width: float, inputs: int = 3) -> nn.Module:
@@ -31,6 +32,8 @@ def build(net: str, outputs: Mapping[str, int], width: float, inputs: int = 3) -
         return DeepLab(MobileNetV2(width), outputs, width)
     if net == "mtan_segnet":
         return MTAN(outputs, width)
+    if net == "unet":
+        return UNet(outputs, width)
     return MMoE(inputs, outputs, width)
 
 
@@ -312,6 +315,55 @@ def _attention(inputs: int, outputs: int) -> nn.Sequential:
         *(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()),
         *(nn.Conv2d(outputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.Sigmoid()),
     )
+
+
+# U-Net: what the way down saw, handed to the way up at every resolution.
+
+
+class UNet(nn.Module):
+    """A small U-Net for training from scratch; outputs are ``[B, C, H / 2, W / 2]``.
+
+    Ronneberger et al., "U-Net: convolutional networks for biomedical image segmentation", MICCAI
+    2015; here with batch norm, strides instead of pooling, and a stem that halves the picture.
+
+    Args:
+        outputs: Channels of each task's head.
+        width: Factor on all channels.
+    """
+
+    def __init__(self, outputs: Mapping[str, int], width: float = 1.0) -> None:
+        super().__init__()
+        sizes = [scaled(channels, width) for channels in (64, 128, 256, 512)]
+        self.stem = _conv_bn(3, sizes[0], 3, 2)
+        self.down = nn.ModuleList(
+            nn.Sequential(_conv_bn(here, there, 3, stride), _conv_bn(there, there, 3))
+            for here, there, stride in zip(
+                [sizes[0], *sizes[:-1]], sizes, (1, 2, 2, 2), strict=True
+            )
+        )
+        self.up = nn.ModuleList(_conv_bn(here + below, here, 3) for here, below in pairwise(sizes))
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(
+                    _conv_bn(sizes[0], 2 * sizes[0], 3), nn.Conv2d(2 * sizes[0], count, 1)
+                )
+                for task, count in outputs.items()
+            }
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``{task: [B, C, H / 2, W / 2]}``."""
+        x, seen = self.stem(images), []
+        for block in self.down:
+            x = block(x)
+            seen.append(x)
+        for block, skip in zip(reversed(self.up), reversed(seen[:-1]), strict=True):
+            x = block(torch.cat([skip, interpolate(x, size=skip.shape[-2:])], 1))
+        return {task: head(x) for task, head in self.heads.items()}
+
+    def shared_modules(self) -> list[nn.Module]:
+        """The stem, the way down and the way up."""
+        return [self.stem, self.down, self.up]
 
 
 # MMoE: experts that all tasks share, and a gate and a tower for each.

@@ -43,6 +43,10 @@ class Problem:
 
 METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "dense": (lambda o: Vote(0.0, schedule=OneShot(o.steps + 1)), None),  # never due
+    "best": (
+        lambda o: recipes.best(o.sparsity, o.steps, trained=o.pretrained is not None),
+        None,
+    ),
     "vote": (lambda o: Vote(o.sparsity), "gradual"),
     "majority": (lambda o: Vote(o.sparsity, vote=votes.majority), "gradual"),
     "mean": (lambda o: Vote(o.sparsity, vote=votes.mean), "gradual"),
@@ -91,6 +95,12 @@ def make_method(options: Options) -> Any:
     if options.allocation and options.method != "dense":
         method = replace(method, allocation=options.allocation)
     return method
+
+
+def prunes_at_once(options: Options) -> bool:
+    """Whether masks come before training, and do not change in it."""
+    schedule = getattr(make_method(options), "schedule", None)
+    return isinstance(schedule, OneShot) and schedule.at == 0
 
 
 def _adapmtl(options: Options) -> SoftThreshold:
@@ -231,7 +241,10 @@ def settle(problem: Problem, options: Options) -> Options:
         options.update_every = max(1, options.steps // 400, min(25, options.steps // 10))
     options.freeze = max(1, options.steps * 3 // 4)
     options.save_every = options.save_every or max(1, options.steps // 10)
-    make_method(options)
+    if not prunes_at_once(options) and options.rewind:
+        raise ValueError(
+            f"--rewind is for what prunes at once. --method {options.method} does not."
+        )
     return options
 
 
