@@ -25,7 +25,8 @@ from typing import Any as _Any
 
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
-from mtprune.granularity import Element
+from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
+from mtprune.integrations.arrival import when_imported as _when_imported
 from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
@@ -33,18 +34,32 @@ from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, sampling
-    from mtprune.compression import Plan, compress, load, plan_of, recalibrate_bn, save
+    from mtprune.compression import (
+        Plan,
+        carry_optimizer,
+        compress,
+        load,
+        plan_of,
+        recalibrate_bn,
+        save,
+    )
 
 __version__ = _version("mtprune")
 
 __all__ = [
+    "NM",
+    "Block",
+    "Channel",
     "Cubic",
     "Element",
     "Erk",
     "Floor",
+    "Grouped",
+    "Head",
     "Hold",
     "Linear",
     "MultitaskPruner",
+    "Neuron",
     "OneShot",
     "PerTaskKeep",
     "Plan",
@@ -55,6 +70,7 @@ __all__ = [
     "Vote",
     "affinity",
     "budget",
+    "carry_optimizer",
     "compress",
     "load",
     "metrics",
@@ -69,10 +85,27 @@ __all__ = [
 ]
 
 
+_COMPRESSION = (
+    "Plan",
+    "carry_optimizer",
+    "compress",
+    "load",
+    "plan_of",
+    "recalibrate_bn",
+    "save",
+)
+
+
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in ("affinity", "budget", "metrics", "sampling"):
         return _import_module(f"mtprune.{name}")
-    if name in ("Plan", "compress", "load", "plan_of", "recalibrate_bn", "save"):
+    if name in _COMPRESSION:
         return getattr(_import_module("mtprune.compression"), name)
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
+
+
+# So that from_pretrained knows compressed models.
+_when_imported(
+    "transformers.quantizers.auto", lambda: _import_module("mtprune.integrations.pretrained")
+)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mtprune import distributed
 from mtprune.components import Layer
-from mtprune.granularity import Element, Granularity
 from mtprune.masking import Masking, zeroed
 from mtprune.methods.base import JOINT
 from mtprune.saliency import IN_PLACE, Saliency, uses_gradient
@@ -159,7 +158,7 @@ class Collector:
         layers: Its prunable layers.
         masking: Where the masks are: saliency is that of the effective weight.
         saliency: A function of weight and gradient; None to learn only who uses what.
-        granularity: Pools saliency over what is pruned as one.
+        pool: How the saliency of a layer, by its number, is kept; None as it is, flat.
         disentangled: Score each loss apart from the others, or their sum.
         dtype: Of the scores.
         device: Where the scores are kept; None for where the weights are.
@@ -172,7 +171,7 @@ class Collector:
         masking: Masking,
         *,
         saliency: Saliency | None,
-        granularity: Granularity,
+        pool: Callable[[int, Tensor], Tensor] | None = None,
         disentangled: bool,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
@@ -181,11 +180,10 @@ class Collector:
         self._layers = layers
         self._masking = masking
         self._saliency = saliency
-        self._granularity = granularity
+        self._pool = pool
         self._disentangled = disentangled
         self._data_free = not uses_gradient(saliency)
-        plain = type(granularity) is Element
-        self._into = IN_PLACE.get(saliency) if plain and saliency is not None else None
+        self._into = IN_PLACE.get(saliency) if pool is None and saliency is not None else None
         self._space = torch.empty(0)
         self._dtype = dtype
         self._device = device
@@ -347,7 +345,8 @@ class Collector:
         if self._into is None or not weight.is_contiguous():
             assert self._saliency is not None
             weight, grad = _prepared(weight, mask, grad, scale)
-            flat = self._granularity.pool(checked(self._saliency(weight, grad), layer))
+            score = checked(self._saliency(weight, grad), layer)
+            flat = score.reshape(-1) if self._pool is None else self._pool(index, score)
             if first:
                 buffers[index] = self._buffer(flat.numel(), flat.device)
             buffers[index] += flat.to(buffers[index].device)

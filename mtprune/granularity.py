@@ -1,37 +1,300 @@
 """Granularity: what is kept or pruned as one.
 
-A granularity is a frozen value that pools a layer's saliency over its units before the vote and
-spreads the verdict over their weights after it.
+A granularity is a frozen value. One that says `groups` finds the units of a model, which may span
+several layers: a neuron, a head, a channel. Anybody can write one. Others cut every layer on its
+own into `pieces`: single weights, blocks, patterns. Several of the first kind, in a tuple, share
+one budget.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["Element", "Granularity"]
+from mtprune.components import Layer
+from mtprune.structure import Group
+
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Element",
+    "Granularity",
+    "Grouped",
+    "Head",
+    "Neuron",
+    "Pieces",
+    "Spanning",
+]
 
 
-class Granularity(Protocol):
-    """What a method asks of a granularity."""
+class Spanning(Protocol):
+    """A granularity whose units may span several layers."""
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """The units of a model.
+
+        Args:
+            model: The model, unwrapped.
+            layers: What may be pruned of it.
+        """
+        ...
+
+
+class Pieces(Protocol):
+    """A granularity that cuts every layer on its own."""
+
+    def left_out(self, layer: Layer) -> str:
+        """Why a layer cannot be cut, or nothing."""
+        ...
 
     def pool(self, saliency: Tensor) -> Tensor:
         """The saliency of a layer's units, flat, from that of its weights, any shape."""
         ...
 
-    def spread(self, mask: Tensor, like: Tensor) -> Tensor:
-        """The mask of a layer's weights, shaped as ``like``, from that of its units, flat."""
+    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The mask of a layer's weights from that of its units, flat."""
         ...
+
+
+Granularity = Spanning | Pieces | tuple[Spanning, ...]
 
 
 @dataclass(frozen=True)
 class Element:
     """Every weight on its own."""
 
+    def left_out(self, layer: Layer) -> str:
+        """See `Pieces`."""
+        return ""
+
     def pool(self, saliency: Tensor) -> Tensor:
-        """See `Granularity`."""
+        """See `Pieces`."""
         return saliency.reshape(-1)
 
-    def spread(self, mask: Tensor, like: Tensor) -> Tensor:
-        """See `Granularity`."""
-        return mask.view(like.shape)
+    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Pieces`."""
+        return mask.view(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of a weight seen as the matrix ``[first dimension, all others]``.
+
+    That is ``[outputs, inputs]`` for a Linear and ``[outputs, inputs * kernel]`` for a convolution.
+    Blocks at the right and lower edge may be smaller.
+
+    Attributes:
+        rows: Rows of a block.
+        columns: Columns of a block.
+
+    Example:
+        >>> block = Block(2, 2)
+        >>> block.pool(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
+        tensor([12.,  9.])
+        >>> block.spread(torch.tensor([True, False]), (2, 3))
+        tensor([[ True,  True, False],
+                [ True,  True, False]])
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _check_whole(self, "rows", 1)
+        _check_whole(self, "columns", 1)
+
+    def left_out(self, layer: Layer) -> str:
+        """See `Pieces`."""
+        return ""
+
+    def pool(self, saliency: Tensor) -> Tensor:
+        """See `Pieces`."""
+        high, wide = _matrix(tuple(saliency.shape))
+        down, across = -(-high // self.rows), -(-wide // self.columns)
+        edge = (0, across * self.columns - wide, 0, down * self.rows - high)
+        whole = F.pad(saliency.reshape(high, wide), edge)
+        return whole.view(down, self.rows, across, self.columns).sum((1, 3)).reshape(-1)
+
+    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Pieces`."""
+        high, wide = _matrix(shape)
+        blocks = mask.view(-(-high // self.rows), -(-wide // self.columns))
+        whole = blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return whole[:high, :wide].reshape(shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Of every m consecutive inputs of an output, n are kept: 2 of 4 is what GPUs run faster.
+
+    Which n is by the vote. Inputs are those of Linear layers, and input channels of convolutions,
+    at each place of the kernel. Layers whose inputs are not a multiple of m, depthwise ones among
+    them, and layers of other kinds stay dense.
+
+    Attributes:
+        n: How many are kept.
+        m: Of how many.
+
+    Example:
+        >>> NM(2, 4).best(torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0]]), 2)
+        tensor([[False,  True,  True, False,  True,  True, False, False]])
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _check_whole(self, "n", 1)
+        _check_whole(self, "m", 2)
+        if self.n >= self.m:
+            raise ValueError(f"`n` must be less than `m`. Got {self.n} of {self.m}.")
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros, which is not a choice."""
+        return (self.m - self.n) / self.m
+
+    def left_out(self, layer: Layer) -> str:
+        """See `Pieces`."""
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+        for module, _ in layer.places:
+            if not isinstance(module, kinds):
+                return f"{self.n} of {self.m} inputs is not for {type(module).__name__}"
+        if layer.shape[1] % self.m:
+            return f"its {layer.shape[1]} inputs are not a multiple of {self.m}"
+        return ""
+
+    def pool(self, saliency: Tensor) -> Tensor:
+        """See `Pieces`."""
+        return saliency.reshape(-1)
+
+    def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Pieces`."""
+        return mask.view(shape)
+
+    def best(self, worth: Tensor, keep: int) -> Tensor:
+        """The ``keep`` highest of every m consecutive inputs, earlier ones first among equals.
+
+        Args:
+            worth: Of a layer's weights, in its shape.
+            keep: How many of every m are kept.
+        """
+        runs = worth.movedim(1, -1)
+        runs = runs.reshape(-1, self.m)
+        order = runs.argsort(dim=1, descending=True, stable=True)
+        mask = torch.zeros_like(runs, dtype=torch.bool).scatter_(1, order[:, :keep], True)
+        inputs_last = (worth.shape[0], *worth.shape[2:], worth.shape[1])
+        return mask.view(inputs_last).movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The units you name: your own groups.
+
+    Attributes:
+        given: The groups.
+
+    Example:
+        >>> from mtprune.structure import Member
+        >>> hidden = Group("hidden", 3, (Member("0.weight", 0, (0, 1, 2)),
+        ...                              Member("2.weight", 1, (0, 1, 2), "in")))
+        >>> Grouped([hidden])
+        Grouped(names=('hidden',))
+    """
+
+    given: Sequence[Group] = field(repr=False)
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        given = (self.given,) if isinstance(self.given, Group) else tuple(self.given)
+        if not given or not all(isinstance(group, Group) for group in given):
+            raise TypeError(f"`given` must be groups (mtprune.structure.Group). Got {given!r}.")
+        object.__setattr__(self, "given", given)
+        object.__setattr__(self, "names", tuple(group.name for group in given))
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """See `Spanning`."""
+        return self.given
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """Neurons between the two layers of a transformer's feed-forward blocks.
+
+    Attributes:
+        patterns: Where to look (`mtprune.patterns`); everywhere that is known unless given.
+
+    Example:
+        >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
+        >>> [(group.name, group.size) for group in Neuron().groups(encoder, [])]
+        [('neurons', 32)]
+    """
+
+    patterns: Any = None
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """See `Spanning`."""
+        from mtprune.patterns import PATTERNS, neurons  # most runs do without
+
+        return neurons(model, PATTERNS if self.patterns is None else self.patterns)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Heads of a transformer's attention blocks.
+
+    Attributes:
+        patterns: Where to look (`mtprune.patterns`); everywhere that is known unless given.
+
+    Example:
+        >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
+        >>> [(group.name, group.size) for group in Head().groups(encoder, [])]
+        [('self_attn.heads', 4)]
+    """
+
+    patterns: Any = None
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """See `Spanning`."""
+        from mtprune.patterns import PATTERNS, heads  # most runs do without
+
+        return heads(model, PATTERNS if self.patterns is None else self.patterns)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Channels of convolutional networks, with all that must go when one goes.
+
+    What depends on what is found by torch-pruning (extra ``[structured]``), by running the model.
+
+    Attributes:
+        example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
+            keyword arguments.
+    """
+
+    example_inputs: Any = field(repr=False, compare=False)
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """See `Spanning`."""
+        from mtprune.integrations.torch_pruning import channels  # needs an extra
+
+        return channels(model, self.example_inputs)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of a weight seen as a matrix."""
+    return shape[0], prod(shape[1:])
+
+
+def _check_whole(value: object, name: str, least: int) -> None:
+    number = getattr(value, name)
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"`{name}` must be a whole number, at least {least}. Got {number!r}.")

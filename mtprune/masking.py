@@ -17,6 +17,7 @@ model and zeroes weights after every optimizer step. This is the only file that 
   dense gradient pass while `Gate.dense` is set, that is, inside ``observe``.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ __all__ = [
     "accept_pruned_keys",
     "make_masking",
     "pack",
+    "plain_copy",
     "unpack",
     "zeroed",
 ]
@@ -396,6 +398,33 @@ def make_masking(backend: str, model: nn.Module) -> Masking:
     if backend == "inplace":
         return InplaceMasking()
     raise ValueError(f"`backend` must be one of {BACKENDS}. Got {backend!r}.")
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with plain weights, whatever masks `torch.nn.utils.prune` holds in it now.
+
+    Example:
+        >>> lin = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
+        >>> other = plain_copy(lin)
+        >>> [name for name, _ in other.named_parameters()], int((other.weight == 0).sum())
+        (['bias', 'weight'], 2)
+    """
+    # The effective weight has a history, and what has one is not copied by deepcopy.
+    held = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in held})
+    for module in copied.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook.remove(module)
+                if isinstance(hook, (prune.BasePruningMethod, _Release, _FromParent)):
+                    del hooks[key]
+    return copied
 
 
 class _PrunedKeys:

@@ -1,6 +1,7 @@
 """The poll: from what has been observed to the ballot a method decides on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, overload
 
@@ -15,9 +16,13 @@ from mtprune.masking import Masking
 from mtprune.methods.base import JOINT, Ballot, Method
 from mtprune.saliency import takes_generator, uses_gradient
 from mtprune.softening import SoftMasking
+from mtprune.units import Units
 from mtprune.usage import Users
 
-__all__ = ["poll"]
+__all__ = ["Pool", "poll"]
+
+Pool = Callable[[int, Tensor], Tensor]
+"""From a layer's number and the saliency of its weights to what is kept of it, flat."""
 
 
 def poll(
@@ -31,6 +36,10 @@ def poll(
     costs: Mapping[str, Fraction],
     memory: Mapping[str, Any],
     device: torch.device | None = None,
+    *,
+    pool: Pool,
+    units: Units | None = None,
+    whole: Fraction = Fraction(0),
 ) -> Ballot:
     """The ballot over ``layers``, each given with its index among all prunable ones.
 
@@ -45,6 +54,9 @@ def poll(
         costs: What a weight of each layer costs, if that was measured.
         memory: What the last decision left to remember.
         device: Where to decide; None for where the weights are.
+        pool: How scores are kept.
+        units: The units of all prunable layers, if they are larger than a weight.
+        whole: What all prunable layers cost, if that was measured.
 
     Raises:
         RuntimeError: If a saliency that looks at no data is not finite.
@@ -61,7 +73,7 @@ def poll(
             scores.append(
                 {
                     # Used, but not in this graph: a gradient of zero.
-                    voter: _zeros(method, layer, device) if s is None else s
+                    voter: _zeros(pool, index, layer, device) if s is None else s
                     for voter, s in seen.items()
                 }
             )
@@ -74,8 +86,8 @@ def poll(
                     f"Saliency is not finite in '{layer.name}'. Check its weights; masks are "
                     "unchanged."
                 )
-            scores.append(dict.fromkeys(voters, method.granularity.pool(asked)))
-    return Ballot(
+            scores.append(dict.fromkeys(voters, pool(index, asked)))
+    ballot = Ballot(
         shapes=[layer.shape for _, layer in layers],
         components=[components[layer.name] for _, layer in layers],
         scores=scores,
@@ -89,6 +101,33 @@ def poll(
         if isinstance(masking, SoftMasking)
         else [],
         memory=memory,
+        whole=whole,
+    )
+    if units is None:
+        return ballot
+    return _grouped(ballot, units.among([index for index, _ in layers]))
+
+
+def _grouped(ballot: Ballot, units: Units) -> Ballot:
+    """The same ballot with units for weights, and their groups for layers."""
+    voters = dict.fromkeys(voter for scores in ballot.scores for voter in scores)
+    used = {
+        voter: [place for place, scores in enumerate(ballot.scores) if voter in scores]
+        for voter in voters
+    }
+    sums = {
+        voter: units.gather({place: ballot.scores[place][voter] for place in places})
+        for voter, places in used.items()
+    }
+    groups = range(len(units.names))
+    return replace(
+        ballot,
+        components=[ballot.components[units.holding(group)[0]] for group in groups],
+        scores=[{v: found[g] for v, found in sums.items() if g in found} for g in groups],
+        masks=units.standing(ballot.masks),
+        names=units.names,
+        units=units,
+        used=used,
     )
 
 
@@ -123,6 +162,6 @@ def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor if device is None else tensor.to(device)
 
 
-def _zeros(method: Method, layer: Layer, device: torch.device | None) -> Tensor:
+def _zeros(pool: Pool, index: int, layer: Layer, device: torch.device | None) -> Tensor:
     where = device or layer.parameter.device
-    return method.granularity.pool(torch.zeros(layer.shape, dtype=torch.float32, device=where))
+    return pool(index, torch.zeros(layer.shape, dtype=torch.float32, device=where))

@@ -17,10 +17,11 @@ from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
 from mtprune.methods.base import JOINT, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import Count, Facts, Report, count, make_report, moment, remember
+from mtprune.report import Count, Facts, Report, Units, count, make_report, moment, remember
 from mtprune.round import Round, scale_of
 from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
+from mtprune.units import cover
 from mtprune.usage import Usage
 from mtprune.weighting import Weigher, parse_weighting
 
@@ -96,10 +97,12 @@ class MultitaskPruner:
                 f"called. Got {method!r}."
             )
         self._losses = parse(task_losses)
-        self._layers = find_layers(self._model, include, exclude)
-        if not self._layers:
+        prunable = find_layers(self._model, include, exclude)
+        if not prunable:
             raise ValueError("The model has nothing prunable.")
-        declared = declare(self._model, self._layers, shared_modules)
+        declared = declare(self._model, prunable, shared_modules)
+        self._covered = cover(self._method.granularity, self._model, prunable)
+        self._layers = self._covered.layers
         self._usage = Usage(self._layers, self._losses, declared)
         self._usage.check_names(self._method)
         self._optimizer = None if optimizer is None else raw(optimizer, self._layers)
@@ -118,7 +121,12 @@ class MultitaskPruner:
         self._weigher = Weigher(
             parse_weighting(getattr(self._method, "weighting", "uniform")), list(self._losses)
         )
-        self._costs = _measured(self._method, self._model, self._layers)
+        self._costs = _measured(self._method, self._model, prunable)
+        self._whole = sum((self._cost_of(x) for x in prunable), Fraction(0))
+        check = getattr(self._method, "check_units", None)
+        if check is not None and self._covered.units is not None:
+            costs = [self._costs[layer.name] for layer in self._layers] if self._costs else []
+            check(self._covered.units, costs, self._whole)
         self._masking = make_masking(backend, self._model)
         if self._method.straight_through:
             if score_dtype is not torch.float32:
@@ -142,6 +150,8 @@ class MultitaskPruner:
             self._costs,
             score_dtype,
             None if score_device is None else torch.device(score_device),
+            self._covered.units,
+            self._whole,
         )
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
@@ -351,8 +361,10 @@ class MultitaskPruner:
             observations=facts.observations,
             stable=facts.stable,
             discarded=facts.discarded,
-            left_alone=self._usage.left_alone(),
+            left_alone={**self._covered.dense, **self._usage.left_alone()},
             method=describe(self._method, defaults=False),
+            groups=facts.groups,
+            macs=float(self._whole) if self._costs else None,
             weights={} if self._weigher.is_plain else self._weigher.weights,
             history=facts.history,
         )
@@ -471,7 +483,7 @@ class MultitaskPruner:
         """Make the update of ``step`` from the evidence; whether masks changed."""
         layers, decision = self._round.decide(step)
         masks = [
-            self._method.granularity.spread(mask, layer.parameter).to(layer.parameter.device)
+            mask.view(layer.shape).to(layer.parameter.device)
             for layer, mask in zip(layers, decision.masks, strict=True)
         ]
         distributed.check_equal(masks)
@@ -531,12 +543,20 @@ class MultitaskPruner:
             stable=self._round.stable,
             discarded=dict(evidence.discarded),
             history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
+            groups=tuple(
+                Units(name, mask.numel(), int(mask.count_nonzero()))
+                for name, mask in decision.units.items()
+            ),
         )
 
     def _untold(self, layer: Layer) -> Count:
         """A layer before the first update."""
         size = layer.parameter.numel()
         return Count(layer.name, "", size, size, {}, size)
+
+    def _cost_of(self, layer: Layer) -> Fraction:
+        """The multiply-adds of a layer, 0 unless measured."""
+        return self._costs.get(layer.name, Fraction(0)) * layer.parameter.numel()
 
     def _soft_state(self, active: Sequence[Layer]) -> dict[str, Any]:
         """The thresholds, while they are not yet fixed."""

@@ -12,6 +12,7 @@ __all__ = [
     "Moment",
     "Report",
     "Row",
+    "Units",
     "count",
     "make_report",
     "moment",
@@ -67,6 +68,21 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What an update decided about a group of units.
+
+    Attributes:
+        name: The group.
+        units: How many there are.
+        kept: How many of them are kept.
+    """
+
+    name: str
+    units: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is remembered of an update after its evidence is gone.
 
@@ -76,6 +92,7 @@ class Facts:
         stable: See `Report`.
         discarded: See `Report`.
         history: See `Report`.
+        groups: See `Report`.
     """
 
     counts: tuple[Count, ...] = ()
@@ -83,6 +100,7 @@ class Facts:
     stable: bool | None = None
     discarded: Mapping[str, int] = field(default_factory=dict)
     history: tuple[Moment, ...] = ()
+    groups: tuple[Units, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """As plain containers."""
@@ -90,6 +108,7 @@ class Facts:
             **asdict(self),
             "counts": [asdict(c) for c in self.counts],
             "history": [asdict(m) for m in self.history],
+            "groups": [asdict(g) for g in self.groups],
         }
 
     @classmethod
@@ -97,7 +116,8 @@ class Facts:
         """The inverse of `state_dict`."""
         counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
         history = tuple(Moment(**m) for m in state["history"])
-        return cls(**{**state, "counts": counts, "history": history})
+        groups = tuple(Units(**g) for g in state["groups"])
+        return cls(**{**state, "counts": counts, "history": history, "groups": groups})
 
 
 def count(
@@ -207,6 +227,8 @@ class Report:
         weights: What each task's loss counts now; empty if they are summed as they are.
         history: Where pruning stood after each update, or after every second, fourth, ... if
             there were many.
+        groups: Units kept, group by group, where they span layers.
+        macs: The multiply-adds of all prunable layers, those left alone too, if measured.
     """
 
     step: int | None
@@ -224,6 +246,8 @@ class Report:
     method: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     history: tuple[Moment, ...] = ()
+    groups: tuple[Units, ...] = ()
+    macs: float | None = None
 
     @property
     def macs_sparsity(self) -> float | None:
@@ -231,7 +255,8 @@ class Report:
         if any(row.macs is None for row in self.components) or not self.components:
             return None
         macs = sum(row.macs or 0.0 for row in self.components)
-        return 1.0 - sum(row.macs_kept or 0.0 for row in self.components) / macs
+        gone = macs - sum(row.macs_kept or 0.0 for row in self.components)
+        return gone / (macs if self.macs is None else self.macs)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, numbers and strings: what JSON gives back."""
@@ -253,7 +278,11 @@ class Report:
         body = [_cells(row, asked, soft) for row in rows]
         total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
         body.append(total + [""] * (len(head) - len(total)))
-        return "\n".join([*_columns([head, *body]), *self._notes()])
+        lines = _columns([head, *body])
+        if self.groups:
+            counts = [[g.name, f"{g.units:,}", f"{g.kept:,}"] for g in self.groups]
+            lines += _columns([["group", "units", "kept"], *counts])
+        return "\n".join([*lines, *self._notes()])
 
     def __str__(self) -> str:
         """The table of components."""
@@ -281,7 +310,9 @@ class Report:
             notes.append("'undeclared': used by several tasks, but not in `shared_modules`.")
         if self.discarded:
             notes.append(f"Discarded because a scaled gradient overflowed: {dict(self.discarded)}.")
-        notes += [f"Left alone: {name} ({why})." for name, why in self.left_alone.items()]
+        for why in dict.fromkeys(self.left_alone.values()):
+            names = [name for name, reason in self.left_alone.items() if reason == why]
+            notes.append(f"Left alone: {', '.join(names)} ({why}).")
         return notes
 
 
@@ -297,6 +328,8 @@ def make_report(
     method: str = "",
     weights: Mapping[str, float] | None = None,
     history: tuple[Moment, ...] = (),
+    groups: tuple[Units, ...] = (),
+    macs: float | None = None,
 ) -> Report:
     """The report behind an update's counts, layer by layer in order of position."""
     parameters = sum(c.parameters for c in counts)
@@ -322,6 +355,8 @@ def make_report(
         method=method,
         weights=dict(weights or {}),
         history=history,
+        groups=groups,
+        macs=macs,
     )
 
 

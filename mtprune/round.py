@@ -1,21 +1,23 @@
 """A round: one update in the making, from the first observation to the decision."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mtprune.collect import Collector, Evidence
 from mtprune.components import Layer
 from mtprune.masking import Masking
 from mtprune.methods import Decision, Method
-from mtprune.poll import poll
+from mtprune.poll import Pool, poll
 from mtprune.saliency import uses_gradient
 from mtprune.stability import Stability
+from mtprune.units import Units, is_single
 from mtprune.usage import Usage
 
 __all__ = ["Round", "scale_of"]
@@ -35,6 +37,8 @@ class Round:
         costs: What a weight of each layer costs, if that was measured.
         score_dtype: Of the scores.
         score_device: Where they are kept; None for where the weights are.
+        units: The layers' units, if they are larger than a weight.
+        whole: What all prunable layers of the model cost, if that was measured.
 
     Attributes:
         memory: What the last decision left to remember.
@@ -52,6 +56,8 @@ class Round:
         costs: Mapping[str, Fraction],
         score_dtype: torch.dtype = torch.float32,
         score_device: torch.device | None = None,
+        units: Units | None = None,
+        whole: Fraction = Fraction(0),
     ) -> None:
         self.memory: Mapping[str, Any] = {}
         self._costs = costs
@@ -64,12 +70,18 @@ class Round:
         self._stability = Stability()
         self._kept = Evidence()  # what has been seen until the last update, if that still counts
         self._singly = False  # batches that hold only some tasks have been seen
+        self._units = units
+        self._whole = whole
+        pool = _pooling(method, units)
+        self._pool: Pool = pool or (lambda _, score: score.reshape(-1))
+        if units is not None:
+            score_dtype = torch.float32  # there are few units, and each is a sum of many
         self._collector = Collector(
             model,
             layers,
             masking,
             saliency=method.saliency,
-            granularity=method.granularity,
+            pool=pool,
             disentangled=method.disentangled,
             dtype=score_dtype,
             device=score_device,
@@ -247,8 +259,59 @@ class Round:
             self._costs,
             self.memory,
             self._score_device,
+            pool=self._pool,
+            units=self._units,
+            whole=self._whole,
         )
-        return [layer for _, layer in active], self._method.decide(ballot, step)
+        decision = self._method.decide(ballot, step)
+        if ballot.units is not None:
+            decision = _spread(decision, ballot.units)
+        return [layer for _, layer in active], decision
+
+
+def _pooling(method: Method, units: Units | None) -> Pool | None:
+    """How scores are kept; None for one of each weight."""
+    if units is not None:
+        return units.pool
+    granularity = method.granularity
+    if is_single(granularity) or not hasattr(granularity, "pool"):
+        return None
+    return lambda _, score: granularity.pool(score)
+
+
+def _spread(decision: Decision, units: Units) -> Decision:
+    """A decision about units as one about weights."""
+    return replace(
+        decision,
+        masks=[mask.reshape(-1) for mask in units.spread(decision.masks)],
+        alone=_Spread(decision.alone, units),
+        units=dict(zip(units.names, decision.masks, strict=True)) if units.spanning else {},
+    )
+
+
+class _Spread(Mapping[str, Mapping[int, Tensor]]):
+    """What each voter alone would keep, in weights, found out when somebody asks."""
+
+    def __init__(self, alone: Mapping[str, Mapping[int, Tensor]], units: Units) -> None:
+        self._alone = alone
+        self._units = units
+        self._known: dict[str, Mapping[int, Tensor]] = {}
+
+    @override
+    def __getitem__(self, voter: str) -> Mapping[int, Tensor]:
+        if voter not in self._known:
+            wishes, every = self._alone[voter], self._units.everything()
+            masks = self._units.spread([wishes.get(g, mask) for g, mask in enumerate(every)])
+            self._known[voter] = {place: mask.reshape(-1) for place, mask in enumerate(masks)}
+        return self._known[voter]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._alone)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._alone)
 
 
 def scale_of(scaler: Any) -> float:

@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Group", "Member", "pool", "spread"]
+__all__ = ["NOBODY", "Group", "Member", "Role", "pool", "spread"]
 
 NOBODY = -1
 """In place of a unit, where an index belongs to none."""
+
+Role = Literal["out", "in", "with"]
+"""Whether a tensor makes the units, reads them, or goes with them without being either."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Member:
         tensor: Name of the parameter or buffer, as in ``model.state_dict()`` before pruning.
         dim: Along which dimension.
         units: For each index along it, the unit it belongs to, or `NOBODY`.
-        role: ``"out"`` where the tensor makes the units, ``"in"`` where it reads them.
+        role: ``"out"`` where the tensor makes the units, ``"in"`` where it reads them, ``"with"``
+            where it belongs to them and does neither: the entries of a norm, or the queries and
+            keys of a head, which say where to look and not what is seen there.
     """
 
     tensor: str
     dim: int
     units: tuple[int, ...]
-    role: Literal["out", "in"] = "out"
+    role: Role = "out"
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """``units`` as a tensor, ``[n]``."""
@@ -48,6 +53,9 @@ class Group:
         name: What errors and reports call it.
         size: How many units there are.
         members: Where they lie.
+        between: Path of the module or function that is applied to each unit on its own between
+            those that make them and those that read them, an activation for instance.
+        counts: Paths of numbers in the model that shrink with the group, in proportion.
 
     Example:
         >>> group = Group("hidden", 3, (Member("up.weight", 0, (0, 1, 2)),
@@ -63,6 +71,8 @@ class Group:
     name: str
     size: int
     members: tuple[Member, ...]
+    between: str | None = None
+    counts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -165,6 +165,8 @@ class Usage:
         hidden = []
         for declared in self._declared:
             inside = torch.tensor([layer.name in declared.names for layer in self._layers])
+            if not bool(inside.any()):
+                continue  # no unit lies in it
             using = [task for task, flags in reached.items() if bool((flags & inside).any())]
             if len(using) < min(2, len(self._tasks)):
                 raise RuntimeError(_not_shared(declared.label, using))

@@ -85,6 +85,8 @@ def test_code_block_runs(
     if "import transformers" in code:
         pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
+    if "mtprune.Channel(" in code:
+        pytest.importorskip("torch_pruning")
     assert compile(code, "block", "exec")
     exec(compile(code, "block", "exec"), namespace())
 

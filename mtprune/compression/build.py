@@ -2,21 +2,36 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from mtprune.components import unwrap
+from mtprune.components import find_layers, unwrap
+from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.kernels import KERNELS, Kernel
-from mtprune.compression.plan import Measured, Plan, Row
-from mtprune.compression.running import Calls, calls, check_devices, parse, run, unnested
+from mtprune.compression.plan import Measured, Plan, Removal, Row
+from mtprune.compression.removal import apply, constants, remove, resize
+from mtprune.compression.running import (
+    Calls,
+    calls,
+    check_devices,
+    named_tensors,
+    parse,
+    run,
+    unnested,
+)
 from mtprune.compression.sites import Site, find_sites, refuse_unfinished
 from mtprune.compression.timing import Measure, interleaved
-from mtprune.compression.verify import verify
+from mtprune.compression.trial import complete
+from mtprune.compression.verify import blame, difference, verify
+from mtprune.patterns import heads, neurons
+from mtprune.structure import Group
 
 __all__ = ["MARGIN", "WORTH", "assemble", "compress", "plan_of"]
 
@@ -33,14 +48,18 @@ def compress(
     model: nn.Module,
     example_inputs: Any,
     *,
+    groups: Any = "auto",
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
 ) -> nn.Module:
     """A copy of a sparse model that is faster on this machine and gives the same outputs.
 
-    Every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what the
-    model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
+    First units that nobody reads, or that are always the same number, are removed, with all that
+    belongs to them: ``groups`` says which units there are.
+
+    Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what
+    the model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
     outputs), ``"thin"`` (without its dead inputs too), ``"csr"`` (torch's sparse product, on a CPU)
     or ``"2:4"`` (CUDA, float16 and bfloat16). A form that is not faster than the dense one by 5 %
     is not taken, of forms within 5 % of each other the smallest is, and if the model as a whole is
@@ -52,14 +71,19 @@ def compress(
         model: A model with zeros in its weights: after ``pruner.finalize()``, or from elsewhere.
         example_inputs: What the model will be run on: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these, several batch sizes for instance.
+        groups: What can be removed: the granularity that the model was pruned with,
+            ``Channel(example_inputs)`` for instance, or groups (`mtprune.structure.Group`), or
+            several of these, or none: ``()``. ``"auto"``, which `None` is too, takes the heads and
+            neurons of transformers that `mtprune.patterns` knows, if removing some of them on trial
+            changes nothing else. What it does not know it does not guess.
         plan: Use this one, made before or edited, and time nothing.
         tolerance: Of the relative Frobenius norm of what outputs may differ by: 1e-5 in float32
-            unless given. Outputs are bitwise equal if all layers stay dense.
+            unless given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
         measure: From a list of functions to the milliseconds of each: how forms are timed.
 
     Raises:
-        ValueError: If the model does not run on the inputs, is not finalized, or the plan is for
-            another model.
+        ValueError: If the model does not run on the inputs, is not finalized, or groups or plan
+            are for another model.
         RuntimeError: If outputs differ by more than the tolerance.
 
     Example:
@@ -87,21 +111,141 @@ def compress(
     batches = parse(example_inputs)
     check_devices(model, batches)
     work = copy.deepcopy(model).eval()
-    sites = find_sites(work)
-    if plan is not None:
-        _check_fits(plan, sites)
+    before = _parameters(work)
+    units = _units(model, groups, batches) if plan is None else []
+    timed = plan is None
     with unnested(work):
         expected = run(work, batches)
+        removal = _remove(work, units, batches, plan)
+        if removal:
+            _verify_removal(model, work, expected, units, batches, tolerance)
+        sites = find_sites(work)
+        if plan is not None:
+            _check_fits(plan, sites)
         given = calls(work, sites, batches)
         if plan is None:
-            plan, kernels = _choose(sites, given, measure)
+            plan, kernels = _choose(sites, given, measure, removal)
             plan, kernels = _check_whole(work, sites, batches, plan, kernels, measure)
         else:
             plan, kernels = _follow(plan, sites)
         _place(sites, kernels)
         replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
-        verify(expected, run(work, batches), replaced, tolerance)
+        exact = not (removal or replaced)
+        verify(expected, run(work, batches), tolerance, partial(blame, replaced), exact)
+        if removal and timed:
+            plan = _timed_whole(plan, model, work, batches, measure)
+    plan = replace(plan, dense_parameters=before, parameters=_parameters(work))
     return _finish(work, plan)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _known(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
+    """Heads and neurons that are where patterns look, and can be removed."""
+    found = []
+    for look in (heads, neurons):
+        with suppress(ValueError):  # there are none
+            found += look(model)
+    return complete(model, found, batches) if found else []
+
+
+def _units(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
+    """The groups in what the user gave."""
+    if groups is None or groups == "auto":
+        return _known(model, batches)
+    given = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
+    found: list[Group] = []
+    for item in given if isinstance(given, Iterable) else [given]:
+        if isinstance(item, Group):
+            found.append(item)
+        elif hasattr(item, "groups"):
+            found += item.groups(model, find_layers(model))
+        else:
+            raise TypeError(
+                "`groups` must be groups (mtprune.structure.Group) or a granularity whose units "
+                f"can be removed, mtprune.Channel(example_inputs) for instance. Got {item!r}."
+            )
+    return found
+
+
+def _remove(
+    work: nn.Module, units: Sequence[Group], batches: Sequence[Any], plan: Plan | None
+) -> Removal:
+    """Remove what is dead, or what the plan says."""
+    if plan is None:
+        return remove(work, units, batches) if units else Removal()
+    if plan.removal:
+        layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
+        apply(work, plan.removal, constants(work, _layers(work, layers), batches))
+    return plan.removal
+
+
+def _layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    known = dict(model.named_modules())
+    return [name for name in names if name in known]
+
+
+def _verify_removal(
+    model: nn.Module,
+    work: nn.Module,
+    expected: Sequence[Any],
+    units: Sequence[Group],
+    batches: Sequence[Any],
+    tolerance: float | None,
+) -> None:
+    """Compare what is left after removal, and name the group that should not have been removed."""
+    worst = partial(_worst_group, model, expected, units, batches)
+    try:
+        got = run(work, batches)
+    except ValueError as error:
+        raise RuntimeError(
+            f"Without its dead units the model does not run: {error.__cause__}." + worst()
+        ) from error
+    verify(expected, got, tolerance, worst)
+
+
+def _worst_group(
+    model: nn.Module, expected: Sequence[Any], units: Sequence[Group], batches: Sequence[Any]
+) -> str:
+    """Which group does most harm when its dead units alone are removed."""
+    worst, most = None, -1.0
+    for group in units:
+        alone = copy.deepcopy(model).eval()
+        with unnested(alone):
+            if not remove(alone, [group], batches):
+                continue
+            try:
+                pairs = zip(expected, run(alone, batches), strict=True)
+                off = max(
+                    difference(a, b)
+                    for before, after in pairs
+                    for (_, a), (_, b) in zip(
+                        named_tensors(before), named_tensors(after), strict=True
+                    )
+                )
+            except ValueError:
+                off = float("inf")
+        if off > most:
+            worst, most = group, off
+    if worst is None:
+        return " The plan removes units that are not dead in this model."
+    layers = dict.fromkeys(m.tensor.rpartition(".")[0] for m in worst.members if m.role == "in")
+    return (
+        f" The worst group is '{worst.name}', which {list(layers)} read, off by {most:.1e} alone: "
+        "more than its members depends on it. Leave it out of `groups`."
+    )
+
+
+def _timed_whole(
+    plan: Plan, model: nn.Module, work: nn.Module, batches: Sequence[Any], measure: Measure
+) -> Plan:
+    """Time the model as it was against what came out."""
+    dense = copy.deepcopy(model).eval()
+    with unnested(dense):
+        before, after = measure([lambda: run(dense, batches), lambda: run(work, batches)])
+    return replace(plan, dense_ms=before, ms=after)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -134,6 +278,13 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     Raises:
         ValueError: If the plan is for another model.
     """
+    resize(model, plan.removal)
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        layer = dict(model.named_modules()).get(path)
+        if attribute == "bias" and isinstance(layer, (nn.Linear, _ConvNd)) and layer.bias is None:
+            # Constants that were removed are in there.
+            layer.bias = nn.Parameter(tensor, layer.weight.requires_grad)
     sites = find_sites(model)
     _check_fits(plan, sites)
     for site in sites:
@@ -146,11 +297,11 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
 
 
 def _choose(
-    sites: Sequence[Site], given: Mapping[str, Calls], measure: Measure
+    sites: Sequence[Site], given: Mapping[str, Calls], measure: Measure, removal: Removal
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
-    zeros = False
+    zeros = bool(removal)
     for site in sites:
         row = _row(site)
         weight = site.layer.weight.detach()
@@ -171,7 +322,8 @@ def _choose(
         rows.append(row)
     note = "" if zeros else "Nothing to compress: no weight of a layer is zero."
     device = str(sites[0].layer.weight.device) if sites else "cpu"
-    return Plan(tuple(rows), device, torch.get_num_threads(), note=note), kernels
+    threads = torch.get_num_threads()
+    return Plan(tuple(rows), device, threads, note=note, removal=removal), kernels
 
 
 def _row(site: Site) -> Row:
@@ -295,7 +447,7 @@ def _place(sites: Sequence[Site], kernels: Mapping[str, Kernel]) -> None:
 def _finish(model: nn.Module, plan: Plan) -> nn.Module:
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, Kernel) for m in encoder.modules()
+            isinstance(m, (Kernel, NarrowAttention)) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
     setattr(model, _PLAN, plan)

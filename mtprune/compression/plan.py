@@ -1,10 +1,10 @@
 """Plans: which form every layer takes, as a value that prints, can be edited, and is JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["CHOICES", "Measured", "Plan", "Row"]
+__all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 CHOICES = ("dense", "rows", "thin", "csr", "2:4")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
@@ -55,6 +55,73 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What is left of one tensor after units were removed.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        shape: As it was.
+        kept: For each dimension the indices that stay, or None where all do.
+
+    Example:
+        >>> cut = Cut("conv.weight", (4, 2, 3, 3), ((0, 3), None, None, None))
+        >>> cut.after
+        (2, 2, 3, 3)
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    kept: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The shape that is left."""
+        sizes = zip(self.shape, self.kept, strict=True)
+        return tuple(size if kept is None else len(kept) for size, kept in sizes)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which units were removed, as what is left of every tensor they lay in.
+
+    Attributes:
+        cuts: One for each tensor that lost something.
+        counts: Attributes of modules that count units, ``"attention.num_heads"`` for instance, and
+            what they became.
+    """
+
+    cuts: tuple[Cut, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything was removed."""
+        return bool(self.cuts)
+
+    def __getitem__(self, tensor: str) -> Cut | None:
+        """What is left of a tensor; None if that is all of it."""
+        return next((cut for cut in self.cuts if cut.tensor == tensor), None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Removal":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something is of another kind.
+            ValueError: If indices are not written as they should be.
+        """
+        cuts = tuple(
+            Cut(
+                cut["tensor"],
+                tuple(cut["shape"]),
+                tuple(None if kept is None else _indices(kept) for kept in cut["kept"]),
+            )
+            for cut in data["cuts"]
+        )
+        return cls(cuts, tuple((name, count) for name, count in data["counts"]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which form every prunable layer takes.
 
@@ -65,6 +132,9 @@ class Plan:
         dense_ms: Milliseconds of the whole model as it was; None if it was not timed.
         ms: Milliseconds of the whole compressed model.
         note: What else there is to say.
+        removal: What was removed before. Shapes of rows are those of after.
+        dense_parameters: How many the model had; None if nobody counted.
+        parameters: How many the compressed model has: values that are stored, zeros among them.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -85,6 +155,9 @@ class Plan:
     dense_ms: float | None = None
     ms: float | None = None
     note: str = ""
+    removal: Removal = Removal()
+    dense_parameters: int | None = None
+    parameters: int | None = None
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -111,9 +184,39 @@ class Plan:
         )
         return replace(self, rows=rows, dense_ms=None, ms=None)
 
+    def part(self, module: str) -> "Plan":
+        """The plan of one module, whose layers are named as seen from it.
+
+        Example:
+            >>> plan = Plan((Row("encoder.up", (4, 8), "csr", ()), Row("head", (2, 4), "csr", ())))
+            >>> [row.layer for row in plan.part("encoder").rows]
+            ['up']
+            >>> plan.part("encoder").under("bert").rows[0].layer
+            'bert.up'
+        """
+        return self._renamed(lambda name: seen_from(module, name)) if module else self
+
+    def under(self, module: str) -> "Plan":
+        """The plan of a model in which this one's model is the module of that name."""
+        return self._renamed(lambda name: joined(module, name)) if module else self
+
+    def _renamed(self, rename: Callable[[str], str]) -> "Plan":
+        """With other names; what gets none is left out. Of the whole nothing is known any more."""
+        rows = (replace(row, layer=rename(row.layer)) for row in self.rows)
+        cuts = (replace(cut, tensor=rename(cut.tensor)) for cut in self.removal.cuts)
+        counts = ((rename(path), count) for path, count in self.removal.counts)
+        removal = Removal(
+            tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
+        )
+        kept = tuple(row for row in rows if row.layer)
+        return Plan(kept, self.device, self.threads, removal=removal)
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain data that JSON can hold."""
-        return asdict(self)
+        """As plain data that JSON can hold; indices that stay as the bits of a number."""
+        data = asdict(self)
+        for cut in data["removal"]["cuts"]:
+            cut["kept"] = [None if kept is None else _bits(kept) for kept in cut["kept"]]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -133,8 +236,9 @@ class Plan:
                 )
                 for row in data["rows"]
             )
-            plan = cls(**{**data, "rows": rows})
-        except (KeyError, TypeError) as error:
+            removal = Removal.from_dict(data.get("removal", asdict(Removal())))
+            plan = cls(**{**data, "rows": rows, "removal": removal})
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
         for row in rows:
             if row.choice not in CHOICES:
@@ -162,9 +266,42 @@ class Plan:
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
+        if self.removal:
+            printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+            printed.append(f"parameters: {self.dense_parameters:,} dense, {self.parameters:,} left")
         if self.note:
             printed.append(self.note)
         return "\n".join(printed)
+
+
+def _bits(indices: Iterable[int]) -> str:
+    """A hexadecimal number in which the bits of these indices are set."""
+    return hex(sum(1 << index for index in indices))
+
+
+def _indices(bits: str) -> tuple[int, ...]:
+    """The indices of the bits that are set."""
+    number = int(bits, 16)
+    return tuple(index for index in range(number.bit_length()) if number >> index & 1)
+
+
+def seen_from(module: str, name: str) -> str:
+    """A name as seen from a module; empty if it is not in it.
+
+    Example:
+        >>> seen_from("encoder", "encoder.up.weight"), seen_from("encoder", "encoders.up")
+        ('up.weight', '')
+        >>> seen_from("", "up")
+        'up'
+    """
+    if not module:
+        return name
+    return name.removeprefix(f"{module}.") if name.startswith(f"{module}.") else ""
+
+
+def joined(module: str, name: str) -> str:
+    """A name in a module as seen from outside."""
+    return f"{module}.{name}" if module and name else name
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -178,6 +315,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.dense.bytes:,}",
         "-" if chosen is None else f"{chosen.bytes:,}",
     )
+
+
+def _sentence(cut: Cut) -> str:
+    before, after = ("x".join(str(size) for size in shape) for shape in (cut.shape, cut.after))
+    return f"removed: {cut.tensor.removesuffix('.weight')} {before} -> {after}"
 
 
 def _ms(value: float | None) -> str:

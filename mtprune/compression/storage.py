@@ -18,6 +18,7 @@ __all__ = ["load", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
+PRETRAINED = "config.json"
 _FORMAT = 1
 
 
@@ -80,7 +81,7 @@ def save(
 
 
 def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` saved; outputs are bitwise the same.
+    """Load what `save` saved, or what transformers saved; outputs are bitwise the same.
 
     Args:
         directory: Where from.
@@ -94,6 +95,11 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     st = _safetensors()
     where = Path(directory)
+    if (where / PRETRAINED).exists() and not (where / META).exists():
+        if model is not None:
+            raise ValueError(f"'{where}' says itself which model it holds: leave `model` out.")
+        # Below this file in the layout, and asked for only here.
+        return import_module("mtprune.integrations.pretrained").load(where)  # type: ignore[no-any-return]
     if not (where / META).exists() or not (where / TENSORS).exists():
         raise FileNotFoundError(
             f"'{where}' holds no {META} and {TENSORS}. Give a directory that mtprune.save wrote."

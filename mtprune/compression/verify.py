@@ -1,6 +1,6 @@
 """Verification: the compressed model says what the original says, or it is not handed out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtprune.compression.running import Calls, named_tensors
 from mtprune.compression.sites import Site
 
-__all__ = ["TOLERANCES", "difference", "verify"]
+__all__ = ["TOLERANCES", "blame", "difference", "verify"]
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """The largest relative difference of a sum in another order, by the type of the outputs."""
@@ -42,21 +42,22 @@ def difference(expected: Tensor, got: Tensor) -> float:
 def verify(
     expected: Sequence[Any],
     got: Sequence[Any],
-    replaced: Mapping[str, tuple[Site, nn.Module, Calls]],
     tolerance: float | None,
+    culprit: Callable[[], str],
+    exact: bool = False,
 ) -> None:
     """Compare all outputs of two models.
 
     Args:
         expected: The original's outputs, one for each batch.
         got: The compressed model's.
-        replaced: For each layer in another form, where it is, that form, and what it was given.
-        tolerance: Of the relative difference; that of the type unless given, and 0 if no layer
-            was replaced.
+        tolerance: Of the relative difference; that of the type unless given.
+        culprit: Called if outputs differ: a sentence on where that comes from.
+        exact: Whether nothing was changed, so that nothing may differ.
 
     Raises:
         ValueError: If there is nothing to compare.
-        RuntimeError: If outputs differ; the layer that differs most is named.
+        RuntimeError: If outputs differ.
     """
     for i, (before, after) in enumerate(zip(expected, got, strict=True)):
         wanted, found = dict(named_tensors(before)), dict(named_tensors(after))
@@ -67,20 +68,24 @@ def verify(
             )
         for name, tensor in wanted.items():
             allowed = TOLERANCES.get(tensor.dtype, 0.0) if tolerance is None else tolerance
-            allowed = allowed if replaced else 0.0
+            allowed = 0.0 if exact else allowed
             off = difference(tensor, found[name]) if name in found else float("inf")
             if off > allowed:
                 raise RuntimeError(
                     f"{name} of the compressed model for `example_inputs[{i}]` is off by a "
                     f"relative {off:.1e}, and {allowed:.0e} is allowed."
-                    + _blame(replaced)
+                    + culprit()
                     + " Nothing was returned."
                 )
 
 
 @torch.no_grad()
-def _blame(replaced: Mapping[str, tuple[Site, nn.Module, Calls]]) -> str:
-    """Which layer differs most from its dense form on what it was given."""
+def blame(replaced: Mapping[str, tuple[Site, nn.Module, Calls]]) -> str:
+    """Which layer differs most from its dense form on what it was given.
+
+    Args:
+        replaced: For each layer in another form, where it is, that form, and what it was given.
+    """
     worst, most = "", -1.0
     for name, (site, module, given) in replaced.items():
         for x, _ in given.values():

@@ -1,4 +1,4 @@
-"""For `transformers.Trainer`: a callback, and no subclass.
+"""For `transformers.Trainer`: a callback, and no subclass; for ``from_pretrained``: a way to save.
 
 No callback ever sees the losses of a step. So a forward hook on the model hands them to the pruner
 while their graph is alive, and the callback only ticks: after every optimizer step it calls
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mtprune.components import unwrap
+from mtprune.integrations.pretrained import save_pretrained
 from mtprune.pruner import MultitaskPruner
 
 try:
@@ -21,7 +22,7 @@ try:
 except ImportError:
     TrainerCallback = object
 
-__all__ = ["FILE", "PruningCallback"]
+__all__ = ["FILE", "PruningCallback", "save_pretrained"]
 
 FILE = "mtprune.pt"
 """What the pruner's state is called in a checkpoint folder."""

@@ -13,6 +13,7 @@ from mtprune.granularity import Granularity
 from mtprune.saliency import Saliency
 from mtprune.schedule import Schedule
 from mtprune.softening import Watch
+from mtprune.units import Units
 
 __all__ = ["JOINT", "Ballot", "Decision", "Method", "Softly", "describe"]
 
@@ -23,6 +24,9 @@ JOINT = "(all tasks)"
 @dataclass(frozen=True)
 class Ballot:
     """All that a decision depends on, layer by layer in order of position.
+
+    Where units are larger than a weight, what is said of weights and layers in `scores`, `masks`,
+    `components` and `names` is said of units and their groups.
 
     Attributes:
         shapes: The layers' shapes.
@@ -36,6 +40,9 @@ class Ballot:
         losses: The sum of the observed losses of each task.
         seen: What was noted of each soft layer, summed over the steps since the last update.
         memory: What the last decision left to remember; empty at first.
+        units: What is kept or pruned as one; None for every weight on its own.
+        used: For each voter, the layers that it uses; given with units.
+        whole: What all prunable layers cost, those that are left alone too; 0 unless measured.
     """
 
     shapes: Sequence[tuple[int, ...]]
@@ -49,6 +56,9 @@ class Ballot:
     losses: Mapping[str, float] = field(default_factory=dict)
     seen: Sequence[float] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
+    units: Units | None = None
+    used: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    whole: Fraction = Fraction(0)
 
     @property
     def total(self) -> int:
@@ -66,6 +76,7 @@ class Decision:
         softly: If weights are to go through soft thresholds instead, these; None for masks.
         memory: What the next decision is to know.
         provisional: Whether these masks may open again: what they hide keeps its value until then.
+        units: For each group of units, which of them are kept; empty if there are no groups.
     """
 
     masks: Sequence[Tensor]
@@ -73,6 +84,7 @@ class Decision:
     softly: "Softly | None" = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     provisional: bool = False
+    units: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,11 @@ def describe(value: object, *, defaults: bool = True) -> str:
             }
             held = {name: v for name, v in held.items() if v != usual[name]}
         return f"{type(value).__name__}({', '.join(f'{k}={say(v)}' for k, v in held.items())})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(say, value))}{',' * (len(value) == 1)})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {say(v)}" for key, v in sorted(value.items())) + "}"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
-    return repr(value)
+    # An object that does not say what it is would say where it is.
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)

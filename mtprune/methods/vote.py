@@ -1,9 +1,10 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import ClassVar, Literal
+from fractions import Fraction
+from math import inf, isclose, prod
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from typing_extensions import override
 from mtprune import saliency as saliencies
 from mtprune import votes
 from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
-from mtprune.granularity import Element, Granularity
-from mtprune.methods.base import Ballot, Decision
+from mtprune.granularity import NM, Element, Granularity
+from mtprune.methods.base import Ballot, Decision, describe
+from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import Best, Quota, Ranking, rank, select
+from mtprune.units import Units, is_single
 
 __all__ = ["PerTaskKeep", "Vote"]
 
@@ -45,28 +48,37 @@ class Vote:
     """Prune by a vote of the tasks, to an exact sparsity.
 
     Attributes:
-        sparsity: Share of zeros among the pruned layers' weights, in [0, 1), or `PerTaskKeep`.
+        sparsity: Share of zeros among the weights that `granularity` covers, in [0, 1), or
+            `PerTaskKeep`. Larger units are kept while they fit into what is left by it.
         saliency: A function of weight and gradient (`mtprune.saliency`).
         vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
         schedule: When masks change (`mtprune.schedule`).
-        granularity: What is pruned as one (`mtprune.granularity`).
-        allocation: How the budget is spread over layers (`mtprune.allocation`).
+        granularity: What is pruned as one (`mtprune.granularity`); several that span layers, in a
+            tuple, share the budget. Units compete by their saliency per weight.
+        allocation: How the budget is spread over layers, or groups of units (`mtprune.allocation`).
         priority: Factor on a task's guaranteed share; tasks not named count 1.
         observations: How many observations of every task an update needs, or ``"auto"``: at least
             4, until the masks no longer change.
         disentangled: Score every loss on its own. False scores their sum in one sweep: the joint
             baseline.
-        min_keep: The least a layer keeps as long as the budget has as much for each.
+        min_keep: The least a layer, or a group of units, keeps as long as the budget has as much
+            for each.
         straight_through: Let pruned weights come back until the last update. Scores add up over all
             steps until then and are never forgotten; masks hide weights, which keep their value and
             go on being scored with the gradient they would have.
+        macs: In place of `sparsity`, the share of multiply-adds that stays, in (0, 1], of all that
+            the weights of prunable layers take part in. Units then compete by their saliency per
+            multiply-add.
+        speedup: The same as ``macs=1 / speedup``.
+        example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
+            arguments, or a dict of keyword arguments.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
         0.9
     """
 
-    sparsity: float | PerTaskKeep
+    sparsity: float | PerTaskKeep | None = None
     saliency: Saliency = saliencies.taylor
     vote: votes.Vote = votes.unanimous
     schedule: Schedule = field(default_factory=OneShot)
@@ -77,15 +89,17 @@ class Vote:
     disentangled: bool = True
     min_keep: int = 1
     straight_through: bool = False
+    macs: float | None = None
+    speedup: float | None = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     softens: ClassVar[bool] = False
     watch: ClassVar[None] = None
-    needs_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.sparsity, PerTaskKeep):
-            check_sparsity("sparsity", self.sparsity)
+        _check_granularity(self.granularity)
+        self._check_amount()
         for name in ("saliency", "vote"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function. Got {getattr(self, name)!r}.")
@@ -97,10 +111,6 @@ class Vote:
             raise TypeError(
                 f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
                 f"Got {self.schedule!r}."
-            )
-        if isinstance(self.granularity, type) or not hasattr(self.granularity, "pool"):
-            raise TypeError(
-                f"`granularity` must be a granularity such as Element(). Got {self.granularity!r}."
             )
         _check_allocation(self.allocation)
         if not isinstance(self.priority, Mapping):
@@ -137,6 +147,134 @@ class Vote:
                 "straight_through=True observes every step, so there is no number of observations "
                 "to find: leave out observations='auto'."
             )
+        if not isinstance(self.granularity, Element):
+            self._check_units()
+
+    def _check_amount(self) -> None:
+        """Refuse anything but one way to say how much is pruned."""
+        given = [
+            name for name in ("sparsity", "macs", "speedup") if getattr(self, name) is not None
+        ]
+        if isinstance(self.granularity, NM):
+            fixed = self.granularity.sparsity
+            number = self.sparsity if isinstance(self.sparsity, (int, float)) else -1.0
+            if given and (given != ["sparsity"] or not isclose(number, fixed)):
+                told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+                raise ValueError(
+                    f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
+                )
+            object.__setattr__(self, "sparsity", fixed)
+            return
+        if len(given) > 1:
+            raise ValueError(
+                "One of `sparsity`, `macs` and `speedup` says how much is pruned. Got "
+                f"{' and '.join(given)}."
+            )
+        if self.macs is None and self.speedup is None:
+            if not isinstance(self.sparsity, PerTaskKeep):
+                check_sparsity("sparsity", self.sparsity)
+            return
+        value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{given[0]}` must be a number. Got {value!r}.")
+        if self.macs is not None and not 0.0 < self.macs <= 1.0:
+            hint = f" Did you mean {self.macs / 100:g}?" if 1.0 < self.macs < 100.0 else ""
+            raise ValueError(f"`macs` is what stays, in (0, 1]. Got {self.macs!r}.{hint}")
+        if self.speedup is not None and not 1.0 <= self.speedup < float("inf"):
+            raise ValueError(f"`speedup` must be at least 1. Got {self.speedup!r}.")
+        if is_single(self.granularity):
+            raise ValueError(
+                f"`{given[0]}` needs units that can be left out of a product: Channel(...), "
+                "Neuron(), Head() or Block(...). Of single weights, SoftThreshold(..., "
+                "budget_unit='macs') counts multiply-adds."
+            )
+        if self.example_inputs is None:
+            object.__setattr__(self, "example_inputs", _inputs_of(self.granularity))
+        if self.example_inputs is None:
+            raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
+
+    def _check_units(self) -> None:
+        """Refuse what is only for single weights."""
+        what = describe(self.granularity)
+        if self.regrows:
+            raise ValueError(
+                f"Regrow exchanges single weights; {what} prunes what it prunes as one. Use "
+                "OneShot(), Linear(...) or Cubic(...)."
+            )
+        if isinstance(self.allocation, Mapping):
+            raise ValueError(
+                f"An allocation by component counts single weights, and a unit of {what} may lie "
+                f"in two components. Use one of {NAMES}."
+            )
+        if isinstance(self.granularity, NM) and (
+            isinstance(self.sparsity, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+        ):
+            raise ValueError(
+                f"{what} keeps the same share of every layer: leave `allocation` out, and "
+                "PerTaskKeep."
+            )
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether multiply-adds are measured."""
+        return self.example_inputs is not None
+
+    @property
+    def _stays(self) -> Fraction:
+        """The share that stays in the end, of weights or of multiply-adds."""
+        if self.macs is not None:
+            return Fraction(str(self.macs))
+        if self.speedup is not None:
+            return 1 / Fraction(str(self.speedup))
+        return 1 - Fraction(str(self.sparsity))
+
+    @property
+    def _by_macs(self) -> bool:
+        return self.macs is not None or self.speedup is not None
+
+    def check_units(self, units: Units, costs: Sequence[Fraction], whole: Fraction) -> None:
+        """Refuse a budget that leaves no room for what has to stay.
+
+        Args:
+            units: The units.
+            costs: What a weight of each of their layers costs, if that was measured.
+            whole: What all prunable layers cost, those that are left alone too.
+
+        Raises:
+            ValueError: If it is not enough.
+        """
+        if isinstance(self.sparsity, PerTaskKeep):
+            return
+        units, fixed = self._priced(units, costs, whole)
+        every = fixed + units.weigh(units.everything())
+        needed = fixed + least(units, self.min_keep)
+        if needed <= self._room(every, 1.0):
+            return
+        what, may = describe(self.granularity), f"more than the {float(self._stays):.1%} that may"
+        if fixed > self._room(every, 1.0):
+            raise ValueError(
+                f"Layers that {what} leaves alone take {float(fixed / every):.1%} of the "
+                f"multiply-adds, {may} stay. Ask for less, or cover more layers."
+            )
+        raise ValueError(
+            f"min_keep={self.min_keep} in each of the {len(units.names)} groups of {what} keeps "
+            f"{float(needed / every):.1%}, {may} stay. Ask for less"
+            + (", or min_keep=0 to let groups go altogether." if self.min_keep else ".")
+        )
+
+    def _priced(
+        self, units: Units, costs: Sequence[Fraction], whole: Fraction
+    ) -> tuple[Units, Fraction]:
+        """Units in the currency of the budget, and what counts in it besides."""
+        if not self._by_macs:
+            return units, Fraction(0)
+        units = units.among(range(len(units.layers)), costs)
+        return units, whole - units.weigh(units.everything())
+
+    def _room(self, cost: Fraction, progress: float) -> Fraction:
+        """What may stay of so much."""
+        gone = (1 - self._stays) * Fraction(progress) * cost
+        return cost - (gone if self._by_macs else round(gone))
 
     @property
     def regrows(self) -> bool:
@@ -153,9 +291,16 @@ class Vote:
 
     def _decide(self, ballot: Ballot, step: int) -> Decision:
         """The same, where what is masked stays masked."""
+        if ballot.units is not None:
+            return self._of_units(ballot, ballot.units, self.schedule.progress(step))
+        if isinstance(self.granularity, NM):
+            return self._patterned(ballot, self.granularity, self.schedule.progress(step))
         if isinstance(self.sparsity, PerTaskKeep):
-            ratio, progress = self.sparsity.ratio, self.schedule.progress(step)
-            return self._per_task(ballot, ratio if progress == 1 else 1 - (1 - ratio) * progress)
+            ratio = self._ratio(self.sparsity, self.schedule.progress(step))
+            return self._per_task(
+                ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
+            )
+        assert self.sparsity is not None
         zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
         rankings = rank(ballot.scores, self.priority)
@@ -164,7 +309,52 @@ class Vote:
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
         share = 1 - self.sparsity * self.schedule.progress(step)
-        return Decision(masks, _Alone(ballot, rankings, lambda n: round(share * n)))
+        return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
+
+    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
+        """The same for units larger than a weight, which compete by saliency per cost."""
+        units, fixed = self._priced(units, ballot.costs, ballot.whole)
+        ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
+        if isinstance(self.sparsity, PerTaskKeep):
+            ratio = self._ratio(self.sparsity, progress)
+            return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
+        self.check_units(units, ballot.costs, ballot.whole)
+        rankings = rank(ballot.scores, self.priority)
+        assert not isinstance(self.allocation, Mapping)
+        masks = pack(
+            worths(ballot.scores, self.vote, rankings),
+            units,
+            self._room(fixed + units.weigh(units.everything()), progress) - fixed,
+            self.allocation,
+            eligible=ballot.masks,
+            min_keep=self.min_keep,
+        )
+        alone = _alone_of_units(ballot, units, lambda cost: self._room(cost, progress))
+        return Decision(masks, alone)
+
+    def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Decision:
+        """The same where every m inputs keep equally many."""
+        keep = pattern.m - round((pattern.m - pattern.n) * progress)
+
+        def best(worth: Tensor, layer: int) -> Tensor:
+            return pattern.best(worth.view(ballot.shapes[layer]), keep).view(-1)
+
+        rankings = rank(ballot.scores, self.priority)
+        masks = [
+            best(worth.masked_fill(~mask, -inf), layer) & mask
+            for layer, (worth, mask) in enumerate(
+                zip(worths(ballot.scores, self.vote, rankings), ballot.masks, strict=True)
+            )
+        ]
+
+        def alone(task: str) -> Mapping[int, Tensor]:
+            own = enumerate(ballot.scores)
+            return {layer: best(scores[task], layer) for layer, scores in own if task in scores}
+
+        return Decision(masks, _Alone(rankings, alone))
+
+    def _ratio(self, keep: PerTaskKeep, progress: float) -> float:
+        return keep.ratio if progress == 1 else 1 - (1 - keep.ratio) * progress
 
     def _shrink(
         self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
@@ -234,8 +424,7 @@ class Vote:
         of = of.of if isinstance(of, Floor) else of
         return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
 
-    def _per_task(self, ballot: Ballot, ratio: float) -> Decision:
-        alone = _Alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
+    def _per_task(self, ballot: Ballot, alone: Mapping[str, Mapping[int, Tensor]]) -> Decision:
         masks = []
         for layer, voters in enumerate(ballot.scores):
             wishes = torch.stack([alone[task][layer] for task in voters])
@@ -246,29 +435,65 @@ class Vote:
 class _Alone(Mapping[str, Mapping[int, Tensor]]):
     """What each voter would keep if it were the only one, found out when somebody asks."""
 
-    def __init__(
-        self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]
-    ) -> None:
-        self._scores = ballot.scores
-        self._rankings = rankings
-        self._keep = keep
-        self._known: dict[str, Best] = {}
+    def __init__(self, voters: Collection[str], ask: Callable[[str], Mapping[int, Tensor]]) -> None:
+        self._voters = voters
+        self._ask = ask
+        self._known: dict[str, Mapping[int, Tensor]] = {}
 
     @override
-    def __getitem__(self, task: str) -> Best:
+    def __getitem__(self, task: str) -> Mapping[int, Tensor]:
+        if task not in self._voters:
+            raise KeyError(task)
         if task not in self._known:
-            pieces = {i: layer[task] for i, layer in enumerate(self._scores) if task in layer}
-            ranking = self._rankings[task]
-            self._known[task] = Best(pieces, ranking, self._keep(ranking.total))
+            self._known[task] = self._ask(task)
         return self._known[task]
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rankings)
+        return iter(self._voters)
 
     @override
     def __len__(self) -> int:
-        return len(self._rankings)
+        return len(self._voters)
+
+
+def _alone(ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]) -> _Alone:
+    """What each voter would keep of weights, given how many of how many."""
+
+    def ask(task: str) -> Mapping[int, Tensor]:
+        ranking = rankings[task]
+        return Best(_own(ballot, task), ranking, keep(ranking.total))
+
+    return _Alone(rankings, ask)
+
+
+def _alone_of_units(
+    ballot: Ballot, units: Units, keep: Callable[[Fraction], Fraction | int]
+) -> _Alone:
+    """What each voter would keep of units, given how much of how much."""
+
+    def ask(task: str) -> Mapping[int, Tensor]:
+        return fitting(_own(ballot, task), units, keep, ballot.used[task])
+
+    return _Alone(ballot.used, ask)
+
+
+def _own(ballot: Ballot, task: str) -> dict[int, Tensor]:
+    """The scores of one voter."""
+    return {i: layer[task] for i, layer in enumerate(ballot.scores) if task in layer}
+
+
+def _per_cost(
+    scores: Sequence[Mapping[str, Tensor]], costs: Sequence[Tensor]
+) -> list[dict[str, Tensor]]:
+    """Saliencies over costs, as they are if all units cost the same."""
+    every = torch.cat(list(costs))
+    if not every.numel() or bool((every == every[0]).all()):
+        return [dict(voters) for voters in scores]
+    return [
+        {voter: values / cost.clamp_min(1e-30).float() for voter, values in voters.items()}
+        for voters, cost in zip(scores, costs, strict=True)
+    ]
 
 
 def check_sparsity(name: str, value: object) -> None:
@@ -283,6 +508,31 @@ def check_sparsity(name: str, value: object) -> None:
     if not 0.0 <= value < 1.0:
         hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
         raise ValueError(f"`{name}` must be in [0, 1). Got {value!r}.{hint}")
+
+
+def _inputs_of(granularity: Granularity) -> Any:
+    """What a granularity calls the model with, if it does."""
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    given = (getattr(one, "example_inputs", None) for one in several)
+    return next((inputs for inputs in given if inputs is not None), None)
+
+
+def _check_granularity(granularity: object) -> None:
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    for one in several:
+        spans = callable(getattr(one, "groups", None))
+        cuts = all(callable(getattr(one, name, None)) for name in ("left_out", "pool", "spread"))
+        if isinstance(one, type) or not (spans or cuts):
+            raise TypeError(
+                "`granularity` must be a granularity such as Element() or Block(4, 4), or a tuple "
+                f"of some that span layers. Got {granularity!r}."
+            )
+        if isinstance(granularity, tuple) and not spans:
+            raise TypeError(
+                f"In a tuple, `granularity` must span layers, such as Head(). Got {one!r}."
+            )
+    if not several:
+        raise TypeError("`granularity` is empty.")
 
 
 def _check_allocation(allocation: object) -> None:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from mtprune.compression import Measured, Plan, Row
+from mtprune.compression.plan import Cut, Removal
 
 PLAN = Plan(
     (
@@ -27,6 +28,27 @@ def test_it_prints_as_a_table():
 
 def test_it_travels_as_json():
     assert Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+
+
+def test_what_was_removed_travels_too():
+    cuts = (
+        Cut("m.up.weight", (4, 2), ((0, 3), None)),
+        Cut("m.down.weight", (2, 4), (None, ())),
+        Cut("other.bias", (3000,), (tuple(range(0, 3000, 7)),)),
+    )
+    removal = Removal(cuts, (("m.num_heads", 2), ("num_heads", 1)))
+    plan = Plan((), removal=removal, dense_parameters=9, parameters=5)
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data["removal"]["cuts"][0]["kept"] == ["0x9", None]
+    assert Plan.from_dict(data) == plan
+    part = plan.part("m")
+    assert [cut.tensor for cut in part.removal.cuts] == ["up.weight", "down.weight"]
+    assert part.removal.counts == (("num_heads", 2),)
+    assert part.under("m").removal == Removal(cuts[:2], (("m.num_heads", 2),))
+    assert plan.part("") is plan
+    data["removal"]["cuts"][0]["kept"] = ["all", None]
+    with pytest.raises(ValueError, match=r"not a plan as Plan.to_dict"):
+        Plan.from_dict(data)
 
 
 def test_an_edit_is_another_plan():

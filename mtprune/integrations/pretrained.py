@@ -1,0 +1,258 @@
+"""Pretrained: compressed encoders that `from_pretrained` loads.
+
+The tensors of a compressed model do not fit the model that its configuration describes. So its plan
+travels in that configuration, as ``quantization_config``: what transformers calls a quantizer is
+code that may change a model before its weights are loaded. Ours follows the plan.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune.components import unwrap
+from mtprune.compression.build import assemble, plan_of
+from mtprune.compression.kernels import Csr, Kernel, SemiStructured
+from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
+from mtprune.compression.sites import find_sites
+
+try:
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZER_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError:
+    AUTO_QUANTIZER_MAPPING = None
+    HfQuantizer = QuantizationConfigMixin = object
+
+__all__ = ["HEADS", "METHOD", "PlanConfig", "PlanQuantizer", "load", "save_pretrained"]
+
+METHOD = "mtprune"
+"""What a configuration says to have this file's code asked."""
+
+HEADS = "heads"
+"""The folder of the tasks' heads."""
+
+_FORMAT = 1
+
+
+class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What the configuration of a compressed model says besides.
+
+    Args:
+        plan: As `Plan.to_dict` gives it.
+        tensors: Type and shape of what the configuration does not tell, by name: the parts of
+            layers that are not dense, and biases of layers that lost inputs.
+        prefix: What names begin with inside the base model; empty if that was saved by itself.
+        format: Of all this.
+        quant_method: ``"mtprune"``.
+        others: What later formats say.
+    """
+
+    def __init__(
+        self,
+        plan: Mapping[str, Any],
+        tensors: Mapping[str, tuple[str, list[int]]],
+        prefix: str = "",
+        format: int = _FORMAT,  # noqa: A002 - its name in the file
+        quant_method: str = METHOD,
+        **others: Any,
+    ) -> None:
+        if format != _FORMAT:
+            raise ValueError(
+                f"This model has format {format!r}, and this version of mtprune reads {_FORMAT}. "
+                "Update mtprune."
+            )
+        self.quant_method = quant_method
+        self.format = format
+        self.prefix = prefix
+        self.plan = dict(plan)
+        self.tensors = dict(tensors)
+
+
+class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Follows a plan on a model that has no weights yet; and forgets that it was "quantized"."""
+
+    requires_calibration = True  # never made by loading, only followed
+
+    def is_serializable(self) -> bool:
+        """It can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """It can be trained further."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
+        plan, tensors = _fitted(self.quantization_config, model)
+        assemble(model, plan, tensors)
+        inside = (seen_from(_prefix(model), name) or name for name in _markers(model))
+        ignored = {rf"(^|\.){re.escape(name)}$" for name in inside}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(
+            getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        )
+
+    def postprocess_model(self, model: Any, **others: Any) -> None:
+        """Leave a model that can be cast and trained like any other."""
+        model.config.quantization_config = self.quantization_config
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, (Csr, SemiStructured)):  # whose products have no gradients
+                module.requires_grad_(False)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
+        """The state, and what makes code without mtprune fail on it."""
+        return {**model.state_dict(), **_markers(model)}, {}
+
+
+def save_pretrained(
+    model: nn.Module, directory: str | PathLike[str], *, encoder: str = "", heads: str = ""
+) -> None:
+    """Save a compressed encoder of transformers so that ``from_pretrained`` loads it.
+
+    Once mtprune is imported, ``AutoModel.from_pretrained(directory)`` and all its kin give the
+    compressed model, bitwise; without mtprune they raise. An encoder whose layers are all dense
+    and whole is saved as transformers does it, and needs no mtprune. Needs the extra
+    ``mtprune[transformers]``.
+
+    Args:
+        model: What `compress` returned.
+        directory: Where to; made if it does not exist.
+        encoder: The name of the encoder in it; the whole model unless given.
+        heads: The name of a ``ModuleDict`` in it: its modules are saved beside the encoder, in
+            ``heads/<key>.safetensors``.
+
+    Raises:
+        TypeError: If the encoder is not a model of transformers.
+        ValueError: If `compress` did not make this model.
+    """
+    model = unwrap(model)
+    plan = plan_of(model)
+    found: Any = model.get_submodule(encoder)
+    if not _is_pretrained(found):
+        there = [repr(name) for name, module in model.named_modules() if _is_pretrained(module)]
+        raise TypeError(
+            f"`encoder` must name a model of transformers. Got {encoder!r}, a "
+            f"{type(found).__name__}. There is {', '.join(there) or 'none in this model'}; others "
+            "can be saved with mtprune.save."
+        )
+    part = plan.part(encoder)
+    where = Path(directory)
+    if part.removal or any(row.choice != "dense" for row in part.rows):
+        found.config.quantization_config = _described(found, part)
+        found.hf_quantizer = PlanQuantizer(found.config.quantization_config)
+    found.save_pretrained(where)
+    if heads:
+        safetensors = import_module("safetensors.torch")  # transformers needs it too
+        (where / HEADS).mkdir(exist_ok=True)
+        for key, head in model.get_submodule(heads).named_children():
+            state = {name: value.contiguous() for name, value in head.state_dict().items()}
+            safetensors.save_file(state, str(where / HEADS / f"{key}.safetensors"))
+
+
+def load(directory: str | PathLike[str]) -> nn.Module:
+    """Load what `save_pretrained` saved, as the class that it was.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If transformers has no such class.
+    """
+    if AUTO_QUANTIZER_MAPPING is None:
+        raise ImportError(
+            f"'{directory}' holds a model of transformers. Install the extra: pip install "
+            "'mtprune[transformers]'."
+        )
+    config = json.loads((Path(directory) / "config.json").read_text())
+    name = next(iter(config.get("architectures") or ["model without a class"]))
+    cls: Any = getattr(import_module("transformers"), name, None)
+    if cls is None:
+        raise ValueError(
+            f"'{directory}' holds a {name}, which transformers does not have. Import its class "
+            "yourself and call its from_pretrained."
+        )
+    loaded: nn.Module = cls.from_pretrained(directory)
+    return loaded
+
+
+def _described(model: nn.Module, plan: Plan) -> PlanConfig:
+    """What the configuration of this model has to say."""
+    cut = {name.rpartition(".")[0] for name in (c.tensor for c in plan.removal.cuts)}
+    tensors = {
+        f"{name}.{key}": (str(value.dtype).removeprefix("torch."), list(value.shape))
+        for name, module in model.named_modules()
+        for key, value in module.state_dict().items()
+        # Constants that were removed may have given a layer its first bias.
+        if isinstance(module, Kernel) or (name in cut and key == "bias")
+    }
+    return PlanConfig(plan.to_dict(), tensors, _prefix(model))
+
+
+def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan for this model, whose head may not be the one that was saved; and its parts.
+
+    Parts have no values yet, and will be loaded in the type that they have here: the model's.
+    """
+    plan, tensors, prefix = Plan.from_dict(config.plan), config.tensors, _prefix(model)
+    if config.prefix != prefix:
+        plan = plan.part(config.prefix).under(prefix)
+        inside = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
+        tensors = {joined(prefix, name): spec for name, spec in inside.items() if name}
+    shapes = {site.name: tuple(site.layer.weight.shape) for site in find_sites(model)}
+    # What this model does not have is left out, as its tensors are; heads may be other heads.
+    rows = [row for row in plan.rows if row.layer in shapes]
+    rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]
+    new = shapes.keys() - {row.layer for row in rows}
+    rows += [Row(name, shapes[name], "dense", (Measured("dense", None, 0),)) for name in new]
+    modules = {name for name, _ in model.named_modules()}
+    removal = Removal(
+        tuple(cut for cut in plan.removal.cuts if cut.tensor.rpartition(".")[0] in modules),
+        tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
+    )
+    parts = {}
+    for name, (saved, shape) in tensors.items():
+        part = torch.empty(shape, dtype=getattr(torch, saved), device="meta")
+        parts[name] = part.to(model.dtype) if part.is_floating_point() else part
+    return replace(plan, rows=tuple(rows), removal=removal), parts
+
+
+def _markers(model: nn.Module) -> dict[str, Tensor]:
+    """Empty weights for layers that have none: code that expects one fails on its shape.
+
+    Without them, transformers would only warn, and make up weights for what it does not find.
+    """
+    return {
+        f"{name}.weight": torch.empty(0)
+        for name, module in model.named_modules()
+        if isinstance(module, Kernel) and "weight" not in module.state_dict()
+    }
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return hasattr(module, "save_pretrained") and hasattr(module, "base_model_prefix")
+
+
+def _prefix(model: Any) -> str:
+    """What names inside the base model begin with: empty if the model is one."""
+    prefix: str = model.base_model_prefix
+    return prefix if prefix and hasattr(model, prefix) else ""
+
+
+def register() -> None:
+    """Tell transformers about all this; once is enough."""
+    if AUTO_QUANTIZER_MAPPING is not None and METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(PlanConfig)
+        register_quantizer(METHOD)(PlanQuantizer)
+
+
+register()

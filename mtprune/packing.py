@@ -1,0 +1,196 @@
+r"""Packing: from the worth of units to what stays within a budget.
+
+Units differ in size, and a weight may belong to two of them, so there is no fixed number of units
+to keep. Instead they are put in an order, and the longest beginning of it that fits into the
+budget stays. What is left over is less than the next unit would take.
+
+In what order is a matter of allocation. In one ranking units come by worth. A layerwise allocation
+gives each group a density, so there a unit comes when the rising density of its group reaches it:
+with :math:`c_u` the cost of the units of its group that are worth as much as u or more, that is at
+:math:`c_u / (C_g\, r_g)`, for a group of cost :math:`C_g` and raw density :math:`r_g`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mtprune.allocation import Erk, Floor
+from mtprune.selection import Ranking
+from mtprune.units import Units
+from mtprune.votes import Vote
+
+__all__ = ["fitting", "least", "pack", "worths"]
+
+Weigh = Callable[[Sequence[Tensor]], Fraction]
+"""What masks keep, in the currency of the budget."""
+
+
+def worths(
+    scores: Sequence[Mapping[str, Tensor]], vote: Vote, rankings: Mapping[str, Ranking]
+) -> list[Tensor]:
+    """The exact worth of everything, float64 ``[n]`` for each group or layer.
+
+    Args:
+        scores: For each, its voters' saliencies ``{task: [n]}``, flat.
+        vote: Reduces percentiles ``[voters, n]`` to worth ``[n]``.
+        rankings: Every task's ranking of all it uses.
+    """
+    tables = {
+        task: torch.cat([voters[task].float() for voters in scores if task in voters]).sort().values
+        for task in rankings
+    }
+    found = []
+    for voters in scores:
+        rows = torch.stack(
+            [
+                rankings[task].percentile(torch.searchsorted(tables[task], values.float()))
+                for task, values in voters.items()
+            ]
+        )
+        worth = vote(rows)
+        if not isinstance(worth, Tensor) or worth.shape != rows.shape[1:]:
+            got = tuple(worth.shape) if isinstance(worth, Tensor) else type(worth).__name__
+            raise ValueError(
+                "A vote must turn percentiles [voters, weights] into worth [weights]. Got "
+                f"{got} for percentiles of shape {tuple(rows.shape)}."
+            )
+        found.append(worth)
+    return found
+
+
+def pack(
+    worth: Sequence[Tensor],
+    units: Units,
+    budget: Fraction | int,
+    allocation: str | Erk | Floor,
+    *,
+    eligible: Sequence[Tensor],
+    min_keep: int = 1,
+) -> list[Tensor]:
+    """Keep the units of highest worth that fit into a budget.
+
+    Args:
+        worth: Of the units, for each group float64 ``[n]``.
+        units: What they cost, one by one and together.
+        budget: What may stay.
+        allocation: How the budget is spread over groups (`mtprune.allocation`).
+        eligible: The units that may stay, for each group bool ``[n]``.
+        min_keep: How many units each group is sure of, as far as the budget goes.
+
+    Returns:
+        For each group a bool tensor ``[n]``, True = keep.
+    """
+    queue = _Queue(worth, units, eligible)
+    if allocation == "floor":
+        allocation = Floor()
+    sure = queue.rank < min_keep
+    if isinstance(allocation, Floor):
+        layerwise = queue.masks(
+            queue.fitting((queue.levels(allocation.of), ~sure), budget, units.weigh)
+        )
+        share = Fraction(str(allocation.fraction))
+        floors = np.array([int(share * int(mask.sum())) for mask in layerwise])
+        sure |= queue.rank < floors[queue.group]
+    elif allocation != "global":
+        return queue.masks(queue.fitting((queue.levels(allocation), ~sure), budget, units.weigh))
+    return queue.masks(queue.fitting((-queue.worth, ~sure), budget, units.weigh))
+
+
+def least(units: Units, min_keep: int) -> Fraction:
+    """The least that can stay if every group keeps ``min_keep`` units: the cheapest of each."""
+    masks = []
+    for cost in units.costs:
+        mask = torch.zeros(len(cost), dtype=torch.bool)
+        mask[cost.argsort(stable=True)[:min_keep]] = True
+        masks.append(mask)
+    return units.weigh(masks)
+
+
+def fitting(
+    worth: Mapping[int, Tensor],
+    units: Units,
+    keep: Callable[[Fraction], Fraction | int],
+    places: Sequence[int],
+) -> dict[int, Tensor]:
+    """The units of highest worth that fit into a part of some layers, whatever else is there.
+
+    Args:
+        worth: ``{group: [n]}``.
+        units: What they cost together.
+        keep: What may stay of what all of the layers cost.
+        places: The layers.
+
+    Returns:
+        For each of these groups a bool tensor ``[n]``, True = keep.
+    """
+    every = units.everything()
+    shown = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(every)]
+    able = [mask & (group in worth) for group, mask in enumerate(every)]
+    queue = _Queue(shown, units, able)
+
+    def weigh(masks: Sequence[Tensor]) -> Fraction:
+        return units.weigh([m if g in worth else every[g] for g, m in enumerate(masks)], places)
+
+    budget = keep(units.weigh(every, places))
+    kept = queue.masks(queue.fitting((-queue.worth,), budget, weigh))
+    return {group: kept[group] for group in worth}
+
+
+class _Queue:
+    """Eligible units of all groups, one after the other, in order of position."""
+
+    def __init__(self, worth: Sequence[Tensor], units: Units, eligible: Sequence[Tensor]) -> None:
+        self._sizes = [len(values) for values in worth]
+        self._units = units
+        groups = np.repeat(np.arange(len(worth)), self._sizes)
+        self._able = torch.cat(list(eligible)).cpu().numpy().nonzero()[0]
+        self.worth = torch.cat(list(worth)).double().cpu().numpy()[self._able]
+        self._cost = torch.cat(units.costs).numpy()[self._able]
+        self.group = groups[self._able]
+        # Group by group, the best first, earlier ones first among equals.
+        self._best = np.lexsort((-self.worth, self.group))
+        starts = np.searchsorted(self.group, np.arange(len(worth)))
+        self.rank = np.empty(len(self._best), dtype=np.int64)
+        self.rank[self._best] = np.arange(len(self._best)) - starts[self.group[self._best]]
+
+    def levels(self, of: str | Erk) -> npt.NDArray[np.float64]:
+        """At what density of its group each unit comes, in units of the group's raw density."""
+        costs = [float(cost.sum()) for cost in self._units.costs]
+        before = np.concatenate([[0.0], np.cumsum(self._cost[self._best])])
+        starts = np.searchsorted(self.group, np.arange(len(self._sizes)))
+        until = np.empty_like(self._cost)
+        until[self._best] = before[1:] - before[starts][self.group[self._best]]
+        power = 0.0 if of == "uniform" else of.power if isinstance(of, Erk) else 1.0
+        raw = []
+        for size, cost in zip(self._sizes, costs, strict=True):
+            each = max(cost / max(size, 1), 1e-300)
+            raw.append(((size + each) / (size * each)) ** power if size else 1.0)
+        scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, raw, strict=True)])
+        return np.asarray(until / scale[self.group])
+
+    def fitting(
+        self, keys: tuple[npt.NDArray[np.generic], ...], budget: Fraction | int, weigh: Weigh
+    ) -> npt.NDArray[np.int64]:
+        """The longest beginning that fits, of the order by the last key, then the one before.
+
+        Earlier ones come first among equals.
+        """
+        order = np.lexsort(keys)
+        fits, fails = 0, len(order) + 1
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if weigh(self.masks(order[:middle])) <= budget:
+                fits = middle
+            else:
+                fails = middle
+        return np.asarray(order[:fits])
+
+    def masks(self, chosen: npt.NDArray[np.int64]) -> list[Tensor]:
+        """The chosen ones as masks of the groups' units."""
+        whole = torch.zeros(sum(self._sizes), dtype=torch.bool)
+        whole[torch.from_numpy(self._able[chosen])] = True
+        return list(whole.split(self._sizes))
