@@ -27,7 +27,7 @@ from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.arrival import when_imported as _when_imported
-from mtprune.methods import PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
+from mtprune.methods import LowRank, PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
@@ -58,6 +58,7 @@ __all__ = [
     "Head",
     "Hold",
     "Linear",
+    "LowRank",
     "MultitaskPruner",
     "Neuron",
     "OneShot",

@@ -344,6 +344,7 @@ class Collector:
         first = index not in buffers
         if self._into is None or not weight.is_contiguous():
             assert self._saliency is not None
+            grad = self._masking.rotated(layer, grad)
             weight, grad = _prepared(weight, mask, grad, scale)
             score = checked(self._saliency(weight, grad), layer)
             flat = score.reshape(-1) if self._pool is None else self._pool(index, score)

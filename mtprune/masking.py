@@ -169,6 +169,14 @@ class Masking(ABC):
         """The weight that is scored, as a tensor and the mask to put on it."""
         return layer.parameter.detach(), self.mask(layer)
 
+    def rotated(self, layer: Layer, grad: Tensor) -> Tensor:
+        """A layer's gradient in the basis that `scored` has its weight in."""
+        return grad
+
+    def kept(self, layer: Layer) -> int:
+        """How many of a layer's parameters are kept."""
+        return int(self.current(layer).count_nonzero())
+
     def gradient_mask(self, layer: Layer) -> Tensor | None:
         """The mask that a layer's gradient goes through on its way to ``.grad``, if any."""
         return None

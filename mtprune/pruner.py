@@ -13,11 +13,22 @@ from mtprune.clock import Clock
 from mtprune.collect import backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
 from mtprune.loosening import LooseMasking
+from mtprune.lowering import RankMasking
 from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
 from mtprune.methods import Decision, Method, Vote
-from mtprune.methods.base import JOINT, describe
+from mtprune.methods.base import JOINT, Ranks, describe
 from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import Count, Facts, Report, Units, count, make_report, moment, remember
+from mtprune.report import (
+    Count,
+    Facts,
+    Report,
+    Units,
+    count,
+    count_rank,
+    make_report,
+    moment,
+    remember,
+)
 from mtprune.round import Round, scale_of
 from mtprune.softening import SoftMasking
 from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
@@ -102,7 +113,8 @@ class MultitaskPruner:
             raise ValueError("The model has nothing prunable.")
         declared = declare(self._model, prunable, shared_modules)
         self._covered = cover(self._method.granularity, self._model, prunable)
-        self._layers = self._covered.layers
+        self._layers, self._unfit = _sorted_out(self._method, self._covered.layers)
+        declared = [d for d in declared if not self._unfit.keys() >= set(d.names)]
         self._usage = Usage(self._layers, self._losses, declared)
         self._usage.check_names(self._method)
         self._optimizer = None if optimizer is None else raw(optimizer, self._layers)
@@ -135,6 +147,8 @@ class MultitaskPruner:
                     "cannot hold. Leave `score_dtype` out."
                 )
             self._masking = LooseMasking(self._masking, self._model)
+        if getattr(self._method, "lowers", False):
+            self._masking = RankMasking()
         if self._method.softens:
             self._masking = SoftMasking(self._masking, self._model, self._method.watch)
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
@@ -156,6 +170,7 @@ class MultitaskPruner:
         self._alone: dict[str, dict[str, Tensor]] | None = {}
         self._facts = Facts()
         self._final: dict[str, Tensor] | None = None
+        self._final_sparsity = 0.0
         handles = accept_pruned_keys(self._layers)
         if self._optimizer is not None:
             handles.append(follow(self._optimizer, self))
@@ -303,7 +318,7 @@ class MultitaskPruner:
         Masks, sparsity and report stay readable.
         """
         if self._final is None:
-            self._final = self.masks
+            self._final, self._final_sparsity = self.masks, self.sparsity
             self._masking.remove()
             self._round.forget()
             self._release()
@@ -346,10 +361,16 @@ class MultitaskPruner:
 
     @property
     def sparsity(self) -> float:
-        """The exact share of pruned weights among those the pruner prunes."""
-        masks = self.masks.values()
-        total = sum(mask.numel() for mask in masks)
-        return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
+        """The exact share of pruned weights among those the pruner prunes.
+
+        Where ranks are pruned, of the parameters that are saved.
+        """
+        if self._final is not None:
+            return self._final_sparsity
+        layers = [layer for _, layer in self._usage.active()]
+        total = sum(layer.parameter.numel() for layer in layers)
+        kept = sum(self._masking.kept(layer) for layer in layers)
+        return (total - kept) / total if total else 0.0
 
     def report(self) -> Report:
         """What was pruned at the last update, and for whom."""
@@ -361,7 +382,7 @@ class MultitaskPruner:
             observations=facts.observations,
             stable=facts.stable,
             discarded=facts.discarded,
-            left_alone={**self._covered.dense, **self._usage.left_alone()},
+            left_alone={**self._covered.dense, **self._usage.left_alone(), **self._unfit},
             method=describe(self._method, defaults=False),
             groups=facts.groups,
             macs=float(self._whole) if self._costs else None,
@@ -387,6 +408,7 @@ class MultitaskPruner:
             "facts": self._facts.state_dict(),
             "soft": self._soft_state(active),
             "loose": isinstance(self._masking, LooseMasking) and self._masking.is_loose,
+            "ranks": self._masking.rank_state() if isinstance(self._masking, RankMasking) else {},
             "weigher": self._weigher.state_dict(),
             **self._round.state_dict(),
             "generator": self._generator.get_state(),
@@ -428,6 +450,8 @@ class MultitaskPruner:
         elif state["loose"]:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(active, masks)
+        elif isinstance(self._masking, RankMasking):
+            self._masking.restore([layer for _, layer in self._usage.active()], state["ranks"])
         elif active:
             self._masking.install(active, masks)
         else:
@@ -495,7 +519,10 @@ class MultitaskPruner:
             assert isinstance(self._masking, SoftMasking)
             softly = decision.softly
             self._masking.soften(layers, softly.thresholds, masks, softly.leak, softly.gains)
-        if decision.provisional:
+        lowered = False
+        if decision.ranks is not None:
+            lowered = self._lower(layers, decision.ranks)
+        elif decision.provisional:
             assert isinstance(self._masking, LooseMasking)
             self._masking.loosen(layers, masks)
         elif decision.softly is None or decision.softly.settled:
@@ -505,7 +532,17 @@ class MultitaskPruner:
         self._record(layers, decision, step)
         self._round.next()
         self._clock.done = step
-        return any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
+        changed = any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
+        return changed or lowered
+
+    def _lower(self, layers: Sequence[Layer], decided: Ranks) -> bool:
+        """Let ranks, or gates, take hold; whether a rank changed."""
+        assert isinstance(self._masking, RankMasking)
+        kept = zip(decided.kept, layers, strict=True)
+        distributed.check_equal(mask.to(layer.parameter.device) for mask, layer in kept)
+        before = [self._masking.rank(layer) for layer in layers]
+        self._masking.lower(layers, decided.kept, decided.gates)
+        return before != [self._masking.rank(layer) for layer in layers]
 
     def _record(self, layers: Sequence[Layer], decision: Decision, step: int) -> None:
         """Keep what the report needs after the evidence is gone."""
@@ -525,17 +562,21 @@ class MultitaskPruner:
                 alone[task][layer.name] = pack(wishes.get(task, mask))
             tau = None if softly is None else float(softly.thresholds[place])
             cost = self._costs.get(layer.name)
-            counts.append(
-                count(
-                    layer.name,
-                    components[layer.name],
-                    mask,
-                    wishes,
-                    using=using,
-                    threshold=tau,
-                    cost=None if cost is None else float(cost),
+            component = components[layer.name]
+            if decision.ranks is not None:
+                counts.append(_count_rank(layer, component, place, using, decision.ranks))
+            else:
+                counts.append(
+                    count(
+                        layer.name,
+                        component,
+                        mask,
+                        wishes,
+                        using=using,
+                        threshold=tau,
+                        cost=None if cost is None else float(cost),
+                    )
                 )
-            )
         self._alone = alone
         self._facts = Facts(
             counts=tuple(counts),
@@ -578,6 +619,29 @@ class MultitaskPruner:
                 f"Step {update} is due but {who} not been observed since step "
                 f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
             )
+
+
+def _sorted_out(method: Method, layers: Sequence[Layer]) -> tuple[list[Layer], Mapping[str, str]]:
+    """The layers a method can prune, and why not the others."""
+    unfit = getattr(method, "unfit", None)
+    reasons = {} if unfit is None else {layer.name: unfit(layer) for layer in layers}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if len(reasons) == len(layers):
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"{type(method).__name__} can prune none of these layers: '{name}' and "
+            f"{len(layers) - 1} more are left dense ({reason})."
+        )
+    return [layer for layer in layers if layer.name not in reasons], reasons
+
+
+def _count_rank(
+    layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
+) -> Count:
+    """What an update decided about a layer's rank."""
+    voters = {task: JOINT if JOINT in decided.alone else task for task in using}
+    wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
+    return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
 
 
 def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:

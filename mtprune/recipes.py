@@ -8,8 +8,8 @@ from typing import Literal
 
 from mtprune import saliency
 from mtprune.allocation import Allocation, Erk
-from mtprune.methods import SigmoidThreshold, SoftThreshold, Vote
-from mtprune.schedule import Cubic, Hold, OneShot, Regrow, Schedule
+from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold, Vote
+from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Schedule
 
 __all__ = [
     "adapmtl",
@@ -17,6 +17,7 @@ __all__ = [
     "disparse_dynamic",
     "disparse_pretrained",
     "disparse_static",
+    "flop",
     "gradual_magnitude",
     "magnitude",
     "movement",
@@ -226,17 +227,7 @@ def movement(
         >>> [movement(0.9, steps).schedule.schedule for steps in (200, 20_000)]
         [Cubic(begin=20, end=140, every=1), Cubic(begin=2000, end=14000, every=100)]
     """
-    for name, number in (("steps", steps), ("updates", updates)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` must be a whole number, at least 1. Got {number!r}.")
-    for name, share in (("warmup", warmup), ("cooldown", cooldown)):
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"`{name}` is a share of the run, in [0, 1). Got {share!r}.")
-    if warmup + cooldown >= 1.0:
-        raise ValueError(
-            f"`warmup` {warmup} and `cooldown` {cooldown} leave nothing of the run to prune in. "
-            "Together they must be less than 1."
-        )
+    _check_run(steps, updates, warmup, cooldown)
     begin, every = round(warmup * steps), max(1, steps // updates)
     rise = Cubic(begin=begin, end=max(begin, round((1 - cooldown) * steps)), every=every)
     return Vote(
@@ -247,6 +238,54 @@ def movement(
         disentangled=disentangled,
         straight_through=True,
     )
+
+
+def flop(
+    sparsity: float,
+    steps: int,
+    *,
+    gates: Literal["learned", "saliency"] = "learned",
+    disentangled: bool = True,
+    warmup: float = 0.1,
+    cooldown: float = 0.2,
+    updates: int | None = None,
+) -> LowRank:
+    """FLOP: the rank of matrices, pruned by gates on their components.
+
+    Wang et al., "Structured pruning of large language models", EMNLP 2020. The budget is met
+    exactly, at the end of the schedule, where the original's is a penalty that short runs do not
+    wait for; components are the singular triples of the weights as they come, where the original
+    trains a factorisation from scratch; gates are at their mean, where the original draws them.
+    Several tasks share one encoder as in Xia & Shin, "Pruning pretrained encoders with a multitask
+    objective", 2021, and vote on its components.
+
+    All times are fractions of the run, so that a short run is a long one in small. After the last
+    update ranks stay, and the network recovers.
+
+    Args:
+        sparsity: Share of the parameters of ``nn.Linear`` layers that is saved in the end.
+        steps: Length of the run, in optimizer steps.
+        gates: ``"saliency"`` prunes ever more components by the derivatives in their gates, and
+            trains no gate.
+        disentangled: Score every task on its own and vote. False scores the sum of the losses, as
+            published.
+        warmup: Share of the run before anything happens.
+        cooldown: Share of the run after the last update.
+        updates: How often, about; 200 for learned gates and 10 for saliency unless given.
+
+    Example:
+        >>> flop(0.5, 1_000, gates="saliency").schedule
+        Cubic(begin=100, end=800, every=70)
+    """
+    updates = (200 if gates == "learned" else 10) if updates is None else updates
+    _check_run(steps, updates, warmup, cooldown)
+    begin = round(warmup * steps)
+    end = max(begin + 1, round((1 - cooldown) * steps))
+    every = max(1, (end - begin) // updates)
+    schedule: Schedule = Cubic(begin=begin, end=end, every=every)
+    if gates == "learned":  # due at half time, and held there until gates have settled
+        schedule = Hold(Linear(begin, (begin + end) // 2, every), until=end, every=every)
+    return LowRank(sparsity, gates, schedule=schedule, floor=0.0, disentangled=disentangled)
 
 
 def adapmtl(
@@ -298,3 +337,18 @@ def adapmtl_published(
         weight_decay: Their weight decay: that of the weights.
     """
     return SigmoidThreshold(sparsity, end=steps, init=init, lr=lr, weight_decay=weight_decay)
+
+
+def _check_run(steps: int, updates: int, warmup: float, cooldown: float) -> None:
+    """Refuse a run in which there is no time to prune."""
+    for name, number in (("steps", steps), ("updates", updates)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number, at least 1. Got {number!r}.")
+    for name, share in (("warmup", warmup), ("cooldown", cooldown)):
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"`{name}` is a share of the run, in [0, 1). Got {share!r}.")
+    if warmup + cooldown >= 1.0:
+        raise ValueError(
+            f"`warmup` {warmup} and `cooldown` {cooldown} leave nothing of the run to prune in. "
+            "Together they must be less than 1."
+        )

@@ -1,10 +1,12 @@
 """Reports: frozen facts after the fact. They print as a table and are data."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+
+from mtprune import ranks
 
 __all__ = [
     "Count",
@@ -14,6 +16,7 @@ __all__ = [
     "Row",
     "Units",
     "count",
+    "count_rank",
     "make_report",
     "moment",
     "remember",
@@ -36,6 +39,8 @@ class Count:
         tasks: The tasks that use it.
         threshold: Its threshold, if it has one.
         cost: Multiply-adds of each of its weights, if that was measured.
+        rank: How many components it keeps, if ranks are pruned.
+        full_rank: How many it had.
     """
 
     name: str
@@ -47,6 +52,8 @@ class Count:
     tasks: tuple[str, ...] = ()
     threshold: float | None = None
     cost: float | None = None
+    rank: int | None = None
+    full_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,44 @@ def count(
     )
 
 
+def count_rank(
+    name: str,
+    component: str,
+    shape: tuple[int, ...],
+    kept: Tensor,
+    alone: Mapping[str, Tensor],
+    using: Sequence[str],
+) -> Count:
+    """Count one layer whose rank is pruned.
+
+    Its weights count as kept as far as its factors have parameters. For one row of input a
+    parameter is a multiply-add, before and after.
+
+    Args:
+        name: The layer.
+        component: Its component.
+        shape: Its shape.
+        kept: The components of the weight that are kept, bool ``[m]``.
+        alone: For each task that has a say, what that task alone would keep, bool ``[m]``.
+        using: The tasks that use it.
+    """
+    told = count(name, component, kept, alone, using=using, cost=1.0)
+    size = ranks.parameters(shape, told.kept)
+
+    def share(number: int) -> int:
+        return round(size * number / max(1, told.kept))
+
+    return replace(
+        told,
+        parameters=shape[0] * shape[1],
+        kept=size,
+        wanted={task: share(number) for task, number in told.wanted.items()},
+        unanimous=share(told.unanimous),
+        rank=told.kept,
+        full_rank=told.parameters,
+    )
+
+
 def moment(counts: Sequence[Count], step: int, weights: Mapping[str, float]) -> Moment:
     """Where the counts of an update stand."""
     kept = sum(c.kept for c in counts)
@@ -191,6 +236,8 @@ class Row:
         threshold: The mean of its weights' thresholds, if they have any.
         macs: Its multiply-adds, if they were measured.
         macs_kept: Those of the kept weights.
+        rank: How many components its matrices keep together, if ranks are pruned.
+        full_rank: How many they had.
     """
 
     name: str
@@ -203,6 +250,8 @@ class Row:
     threshold: float | None = None
     macs: float | None = None
     macs_kept: float | None = None
+    rank: int | None = None
+    full_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +321,7 @@ class Report:
             )
         rows = self.layers if layers else self.components
         head = ["layer" if layers else "component", "weights", "kept", "sparsity"]
+        head += ["rank"] if any(row.rank is not None for row in rows) else []
         head += ["threshold"] if (soft := any(row.threshold is not None for row in rows)) else []
         asked = self.tasks if any(row.want for row in rows) else ()
         head += [*(f"want {task}" for task in asked), "unanimity"] if asked else []
@@ -381,7 +431,15 @@ def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
         threshold=_mean([(c.threshold, c.parameters) for c in counts]),
         macs=_total([(c.cost, c.parameters) for c in counts]),
         macs_kept=_total([(c.cost, c.kept) for c in counts]),
+        rank=_whole([c.rank for c in counts]),
+        full_rank=_whole([c.full_rank for c in counts]),
     )
+
+
+def _whole(numbers: Sequence[int | None]) -> int | None:
+    """Their sum; None if there is one that is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def _total(pairs: Sequence[tuple[float | None, int]]) -> float | None:
@@ -408,6 +466,7 @@ def _share(part: int, whole: int) -> float:
 def _cells(row: Row, tasks: Sequence[str], soft: bool) -> list[str]:
     want = [f"{row.want[task]:.1%}" if task in row.want else "-" for task in tasks]
     counts = [f"{row.parameters:,}", f"{row.kept:,}", f"{row.sparsity:.2%}"]
+    counts += [f"{row.rank:,} of {row.full_rank:,}"] if row.rank is not None else []
     counts += [f"{row.threshold:.3g}" if row.threshold is not None else "-"] if soft else []
     return [row.name, *counts, *want, *([f"{row.unanimity:.1%}"] if tasks else [])]
 

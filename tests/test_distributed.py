@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mtprune import Cubic, SoftThreshold, recipes
+from mtprune import Cubic, LowRank, SoftThreshold, recipes
 from tests import nets
 from tests.nets import Run, build, same, sgd, weights
 
@@ -50,6 +50,8 @@ METHODS = {
     "soft": soft,
     "learned": lambda: soft("learned"),
     "movement": lambda: recipes.movement(0.7, 8),
+    "rank": lambda: LowRank(0.7, schedule=Cubic(begin=1, end=7, every=2)),
+    "gates": lambda: LowRank(0.7, "learned", schedule=Cubic(begin=1, end=7, every=1)),
 }
 
 
@@ -68,7 +70,12 @@ def train(case, rank, world):
         run.step()
         masks.append(run.pruner.masks)
     memory = run.pruner.state_dict()["memory"]
-    return {"masks": masks, "weights": weights(run), "offsets": memory.get("offsets", {})}
+    return {
+        "masks": masks,
+        "weights": weights(run),
+        "offsets": memory.get("offsets", {}),
+        "kept": [row.kept for row in run.pruner.report().layers],
+    }
 
 
 def disagree(rank):
@@ -135,8 +142,13 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
         assert same(one, other)
     assert same(first["weights"], second["weights"])
     assert first["offsets"] == second["offsets"]
+    assert first["kept"] == second["kept"]
     last = first["masks"][-1]
-    assert nets.zeros(last) == round(0.7 * nets.size(last))
+    asked = round(0.7 * nets.size(last))
+    if case[1] in ("rank", "gates"):  # no zeros, and whole components
+        assert sum(first["kept"]) < nets.size(last)
+    else:
+        assert nets.zeros(last) == asked == nets.size(last) - sum(first["kept"])
 
 
 # Learned offsets look at the sizes of gradients before ranks add theirs up.
@@ -144,6 +156,7 @@ def test_ranks_have_the_same_masks_and_weights(case, ranks):
 def test_two_ranks_are_one_process_with_the_whole_batch(case, ranks):
     alone = train(case, 0, 1)
     result = ranks[0]["/".join(case)]
+    assert alone["kept"] == result["kept"]
     for one, other in zip(alone["masks"], result["masks"], strict=True):
         assert same(one, other)
     for name, weight in alone["weights"].items():

@@ -86,8 +86,11 @@ def test_runs_to_the_sparsity_asked_for(train, tmp_path, capsys, name, method):
 @pytest.mark.parametrize("method", [name for name in options.METHODS if name not in METHODS])
 def test_every_other_method(train, method):
     found = train("census", "--method", method, "--steps", "4")
-    exact = method != "adapmtl_published"  # it rests where its thresholds lead it
-    assert not exact or found["zeros"] == round(0.9 * found["weights"])
+    asked = round(0.9 * found["weights"])
+    if method.startswith("flop"):  # up to less than what one component costs
+        assert 0 <= found["zeros"] - asked < 200
+    elif method != "adapmtl_published":  # it rests where its thresholds lead it
+        assert found["zeros"] == asked
 
 
 def test_every_recipe_is_a_method():

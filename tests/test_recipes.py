@@ -28,6 +28,7 @@ PUBLISHED = {
     "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
     "random": lambda s: recipes.random(s),
     "movement": lambda s: recipes.movement(s, 1_000),
+    "flop": lambda s: recipes.flop(s, 1_000),
     "adapmtl": lambda s: recipes.adapmtl(s, 1_000),
     "adapmtl_published": lambda s: recipes.adapmtl_published(s, 1_000),
 }

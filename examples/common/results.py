@@ -8,12 +8,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
+def is_rank(method: str) -> bool:
+    """Whether a method prunes ranks: it saves parameters, and its weights have no zeros."""
+    return method.startswith("flop")
+
+
 def table(found: Mapping[str, Any]) -> str:
     """Every task's metrics, of the checkpoint that did best on the validation split."""
     options = found["options"]
+    what = "saved" if is_rank(options["method"]) else "zeros"
     lines = [
         f"{found['problem']} ({found['layout']}), {options['net']}, {options['method']}: "
-        f"{found['zeros']:,} zeros of {found['weights']:,} weights "
+        f"{found['zeros']:,} {what} of {found['weights']:,} weights "
         f"({found['zeros'] / found['weights']:.2%}), "
         f"step {found['step']} of {options['steps']}, best on val",
         f"  {'task':15}{'metric':18}{'val':>10}{'test':>10}",

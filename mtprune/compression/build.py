@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtprune.components import find_layers, unwrap
 from mtprune.compression.attention import NarrowAttention
-from mtprune.compression.kernels import KERNELS, Kernel
+from mtprune.compression.forms import FORMS
+from mtprune.compression.kernels import Kernel
 from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.removal import apply, constants, remove, resize
 from mtprune.compression.running import (
@@ -61,9 +62,10 @@ def compress(
     Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what
     the model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
     outputs), ``"thin"`` (without its dead inputs too), ``"csr"`` (torch's sparse product, on a CPU)
-    or ``"2:4"`` (CUDA, float16 and bfloat16). A form that is not faster than the dense one by 5 %
-    is not taken, of forms within 5 % of each other the smallest is, and if the model as a whole is
-    no faster, all layers stay dense.
+    or ``"2:4"`` (CUDA, float16 and bfloat16). So is every Linear of low rank, which can be
+    ``"rank"``: two layers, where these are smaller. A form that is not faster than the dense one
+    by 5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as a
+    whole is no faster, all layers stay dense.
 
     The copy is in eval mode and meant for inference; the model is left as it is.
 
@@ -292,7 +294,7 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
         if choice != "dense":
             prefix = site.name + "."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            site.place(KERNELS[choice](site.layer, parts))
+            site.place(FORMS[choice](site.layer, parts))
     return _finish(model, plan)
 
 
@@ -301,26 +303,26 @@ def _choose(
 ) -> tuple[Plan, dict[str, Kernel]]:
     """Time every form of every layer, and take the best."""
     rows, kernels = [], {}
-    zeros = bool(removal)
+    able = bool(removal)
     for site in sites:
         row = _row(site)
         weight = site.layer.weight.detach()
-        zero = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-        zeros = zeros or zero > 0
-        if zero == 0 or not weight.numel():
+        zero = 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
+        idle = site.held or not weight.numel() or not given[site.name]
+        forms = {} if idle else _forms(site, zero)
+        able = able or zero > 0 or bool(forms)
+        if forms:
+            row = _timed(row, site, forms, given[site.name], measure)
+            if row.choice != "dense":
+                kernels[site.name] = forms[row.choice]
+        elif zero == 0:
             row = replace(row, note="no zeros")
         elif site.held:
             row = replace(row, note=site.held)
         elif not given[site.name]:
             row = replace(row, note="the example inputs do not reach it")
-        else:
-            forms = _forms(site, zero)
-            if forms:
-                row = _timed(row, site, forms, given[site.name], measure)
-                if row.choice != "dense":
-                    kernels[site.name] = forms[row.choice]
         rows.append(row)
-    note = "" if zeros else "Nothing to compress: no weight of a layer is zero."
+    note = "" if able else "Nothing to compress: no weight of a layer is zero."
     device = str(sites[0].layer.weight.device) if sites else "cpu"
     threads = torch.get_num_threads()
     return Plan(tuple(rows), device, threads, note=note, removal=removal), kernels
@@ -334,7 +336,7 @@ def _row(site: Site) -> Row:
 def _forms(site: Site, zero: float) -> dict[str, Kernel]:
     """Every other form of a layer that can run where it is."""
     forms = {}
-    for choice, kernel in KERNELS.items():
+    for choice, kernel in FORMS.items():
         if kernel.lacking(site.layer.weight) or (choice == "csr" and zero < WORTH):
             continue
         parts = kernel.parts(site.layer)
@@ -423,7 +425,7 @@ def _follow(plan: Plan, sites: Sequence[Site]) -> tuple[Plan, dict[str, Kernel]]
         row = plan[site.name]
         if row.choice == "dense":
             continue
-        kernel = KERNELS[row.choice]
+        kernel = FORMS[row.choice]
         if lacking := kernel.lacking(site.layer.weight):
             warnings.warn(f"Layer '{site.name}' stays dense: {lacking}.", stacklevel=3)
             plan = plan.replace(site.name, "dense")

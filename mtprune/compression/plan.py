@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
-CHOICES = ("dense", "rows", "thin", "csr", "2:4")
+CHOICES = ("dense", "rows", "thin", "csr", "2:4", "rank")
 """The forms a layer can take; ``"dense"`` is the layer as it is."""
 
 

@@ -1,6 +1,7 @@
 """Methods: the ways masks come about. Each is a frozen value; the pruner holds all state."""
 
 from mtprune.methods.base import Ballot, Decision, Method, describe
+from mtprune.methods.low_rank import LowRank
 from mtprune.methods.sigmoid_threshold import SigmoidThreshold
 from mtprune.methods.soft_threshold import SoftThreshold
 from mtprune.methods.vote import PerTaskKeep, Vote
@@ -8,6 +9,7 @@ from mtprune.methods.vote import PerTaskKeep, Vote
 __all__ = [
     "Ballot",
     "Decision",
+    "LowRank",
     "Method",
     "PerTaskKeep",
     "SigmoidThreshold",

@@ -15,7 +15,7 @@ from mtprune.schedule import Schedule
 from mtprune.softening import Watch
 from mtprune.units import Units
 
-__all__ = ["JOINT", "Ballot", "Decision", "Method", "Softly", "describe"]
+__all__ = ["JOINT", "Ballot", "Decision", "Method", "Ranks", "Softly", "describe"]
 
 JOINT = "(all tasks)"
 """The one voter when the sum of the losses is scored instead of each loss."""
@@ -77,6 +77,7 @@ class Decision:
         memory: What the next decision is to know.
         provisional: Whether these masks may open again: what they hide keeps its value until then.
         units: For each group of units, which of them are kept; empty if there are no groups.
+        ranks: If components of matrices are kept instead of weights, which.
     """
 
     masks: Sequence[Tensor]
@@ -85,6 +86,23 @@ class Decision:
     memory: Mapping[str, Any] = field(default_factory=dict)
     provisional: bool = False
     units: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: "Ranks | None" = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which components of its weight each layer keeps: singular triples, largest first.
+
+    Attributes:
+        kept: For each layer, bool ``[m]``.
+        alone: For each voter and each layer it uses, what that voter alone would keep.
+        gates: What each component is multiplied by, ``[m]`` for each layer, while nothing is
+            removed yet; None once it is.
+    """
+
+    kept: Sequence[Tensor]
+    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    gates: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,294 @@
+r"""`LowRank`: components of matrices instead of single weights, to an exact budget of parameters.
+
+Put a gate on every component of a weight, :math:`W = \sum_k z_k\, s_k\, u_k v_k^T`. What a task
+loses with a component is told by the derivative of its loss in the gate,
+
+.. math:: \frac{\partial L}{\partial z_k} = (W v_k)^T G\, v_k , \quad
+    G = \frac{\partial L}{\partial W},
+
+which needs no gate in the model, only the gradient of the weight. Every task ranks the components
+it uses by it, for each parameter they cost, and a vote merges the ranks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mtprune import gates, ranks, votes
+from mtprune.components import Layer
+from mtprune.granularity import Element, Granularity
+from mtprune.methods.base import Ballot, Decision, Ranks
+from mtprune.methods.vote import check_sparsity
+from mtprune.saliency import Saliency, movement
+from mtprune.schedule import OneShot, Regrow, Schedule
+from mtprune.selection import rank
+
+__all__ = ["LowRank"]
+
+_START = 3.0  # log alpha of a gate at first: open with probability 0.995, 0.92 on average
+_FARTHEST = 6.0  # log alpha stays this close to 0, so that no gate is beyond recovery
+_TRAVEL = 40.0  # how far log alpha could go in a run, if a gate was at the top all the time
+_STIFFNESS = 5.0  # the second multiplier at first: what a gap between due and saved counts at once
+_MEMORY = 0.9  # how much of the worth of before counts
+
+
+@dataclass(frozen=True)
+class _Size(Element):
+    """How much a loss depends on each component, whichever way."""
+
+    def pool(self, saliency: Tensor) -> Tensor:
+        """See `Granularity`."""
+        return ranks.along(saliency).abs()
+
+
+@dataclass(frozen=True)
+class _Push(Element):
+    """How much a loss falls when a component grows."""
+
+    def pool(self, saliency: Tensor) -> Tensor:
+        """See `Granularity`."""
+        return ranks.along(saliency)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Prune the rank of ``nn.Linear`` layers by a vote of the tasks, to a budget of parameters.
+
+    A layer of rank r counts as ``min(r (in + out), in * out)`` parameters, those of the two layers
+    it can become (`mtprune.compress`); above break-even it stays whole. Weights of any other kind
+    are left dense, and the report names them. The masks stay all True: a matrix of low rank has no
+    zeros.
+
+    Attributes:
+        sparsity: Share of parameters saved, in [0, 1). The budget is met up to less than what one
+            component costs.
+        gates: ``"saliency"`` ranks components by the derivative of the losses in their gates when
+            an update is made; ``"learned"`` trains the gates from update to update, with the
+            weights, and removes nothing before the last one. A component that has faded and comes
+            back is as exact as the type of the weights lets it be: train them in float32.
+        vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
+        schedule: When ranks, or gates, change (`mtprune.schedule`).
+        floor: The share of a uniform budget that every layer is sure of, filled by its own best
+            components; 0 for one ranking of all, 1 for the same share everywhere.
+        min_rank: The least rank of a layer, as long as the budget has as much for each.
+        observations: How many observations of every task an update needs.
+        disentangled: Score every loss on its own. False scores their sum.
+        rate: How far learned gates move in an update; so that all updates together could take them
+            from one end to the other three times, unless given.
+
+    Example:
+        >>> LowRank(0.5, vote=votes.mean).gates
+        'saliency'
+    """
+
+    sparsity: float
+    gates: Literal["saliency", "learned"] = "saliency"
+    vote: votes.Vote = votes.unanimous
+    schedule: Schedule = field(default_factory=OneShot)
+    floor: float = 0.5
+    min_rank: int = 1
+    observations: int = 1
+    disentangled: bool = True
+    rate: float | None = None
+
+    saliency: ClassVar[Saliency] = staticmethod(movement)
+    regrows: ClassVar[bool] = False
+    straight_through: ClassVar[bool] = False
+    softens: ClassVar[bool] = False
+    lowers: ClassVar[bool] = True
+    watch: ClassVar[None] = None
+    needs_costs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_sparsity("sparsity", self.sparsity)
+        if self.gates not in ("saliency", "learned"):
+            raise ValueError(f"`gates` must be 'saliency' or 'learned'. Got {self.gates!r}.")
+        if not callable(self.vote):
+            raise TypeError(f"`vote` must be a function. Got {self.vote!r}.")
+        vote: object = self.vote
+        if vote is votes.at_least:
+            raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
+            raise TypeError(
+                f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
+                f"Got {self.schedule!r}."
+            )
+        if isinstance(self.schedule, Regrow):
+            raise ValueError(
+                "Regrow is sparse training at constant sparsity. Ranks need a schedule that ends: "
+                "OneShot(...), Linear(...) or Cubic(...)."
+            )
+        if self.gates == "learned" and isinstance(self.schedule, OneShot):
+            raise ValueError(
+                "gates='learned' needs time to learn: schedule=Cubic(begin=..., end=..., every=...)"
+                ", or recipes.flop(sparsity, steps). OneShot goes with gates='saliency'."
+            )
+        for name, least in (("min_rank", 0), ("observations", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`{name}` must be a whole number, at least {least}. Got {value!r}."
+                )
+        if isinstance(self.floor, bool) or not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"`floor` is a share, in [0, 1]. Got {self.floor!r}.")
+        if self.rate is not None and (isinstance(self.rate, bool) or not self.rate > 0.0):
+            raise ValueError(f"`rate` must be positive. Got {self.rate!r}.")
+
+    @property
+    def granularity(self) -> Granularity:
+        """Components of a layer."""
+        return _Size() if self.gates == "saliency" else _Push()
+
+    def unfit(self, layer: Layer) -> str:
+        """Why a layer is left dense; empty if it is not."""
+        modules = {module for module, _ in layer.places}
+        if any(type(module) is not nn.Linear for module in modules):
+            return "only nn.Linear can become two layers"
+        return "its weight is tied to another" if len(modules) > 1 else ""
+
+    def decide(self, ballot: Ballot, step: int) -> Decision:
+        """The ranks of the update of ``step``, or the gates until the next one."""
+        if self.gates == "learned":
+            return self._learn(ballot, step)
+        held = ballot.memory.get("ranks", {})
+        alive = [held.get(n, min(s)) for n, s in zip(ballot.names, ballot.shapes, strict=True)]
+        share = self.sparsity * self.schedule.progress(step)
+        percentiles = _percentiles(ballot)
+        kept = self._select(ballot, self._vote(percentiles), share, alive)
+        alone: dict[str, dict[int, Tensor]] = {}
+        for voter in dict.fromkeys(voter for layer in percentiles for voter in layer):
+            own = [i for i, layer in enumerate(percentiles) if voter in layer]
+            worths = [percentiles[i][voter] for i in own]
+            wish = self._select(ballot, worths, share, [alive[i] for i in own], own)
+            alone[voter] = dict(zip(own, wish, strict=True))
+        now = {n: int(mask.sum()) for n, mask in zip(ballot.names, kept, strict=True)}
+        return Decision(ballot.masks, memory={"ranks": now}, ranks=Ranks(kept, alone))
+
+    def _vote(self, percentiles: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        return [self.vote(torch.stack(list(layer.values()))) for layer in percentiles]
+
+    def _select(
+        self,
+        ballot: Ballot,
+        worths: Sequence[Tensor],
+        share: float,
+        alive: Sequence[int],
+        layers: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """What a budget pays for that saves this share of some layers, or of all."""
+        shapes = [ballot.shapes[i] for i in layers or range(len(ballot.shapes))]
+        sizes = [math.prod(shape) for shape in shapes]
+        uniform = [(1 - share) * n / sum(s) for n, s in zip(sizes, shapes, strict=True)]
+        least = [max(self.min_rank, math.floor(self.floor * r)) for r in uniform]
+        budget = sum(sizes) - round(share * sum(sizes))
+        return ranks.select(worths, shapes, budget, least=least, alive=alive)
+
+    def _learn(self, ballot: Ballot, step: int) -> Decision:
+        r"""One step of the gates, and in the end what is kept.
+
+        Gates are at their mean, in units of what it was at first. The step goes down the augmented
+        Lagrangian
+
+        .. math:: -\frac1C \sum_k c_k w_k p_k + \lambda_1 (s - t) + \lambda_2 (s - t)^2, \quad
+            s = 1 - \frac1C \sum_k c_k p_k ,
+
+        where a component costs :math:`c_k` parameters, C in all, is open with probability
+        :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses fall
+        when it grows. Of s, the share saved, t is due. It is a step of mirror descent,
+
+        .. math:: \operatorname{logit} p_k \leftarrow \operatorname{logit} p_k
+            + \eta\, (w_k + \lambda_1 + 2 \lambda_2 (s - t)),
+
+        so that a gate that is almost shut moves as fast as any other. The multipliers go up their
+        gradients; :math:`-\lambda_1` ends as the price of a parameter.
+        """
+        names, sizes = ballot.names, [min(shape) for shape in ballot.shapes]
+        settled = self.schedule.next_update(step) is None
+        memory: Mapping[str, Any] = ballot.memory
+        if settled and not memory:
+            raise RuntimeError(
+                "gates='learned' has had no update to learn from. Call observe() and step() in a "
+                "loop, or take gates='saliency'."
+            )
+        pace = memory["pace"] if memory else self._pace()
+        count = memory["count"] + 1 if memory else 1
+        fresh = [torch.full((size,), _START, dtype=torch.float64) for size in sizes]
+        held = [memory["log_alpha"][name] for name in names] if memory else fresh
+        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in held])))
+        smooth = (1 - _MEMORY) * (worth - worth.mean())
+        smooth += _MEMORY * memory["worth"] if memory else 0.0
+        log_alpha = torch.cat(held)
+        gap = self._saved(ballot, log_alpha) - self.schedule.progress(step) * self._due(ballot)
+        first, second = memory["multipliers"] if memory else (0.0, _STIFFNESS)
+        log_alpha += pace * (smooth / (1 - _MEMORY**count) + first + 2.0 * second * gap)
+        found = log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)
+        if settled:
+            return Decision(
+                ballot.masks, ranks=Ranks(self._select(ballot, found, self.sparsity, sizes))
+            )
+        return Decision(
+            ballot.masks,
+            memory={
+                "log_alpha": {name: x.clone() for name, x in zip(names, found, strict=True)},
+                "worth": smooth,
+                "multipliers": [first + pace * gap, second + pace * gap**2],
+                "count": count,
+                "pace": pace,
+            },
+            ranks=Ranks(
+                [torch.ones(size, dtype=torch.bool) for size in sizes],
+                gates=[_let(x) for x in found],
+            ),
+        )
+
+    def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:
+        """The share of the components' parameters that shut gates are expected to save."""
+        costs = _costs(ballot)
+        return 1.0 - float((costs * gates.open_probability(log_alpha)).sum() / costs.sum())
+
+    def _due(self, ballot: Ballot) -> float:
+        """The same share in the end: factors of full rank are larger than the matrix."""
+        budget = (1 - self.sparsity) * sum(map(math.prod, ballot.shapes))
+        return 1.0 - min(1.0, budget / float(_costs(ballot).sum()))
+
+    def _pace(self) -> float:
+        """How far a gate's parameter moves in an update."""
+        if self.rate is not None:
+            return self.rate
+        updates, at = 0, self.schedule.next_update(-1)
+        while at is not None:
+            updates, at = updates + 1, self.schedule.next_update(at)
+        return min(1.0, _TRAVEL / updates)
+
+
+def _let(log_alpha: Tensor) -> Tensor:
+    """How much of a component its gate lets through: all of it at first."""
+    return gates.mean(log_alpha) / gates.mean(torch.tensor(_START, dtype=torch.float64))
+
+
+def _percentiles(
+    ballot: Ballot, through: Sequence[Tensor] | None = None
+) -> list[dict[str, Tensor]]:
+    """For each layer and voter the percentile of its components, per parameter, float64 ``[m]``.
+
+    Args:
+        ballot: The scores.
+        through: What the gates let through when they were scored; all unless given.
+    """
+    scores = []
+    for place, (shape, voters) in enumerate(zip(ballot.shapes, ballot.scores, strict=True)):
+        unit = float(sum(shape))
+        scale = unit if through is None else unit * through[place]
+        scores.append({voter: (s.cpu() / scale).float() for voter, s in voters.items()})
+    rankings = rank(scores)
+    return [{voter: rankings[voter].exact(s) for voter, s in layer.items()} for layer in scores]
+
+
+def _costs(ballot: Ballot) -> Tensor:
+    """How many parameters each component costs, layer by layer, float64."""
+    return torch.tensor([sum(shape) for shape in ballot.shapes for _ in range(min(shape))]).double()

@@ -1,0 +1,249 @@
+r"""Ranks: matrices as sums of components, and a budget of parameters spent on them.
+
+A weight ``[out, in]`` is a sum of rank-one components, its singular triples,
+
+.. math:: W = U S V^T = \sum_k s_k\, u_k v_k^T .
+
+With r of them it can be stored as two matrices of ``r (in + out)`` parameters together, which is
+less than ``in * out`` below the break-even rank ``in * out / (in + out)``. Above it the matrix
+stays one, and keeps all its components.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "along",
+    "components",
+    "factors",
+    "most",
+    "numerical_rank",
+    "parameters",
+    "per_component",
+    "rotate",
+    "rounding",
+    "select",
+    "spread",
+]
+
+Shape = tuple[int, ...]
+
+
+def parameters(shape: Shape, rank: int) -> int:
+    """How many parameters a matrix of that rank needs, ``min(r (in + out), in * out)``.
+
+    Example:
+        >>> [parameters((8, 4), rank) for rank in (0, 1, 2, 3, 4)]
+        [0, 12, 24, 32, 32]
+    """
+    return min(rank * sum(shape), shape[0] * shape[1])
+
+
+def most(shape: Shape) -> int:
+    """The highest rank below break-even, at which two factors are smaller than the matrix.
+
+    Example:
+        >>> most((384, 384)), most((8, 4)), most((1, 4))
+        (191, 2, 0)
+    """
+    return (shape[0] * shape[1] - 1) // sum(shape)
+
+
+def components(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The singular values of a matrix, and its singular vectors on the smaller side.
+
+    From the eigenvalues of the smaller Gram matrix in float64, which takes a fraction of the time
+    of a singular value decomposition. What is below 1e-8 of the largest value is noise in both.
+
+    Args:
+        weight: ``[out, in]``.
+
+    Returns:
+        The values ``[m]`` with ``m = min(out, in)``, falling, and the vectors as columns
+        ``[m, m]``: of the inputs if there are no more of them than outputs, else of the outputs.
+        Both float64.
+
+    Raises:
+        ValueError: If the matrix is not finite.
+
+    Example:
+        >>> values, vectors = components(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
+        >>> values, vectors.abs()
+        (tensor([4., 3.], dtype=torch.float64), tensor([[0., 1.],
+                [1., 0.]], dtype=torch.float64))
+    """
+    tall = _tall(weight.detach().to(torch.float64))
+    if not bool(tall.isfinite().all()):
+        raise ValueError("The matrix is not finite.")
+    values, vectors = torch.linalg.eigh(tall.t() @ tall)
+    return values.flip(0).clamp(min=0.0).sqrt(), vectors.flip(1)
+
+
+def rotate(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """A matrix in the basis of `components`: each component is a column, or a row of a wide one.
+
+    Args:
+        matrix: ``[out, in]``, a weight or its gradient.
+        vectors: Orthonormal columns ``[m, k]``.
+
+    Returns:
+        ``[out, k]``, or ``[k, in]`` if there are more inputs than outputs.
+
+    Example:
+        >>> rotate(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]]))
+        tensor([[1., 2.]])
+    """
+    return matrix @ vectors if _is_tall(matrix.shape) else vectors.t() @ matrix
+
+
+def spread(rotated: Tensor, vectors: Tensor, shape: Shape) -> Tensor:
+    """The inverse of `rotate`, for a matrix of that shape."""
+    return rotated @ vectors.t() if _is_tall(shape) else vectors @ rotated
+
+
+def along(rotated: Tensor) -> Tensor:
+    """The sum over each component's column or row of what `rotate` has given, ``[m]``."""
+    return rotated.sum(0 if _is_tall(rotated.shape) else 1)
+
+
+def per_component(values: Tensor, shape: Shape) -> Tensor:
+    """Values ``[m]`` shaped to multiply a rotated matrix of that shape."""
+    return values if _is_tall(shape) else values.unsqueeze(1)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    r"""How much of the Frobenius norm of a matrix of that type may be rounding.
+
+    The :math:`\epsilon` of the type it is stored in, and eight times that of the type it was
+    computed in: float64 for float64, else float32.
+    """
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(dtype).eps + 8 * torch.finfo(computed).eps
+
+
+def numerical_rank(weight: Tensor) -> int:
+    """The lowest rank of a matrix that differs from this one by no more than `rounding`.
+
+    From the singular values left out, of a decomposition in float64: the norm of these is the
+    difference in Frobenius norm.
+
+    Args:
+        weight: ``[out, in]``.
+
+    Example:
+        >>> numerical_rank(torch.ones(3, 4)), numerical_rank(torch.zeros(3, 4))
+        (1, 0)
+    """
+    values = torch.linalg.svdvals(weight.detach().to(torch.float64))
+    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()
+    return int((left_out > rounding(weight.dtype) * values.norm()).sum())
+
+
+def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""The best approximation of a matrix by a product of two, :math:`W \approx P Q`.
+
+    Eckart & Young, "The approximation of one matrix by another of lower rank", 1936: the error in
+    Frobenius norm is that of the singular values left out. Both factors are of one size,
+    :math:`P = U \sqrt S` and :math:`Q = \sqrt S V^T`. Computed in float64.
+
+    Args:
+        weight: ``[out, in]``.
+        rank: From 0 to ``min(out, in)``.
+
+    Returns:
+        ``[out, rank]`` and ``[rank, in]``, of the weight's type.
+
+    Example:
+        >>> left, right = factors(torch.tensor([[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]), 1)
+        >>> left.shape, right.shape, torch.allclose(left @ right, torch.tensor(4.0))
+        (torch.Size([3, 1]), torch.Size([1, 2]), True)
+    """
+    left, values, right = torch.linalg.svd(weight.detach().to(torch.float64), full_matrices=False)
+    root = values[:rank].sqrt()
+    return (
+        (left[:, :rank] * root).to(weight.dtype).contiguous(),
+        (root.unsqueeze(1) * right[:rank]).to(weight.dtype).contiguous(),
+    )
+
+
+def select(
+    worths: Sequence[Tensor],
+    shapes: Sequence[Shape],
+    budget: int,
+    *,
+    least: Sequence[int] | None = None,
+    alive: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Keep the components of highest worth that a budget of parameters pays for.
+
+    From the highest worth down, each is kept if it fits in what is left of the budget. When a
+    matrix reaches break-even it is kept whole, and its other components cost nothing. So what is
+    left at the end is less than a component costs. Among equals earlier layers, and in them larger
+    singular values, come first.
+
+    Args:
+        worths: For each layer ``[m]``: comparable between layers, per parameter.
+        shapes: Of the layers.
+        budget: How many parameters there may be in all.
+        least: How many of its own best each layer is sure of, if that is within the budget.
+        alive: How many of its first components each layer still has; all of them unless given.
+
+    Returns:
+        For each layer a bool tensor ``[m]``, True = keep.
+
+    Example:
+        >>> worths = [torch.tensor([0.9, 0.1, 0.2, 0.3]), torch.tensor([0.8, 0.7, 0.6, 0.5])]
+        >>> select(worths, [(4, 6), (4, 4)], 26)
+        [tensor([ True, False, False, False]), tensor([True, True, True, True])]
+    """
+    kept = [torch.zeros(len(worth), dtype=torch.bool) for worth in worths]
+    ranks = [0] * len(kept)
+    there = [len(worth) for worth in worths] if alive is None else alive
+    left = budget
+
+    def price(layer: int) -> int:
+        shape, rank = shapes[layer], ranks[layer]
+        return parameters(shape, rank + 1) - parameters(shape, rank)
+
+    def take(layer: int, component: int) -> None:
+        nonlocal left
+        left -= price(layer)
+        kept[layer][component] = True
+        ranks[layer] += 1
+
+    orders = [
+        worth[:count].cpu().to(torch.float64).argsort(descending=True, stable=True).tolist()
+        for worth, count in zip(worths, there, strict=True)
+    ]
+    sure = [min(n, len(order)) for n, order in zip(least or [0] * len(kept), orders, strict=True)]
+    if sum(parameters(shape, n) for shape, n in zip(shapes, sure, strict=True)) <= budget:
+        for layer, (order, count) in enumerate(zip(orders, sure, strict=True)):
+            for component in order[:count]:
+                take(layer, component)
+    values = torch.cat([worth[:n].cpu().double() for worth, n in zip(worths, there, strict=True)])
+    places = [(layer, component) for layer, n in enumerate(there) for component in range(n)]
+    for index in values.argsort(descending=True, stable=True).tolist():
+        layer, component = places[index]
+        if not kept[layer][component] and price(layer) <= left:
+            take(layer, component)
+    return _completed(kept, ranks, shapes, there)
+
+
+def _completed(
+    kept: list[Tensor], ranks: Sequence[int], shapes: Sequence[Shape], there: Sequence[int]
+) -> list[Tensor]:
+    """Give back to a layer that costs as much as the whole what was passed over before."""
+    for mask, rank, shape, n in zip(kept, ranks, shapes, there, strict=True):
+        if parameters(shape, rank) == shape[0] * shape[1]:
+            mask[:n] = True
+    return kept
+
+
+def _is_tall(shape: Shape) -> bool:
+    return shape[0] >= shape[1]
+
+
+def _tall(matrix: Tensor) -> Tensor:
+    return matrix if _is_tall(matrix.shape) else matrix.t()
