@@ -273,7 +273,7 @@ def build(job: Job, world: World, options: Options) -> Run:
     tasks = world.tasks(job.tasks, dict(job.cut))
     encoder = world.encoder()
     torch.manual_seed(job.seed)
-    net = Net(encoder, {name: task.outputs for name, task in tasks.items()})
+    net = Net(encoder, {name: task.outputs for name, task in tasks.items()}).to(options.device)
     groups = [
         {"params": [p for p in encoder.parameters() if p.requires_grad], "lr": options.lr},
         {"params": list(net.heads.parameters()), "lr": options.head_lr},
@@ -317,7 +317,7 @@ def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, 
     saved = folder / "checkpoint.pt"
     log: Results = {"step": 0, "history": [], "seconds": 0.0}
     if options.resume and saved.exists():
-        log = load(job, run, saved)
+        log = load(job, options, run, saved)
     began = time.perf_counter() - log["seconds"]
     order = turns(tasks, job, options)
     seen = Counter(islice(order, log["step"]))
@@ -340,7 +340,7 @@ def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, 
     for step, name in zip(bar, order, strict=False):
         for group, lr in zip(optimizer.param_groups, (options.lr, options.head_lr), strict=True):
             group["lr"] = lr * rate(step, job.steps)
-        batch = next(loaders[name])
+        batch = moved(next(loaders[name]), options.device)
         outputs = net(name, batch)
         loss = task_loss(tasks[name], outputs, batch)
         if teacher is not None:
@@ -356,10 +356,15 @@ def train(job: Job, world: World, options: Options, folder: Path) -> tuple[Run, 
         bar.set_postfix({name: f"{log['history'][-1][1]:.3g}"}, refresh=False)
         if log["step"] % options.save_every == 0 and log["step"] < job.steps:
             log["seconds"] = time.perf_counter() - began
-            save(job, run, log, saved)
+            save(job, options, run, log, saved)
     pruner.finalize()  # mtprune
     log["seconds"] = time.perf_counter() - began
     return run, log
+
+
+def moved(batch: text.Batch, device: str) -> text.Batch:
+    """A batch where the net is."""
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def rate(step: int, steps: int) -> float:
@@ -392,25 +397,32 @@ def load_teacher(job: Job, world: World, options: Options) -> Net:
     tasks = world.tasks(job.tasks, dict(job.cut))
     teacher = Net(world.encoder(), {name: task.outputs for name, task in tasks.items()})
     teacher.load_state_dict(torch.load(folder / "net.pt", weights_only=True))
-    return teacher.eval().requires_grad_(False)
+    return teacher.to(options.device).eval().requires_grad_(False)
 
 
 # Checkpoints.
 
 
-def save(job: Job, run: Run, log: Results, path: Path) -> None:
+def save(job: Job, options: Options, run: Run, log: Results, path: Path) -> None:
     """All that is needed to go on as if nothing had happened."""
     state = {name: part.state_dict() for name, part in run.parts().items()}
-    write({**state, "random": torch.get_rng_state(), "log": log, "job": asdict(job)}, path)
+    random = {"cpu": torch.get_rng_state()}
+    if options.device.startswith("cuda"):
+        random["cuda"] = torch.cuda.get_rng_state(options.device)
+    about = {"job": asdict(job), "settings": comparable(options)}
+    write({**state, "random": random, "log": log, **about}, path)
 
 
-def load(job: Job, run: Run, path: Path) -> Results:
+def load(job: Job, options: Options, run: Run, path: Path) -> Results:
     """Go on from a checkpoint; the log so far."""
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=options.device)
     check_same(state["job"], asdict(job), path)
+    check_same(state["settings"], comparable(options), path)
     for name, part in run.parts().items():
         part.load_state_dict(state[name])
-    torch.set_rng_state(state["random"])
+    torch.set_rng_state(state["random"]["cpu"].cpu())
+    if "cuda" in state["random"] and options.device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), options.device)
     log: Results = state["log"]
     return log
 
@@ -437,14 +449,14 @@ def write(state: Any, path: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, split: str, world: World) -> Scores:
+def evaluate(run: Run, split: str, world: World, options: Options) -> Scores:
     """The metrics of every task on a split; the first is its score."""
     run.net.eval()
     found = {}
     for name, task in run.tasks.items():
         outputs, labels = [], []
         for batch in text.test_batches(task.splits[split], 64, padding=world.padding):
-            outputs.append(run.net(name, batch))
+            outputs.append(run.net(name, moved(batch, options.device)).cpu())
             labels.append(batch["label"])
         found[name] = metrics(task, torch.cat(outputs), torch.cat(labels))
     return found
@@ -488,8 +500,8 @@ def finished(
     found = {
         "job": asdict(job),
         "settings": comparable(options),
-        "val": evaluate(run, "val", world),
-        "test": evaluate(run, "test", world),
+        "val": evaluate(run, "val", world, options),
+        "test": evaluate(run, "test", world, options),
         "size": {rule: {"dense": d, "kept": k} for rule, (d, k) in size.by_rule.items()},
         "frozen": sum(p.numel() for p in run.net.parameters() if not p.requires_grad),
         "seconds": log["seconds"],
@@ -516,7 +528,7 @@ def export(job: Job, run: Run, world: World, folder: Path) -> Results:
     Zeros in single weights are saved as they are, in an encoder that transformers knows. Ranks,
     heads and neurons make it smaller; then mtprune must be imported to load it.
     """
-    net, where = run.net.eval(), folder / "encoder"
+    net, where = run.net.eval().cpu(), folder / "encoder"
     probes = [
         (name, batch)
         for name, task in run.tasks.items()
@@ -747,6 +759,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
     group = parser.add_argument_group("running").add_argument
     group("--seed", type=whole, default=0, help="of heads, batches and masks")
+    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     group("--threads", type=positive, help="CPU threads")
     group("--save-every", type=positive, help="steps between checkpoints")
     group("--resume", action="store_true", help="go on from --out, if there is something")

@@ -160,7 +160,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run, tmp_path, monkeypatch, argu
 
     def save_and_die(job, *what):
         save(job, *what)
-        if job.method != "dense" and what[1]["step"] == 6:
+        if job.method != "dense" and what[2]["step"] == 6:
             raise KilledError
 
     monkeypatch.setattr(example, "save", save_and_die)
@@ -194,6 +194,10 @@ def test_resuming_something_else_is_refused(run, tmp_path, monkeypatch):
         run("--save-every", "3")
     with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with seed 0\. Got 1\. Choos"):
         run("--resume", "--seed", "1")
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt is of a run with lr 0\.0001"
+    ):
+        run("--resume", "--lr", "0.5")
 
 
 def test_distilling_learns_from_the_dense_net(run, tmp_path):
