@@ -194,9 +194,7 @@ def test_resuming_something_else_is_refused(run, tmp_path, monkeypatch):
         run("--save-every", "3")
     with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with seed 0\. Got 1\. Choos"):
         run("--resume", "--seed", "1")
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.pt is of a run with lr 0\.0001"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with lr 0\.0001"):
         run("--resume", "--lr", "0.5")
 
 
