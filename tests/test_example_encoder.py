@@ -367,7 +367,7 @@ def test_low_resource_pictures():
     ]
     (axes,) = ensembles.draw_low_resource(rows).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert list(lines["alone, 50% zeros"].get_ydata()) == [6, 21]
+    assert list(lines["alone, 50% pruned"].get_ydata()) == [6, 21]
 
 
 def test_waits_for_every_task():

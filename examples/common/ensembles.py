@@ -253,7 +253,7 @@ def draw_run(found: Results) -> Figure:
         losses.plot(steps, _smooth(values), color=line.get_color(), label=task)
         bars.bar(task, score(found, task), color=line.get_color())
     job = found["job"]
-    what = "dense" if job["method"] == "dense" else f"{job['method']}, {job['sparsity']:.0%} zeros"
+    what = "dense" if job["method"] == "dense" else f"{job['method']}, {job['sparsity']:.0%} pruned"
     losses.set(title=f"training loss: {what}", xlabel="step")
     losses.legend(frameon=False)
     bars.set(title="test score, %")
@@ -316,7 +316,7 @@ def draw_low_resource(found: Sequence[Row]) -> Figure:
                     values = [row["score"] for row in same]
                     points.append((n, statistics.fmean(values)))
                     one.plot([n] * len(values), values, ".", color=color, ms=4, alpha=0.6)
-                words = f"{name}, {sparsity:.0%} zeros"
+                words = f"{name}, {sparsity:.0%} pruned"
                 one.plot(*zip(*points, strict=True), style, color=color, label=words)
         sizes = sorted({row["examples"] for row in mine})
         one.set_xscale("log")
