@@ -37,21 +37,12 @@ _MEMORY = 0.9  # how much of the worth of before counts
 
 
 @dataclass(frozen=True)
-class _Size(Element):
-    """How much a loss depends on each component, whichever way."""
+class _Component(Element):
+    """A component of a matrix: how much a loss depends on it, whichever way."""
 
     def pool(self, saliency: Tensor) -> Tensor:
         """See `Granularity`."""
         return ranks.along(saliency).abs()
-
-
-@dataclass(frozen=True)
-class _Push(Element):
-    """How much a loss falls when a component grows."""
-
-    def pool(self, saliency: Tensor) -> Tensor:
-        """See `Granularity`."""
-        return ranks.along(saliency)
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,8 @@ class LowRank:
     disentangled: bool = True
     rate: float | None = None
 
-    saliency: ClassVar[Saliency] = staticmethod(movement)
+    saliency: ClassVar[Saliency] = staticmethod(movement)  # its sum over a component is -dL/dz
+    granularity: ClassVar[Granularity] = _Component()
     regrows: ClassVar[bool] = False
     straight_through: ClassVar[bool] = False
     softens: ClassVar[bool] = False
@@ -138,11 +130,6 @@ class LowRank:
             raise ValueError(f"`floor` is a share, in [0, 1]. Got {self.floor!r}.")
         if self.rate is not None and (isinstance(self.rate, bool) or not self.rate > 0.0):
             raise ValueError(f"`rate` must be positive. Got {self.rate!r}.")
-
-    @property
-    def granularity(self) -> Granularity:
-        """Components of a layer."""
-        return _Size() if self.gates == "saliency" else _Push()
 
     def unfit(self, layer: Layer) -> str:
         """Why a layer is left dense; empty if it is not."""
@@ -198,8 +185,10 @@ class LowRank:
             s = 1 - \frac1C \sum_k c_k p_k ,
 
         where a component costs :math:`c_k` parameters, C in all, is open with probability
-        :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses fall
-        when it grows. Of s, the share saved, t is due. It is a step of mirror descent,
+        :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses change
+        with its gate. Early that is what the noise of the gradient tells of the curvature, and once
+        a component that matters has faded, how much it is missed. Of s, the share saved, t is due.
+        It is a step of mirror descent,
 
         .. math:: \operatorname{logit} p_k \leftarrow \operatorname{logit} p_k
             + \eta\, (w_k + \lambda_1 + 2 \lambda_2 (s - t)),
