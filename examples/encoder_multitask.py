@@ -86,7 +86,7 @@ class Job:
         tasks: Those to learn.
         method: How to prune.
         vote: Whether every task ranks the weights, or the sum of their losses.
-        sparsity: Share of zeros.
+        sparsity: Share of the encoder's linear weights that goes.
         steps: Of training.
         seed: Of heads, batches and dropout.
         cut: ``(task, most training examples)``.
@@ -103,12 +103,11 @@ class Job:
     @property
     def name(self) -> str:
         """Of its folder."""
-        parts = [
-            self.method,
-            *([] if self.method == "dense" else [self.vote, f"{self.sparsity:g}"]),
-        ]
+        parts = ["+".join(self.tasks), self.method]
+        if self.method != "dense":
+            parts += [self.vote, f"{self.sparsity:g}"]
         parts += [f"{task}{n}" for task, n in self.cut]
-        return "-".join(["+".join(self.tasks), *parts, f"seed{self.seed}"])
+        return "-".join([*parts, f"seed{self.seed}"])
 
 
 # The net.
@@ -623,7 +622,8 @@ def run_once(world: World, options: Options) -> Results:
 def compare_ensemble(world: World, options: Options) -> Results:
     """One encoder for all tasks against one for each, by sparsity and seed."""
     tasks = tuple(options.tasks)
-    shares = sorted(set(options.shares) | {(1 - s) / len(tasks) for s in options.sparsities})
+    equal = [(1 - sparsity) / len(tasks) for sparsity in options.sparsities]
+    shares = sorted({round(share, 6) for share in [*options.shares, *equal]})
     seeds = range(options.seed, options.seed + options.seeds)
     together, alone = [], []
     for seed in seeds:
@@ -723,7 +723,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     group = parser.add_argument_group("pruning").add_argument
     group("--method", choices=["dense", *PRUNED], default="taylor", help="how to prune, or not")
     group("--vote", choices=VOTES, default="unanimous", help="rank by every task, or by their sum")
-    group("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
+    group("--sparsity", type=float, default=0.9, help="share of weights that goes, in [0, 1)")
     group("--allocation", choices=["global", "uniform", "floor"], help="unless given, the method's")
     group("--updates", type=positive, default=20, help="how often masks are made anew, about")
 
