@@ -103,6 +103,7 @@ def compress(
         RuntimeError: If outputs differ by more than the tolerance.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1))
         >>> with torch.no_grad():
         ...     _ = model[0].weight.mul_(torch.rand(512, 64) > 0.95)
@@ -180,6 +181,7 @@ def plan_of(model: nn.Module) -> Plan:
         ValueError: If `compress` did not make this model.
 
     Example:
+        >>> import torch
         >>> fast = compress(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2))
         >>> print(plan_of(fast))
         layer  shape  choice  dense ms  chosen ms  dense bytes  bytes
