@@ -49,7 +49,8 @@ def best(
     losses are well scaled. At 80 % magnitude in rounds was ahead, at twice the fine-tuning (+1.6 %
     to +0.7 %); at 95 % without a trained network to start from, a lottery ticket was, at three
     trainings (-4.8 %). On CamVid (docs/results/camvid.md) seeds differ as much as methods do: the
-    vote was not ahead there, and magnitude with ERK was as good.
+    vote was not ahead there, and magnitude with ERK was as good. `adapmtl` collapsed there at 95 %
+    in a very short run (-30 %, two seeds): above 90 %, rather train densely and start from that.
 
     Args:
         sparsity: Share of zeros in the end.
