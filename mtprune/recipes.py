@@ -34,24 +34,24 @@ Observations = int | Literal["auto"]
 def best(
     sparsity: float, steps: int | None = None, *, trained: bool = True
 ) -> Vote | SoftThreshold:
-    """What we would use: of the methods here, the one that did best in our own comparisons.
+    """What we would use: of the methods here, the one that did best in our comparison.
 
     * From a trained network, with ``steps`` of fine-tuning ahead: `Vote` with a floor under every
       layer, in about ten updates over the first half of them.
     * From a trained network, without ``steps``: the same vote at once, on eight batches.
     * From scratch (``trained=False``): `adapmtl`, whose thresholds rise while the network trains.
 
-    What this rests on is docs/results/census.md and docs/results/camvid.md: small networks, short
-    runs. On census data the mean change of the losses against the dense network was, at 90 % zeros,
-    -0.7 % by the gradual vote and -0.3 % at once; at 95 %, -2.9 % gradually and -5.4 % at once (by
-    one ranking, without a floor). From scratch `adapmtl` lost 0.2 % and 6.7 %, where the next best
-    that trains once lost 9 % and 19 %. On CamVid, at 90 %, no method differed from another by more
-    than seeds do.
+    What this rests on is docs/results/census.md: a small network, short runs. The mean change of
+    the losses against the dense network was, at 90 % zeros, -0.7 % by the gradual vote and -0.3 %
+    at once; at 95 %, -2.9 % gradually and -6.7 % at once. From scratch `adapmtl` lost 0.2 % and
+    6.7 %, where the next best that trains once lost 9 % and 19 %.
 
     Where it is not the best: joint saliency, one sweep instead of one per task, is as good where
-    losses are well scaled. Up to 90 %, at once is as good as gradually. At 80 % magnitude in rounds
-    was ahead, at twice the fine-tuning (+1.6 % to +0.7 %); at 95 % without a trained network to
-    start from, a lottery ticket was, at three trainings (-4.8 %).
+    losses are well scaled. At 80 % magnitude in rounds was ahead, at twice the fine-tuning (+1.6 %
+    to +0.7 %); at 95 % without a trained network to start from, a lottery ticket was, at three
+    trainings (-4.8 %). On CamVid (docs/results/camvid.md) seeds differ as much as methods do: the
+    vote was not ahead there, and magnitude with ERK was as good. `adapmtl` collapsed there at 95 %
+    in a very short run (-30 %, two seeds): above 90 %, rather train densely and start from that.
 
     Args:
         sparsity: Share of zeros in the end.
