@@ -246,6 +246,7 @@ def flop(
     *,
     gates: Literal["learned", "saliency"] = "learned",
     disentangled: bool = True,
+    floor: float = 0.5,
     warmup: float = 0.1,
     cooldown: float = 0.2,
     updates: int | None = None,
@@ -266,9 +267,10 @@ def flop(
         sparsity: Share of the parameters of ``nn.Linear`` layers that is saved in the end.
         steps: Length of the run, in optimizer steps.
         gates: ``"saliency"`` prunes ever more components by the derivatives in their gates, and
-            trains no gate.
+            trains no gate: better in runs of few steps.
         disentangled: Score every task on its own and vote. False scores the sum of the losses, as
             published.
+        floor: The share of a uniform budget that every layer is sure of; 0 as published.
         warmup: Share of the run before anything happens.
         cooldown: Share of the run after the last update.
         updates: How often, about; 200 for learned gates and 10 for saliency unless given.
@@ -285,7 +287,7 @@ def flop(
     schedule: Schedule = Cubic(begin=begin, end=end, every=every)
     if gates == "learned":  # due at half time, and held there until gates have settled
         schedule = Hold(Linear(begin, (begin + end) // 2, every), until=end, every=every)
-    return LowRank(sparsity, gates, schedule=schedule, floor=0.0, disentangled=disentangled)
+    return LowRank(sparsity, gates, schedule=schedule, floor=floor, disentangled=disentangled)
 
 
 def adapmtl(

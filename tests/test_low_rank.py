@@ -592,6 +592,16 @@ def test_gates_close_until_the_constraint_is_met():
     assert 0.0 <= loop.pruner.sparsity - 0.6 < 40 / 672
 
 
+def test_what_a_layer_is_sure_of_does_not_fade():
+    loop = Loop(LowRank(0.6, "learned", schedule=Linear(0, 100, 1), floor=1.0, min_rank=0))
+    loop.train(90)
+    for x, shape in zip(
+        loop.pruner._round.memory["log_alpha"].values(), [(24, 12), (16, 24)], strict=True
+    ):
+        sure = int(0.4 * shape[0] * shape[1] / sum(shape))
+        assert int((x >= _START).sum()) >= sure > 0
+
+
 def test_gates_find_what_matters():
     """A layer of which the loss reads three directions, none of them large."""
     torch.manual_seed(0)
@@ -623,7 +633,8 @@ def test_gates_find_what_matters():
 
 def test_the_step_of_the_gates_goes_down_the_lagrangian():
     """In logit p, per parameter: minus the derivative in p, by autograd, times C / c."""
-    loop = Loop(LowRank(0.6, "learned", schedule=Linear(0, 100, 1), rate=0.01))
+    method = LowRank(0.6, "learned", schedule=Linear(0, 100, 1), rate=0.01, floor=0.0, min_rank=0)
+    loop = Loop(method)
     loop.train(30)
     before = loop.pruner._round.memory
     loop.step()
@@ -698,9 +709,9 @@ def test_losses_that_are_not_finite():
 
 def test_flop_in_fractions_of_the_run():
     assert recipes.flop(0.5, 1_000) == LowRank(
-        0.5, "learned", schedule=Hold(Linear(100, 450, 3), until=800, every=3), floor=0.0
+        0.5, "learned", schedule=Hold(Linear(100, 450, 3), until=800, every=3)
     )
-    assert recipes.flop(0.5, 1_000, gates="saliency", disentangled=False) == LowRank(
+    assert recipes.flop(0.5, 1_000, gates="saliency", disentangled=False, floor=0.0) == LowRank(
         0.5, schedule=Cubic(100, 800, 70), floor=0.0, disentangled=False
     )
     assert recipes.flop(0.5, 2).schedule.next_update(-1) is not None

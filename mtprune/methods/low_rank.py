@@ -31,7 +31,7 @@ __all__ = ["LowRank"]
 
 _START = 3.0  # log alpha of a gate at first: open with probability 0.995, 0.92 on average
 _FARTHEST = 6.0  # log alpha stays this close to 0, so that no gate is beyond recovery
-_TRAVEL = 40.0  # how far log alpha could go in a run, if a gate was at the top all the time
+_TRAVEL = 20.0  # how far log alpha could go in a run, if a gate was at the top all the time
 _STIFFNESS = 5.0  # the second multiplier at first: what a gap between due and saved counts at once
 _MEMORY = 0.9  # how much of the worth of before counts
 
@@ -69,7 +69,7 @@ class LowRank:
         observations: How many observations of every task an update needs.
         disentangled: Score every loss on its own. False scores their sum.
         rate: How far learned gates move in an update; so that all updates together could take them
-            from one end to the other three times, unless given.
+            from one end to the other and half the way back, unless given.
 
     Example:
         >>> LowRank(0.5, vote=votes.mean).gates
@@ -169,11 +169,14 @@ class LowRank:
     ) -> list[Tensor]:
         """What a budget pays for that saves this share of some layers, or of all."""
         shapes = [ballot.shapes[i] for i in layers or range(len(ballot.shapes))]
-        sizes = [math.prod(shape) for shape in shapes]
-        uniform = [(1 - share) * n / sum(s) for n, s in zip(sizes, shapes, strict=True)]
-        least = [max(self.min_rank, math.floor(self.floor * r)) for r in uniform]
-        budget = sum(sizes) - round(share * sum(sizes))
+        total = sum(map(math.prod, shapes))
+        budget, least = total - round(share * total), self._least(shapes, share)
         return ranks.select(worths, shapes, budget, least=least, alive=alive)
+
+    def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
+        """How many of its own best components each layer is sure of."""
+        uniform = [(1 - share) * math.prod(shape) / sum(shape) for shape in shapes]
+        return [max(self.min_rank, math.floor(self.floor * rank)) for rank in uniform]
 
     def _learn(self, ballot: Ballot, step: int) -> Decision:
         r"""One step of the gates, and in the end what is kept.
@@ -215,7 +218,10 @@ class LowRank:
         gap = self._saved(ballot, log_alpha) - self.schedule.progress(step) * self._due(ballot)
         first, second = memory["multipliers"] if memory else (0.0, _STIFFNESS)
         log_alpha += pace * (smooth / (1 - _MEMORY**count) + first + 2.0 * second * gap)
-        found = log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)
+        found = [x.clone() for x in log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)]
+        for x, sure in zip(found, self._least(ballot.shapes, self.sparsity), strict=True):
+            best = x.argsort(descending=True, stable=True)[:sure]
+            x[best] = x[best].clamp(min=_START)  # what a layer is sure of does not fade
         if settled:
             return Decision(
                 ballot.masks, ranks=Ranks(self._select(ballot, found, self.sparsity, sizes))
@@ -223,7 +229,7 @@ class LowRank:
         return Decision(
             ballot.masks,
             memory={
-                "log_alpha": {name: x.clone() for name, x in zip(names, found, strict=True)},
+                "log_alpha": dict(zip(names, found, strict=True)),
                 "worth": smooth,
                 "multipliers": [first + pace * gap, second + pace * gap**2],
                 "count": count,
