@@ -804,6 +804,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    transformers.logging.disable_progress_bar()  # a bar for every encoder loaded hides ours
     try:
         world = open_world(options)
     except (OSError, ValueError) as error:

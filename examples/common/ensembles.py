@@ -111,7 +111,7 @@ def _members(
     own = sum(one["size"]["total"]["kept"] for one in members.values())
     return {
         "scores": {task: score(one, task) for task, one in members.items()},
-        "kept": {task: 1 - one["job"]["sparsity"] for task, one in members.items()},
+        "kept": {task: round(1 - one["job"]["sparsity"], 6) for task, one in members.items()},
         "linear": sum(one["size"][LINEAR]["kept"] for one in members.values()),
         "total": own - (len(members) - 1) * frozen,
         "total_own": own,
