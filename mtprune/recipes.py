@@ -51,7 +51,7 @@ def best(
     to +0.7 %); at 95 % without a trained network to start from, a lottery ticket was, at three
     trainings (-4.8 %). On CamVid (docs/results/camvid.md) seeds differ as much as methods do: the
     vote was not ahead there, and magnitude with ERK was as good. `adapmtl` collapsed there at 95 %
-    in a very short run (-30 %, two seeds): above 90 %, rather train densely and start from that.
+    in a very short run (-33 %): above 90 %, rather train densely and start from that.
 
     Args:
         sparsity: Share of zeros in the end.
