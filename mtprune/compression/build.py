@@ -119,11 +119,7 @@ def compress(
     model = unwrap(model)
     before = getattr(model, _PLAN, None)
     if before is not None:
-        other = tasks is not None and _tasks(before) != set(tasks)
-        if other or (plan is not None and plan != before):
-            raise ValueError(
-                "This model is compressed already, by another plan. Give the dense model."
-            )
+        _check_same(before, plan, tasks)
         return copy.deepcopy(model).eval()
     refuse_unfinished(model)
     batches = parse(example_inputs)
@@ -168,6 +164,13 @@ def compress(
         # A copy once more: the user's own model is never run.
         plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
     return _finish(work, replace(plan, subnetwork=part))
+
+
+def _check_same(before: Plan, plan: Plan | None, tasks: Sequence[str] | None) -> None:
+    """Complain about other wishes for a model that is compressed already."""
+    other = tasks is not None and _tasks(before) != set(tasks)
+    if other or (plan is not None and plan != before):
+        raise ValueError("This model is compressed already, by another plan. Give the dense model.")
 
 
 def _tasks(plan: Plan) -> set[str]:

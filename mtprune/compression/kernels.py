@@ -84,6 +84,8 @@ class Kernel(nn.Module, ABC):
                 self.register_parameter(name, nn.Parameter(part, requires_grad=False))
             else:
                 self.register_buffer(name, part)
+        if "bias" not in parts:
+            self.register_parameter("bias", None)
 
     def _pair(self, name: str) -> tuple[int, int]:
         first, second = getattr(self, name)
@@ -93,6 +95,11 @@ class Kernel(nn.Module, ABC):
     def extra_repr(self) -> str:
         sizes = "x".join(str(size) for size in self.weight_shape)
         return f"{sizes}, {self.choice}"
+
+
+def _bias(layer: Dense) -> Parts:
+    """The part that is the same in all forms, if the layer has it."""
+    return {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
 
 
 def _check_exporting(module: nn.Module, args: Any) -> None:
@@ -255,9 +262,7 @@ class Csr(Kernel):
             "weight_col": col.int(),
             "weight_values": kept[row, col],
         }
-        if layer.bias is not None:
-            parts["bias"] = layer.bias.detach().clone()
-        return parts
+        return {**parts, **_bias(layer)}
 
     @override
     @staticmethod
@@ -276,8 +281,6 @@ class Csr(Kernel):
         self.weight_values: Tensor
         self.bias: Tensor | None
         super()._hold(layer, parts)
-        if "bias" not in parts:
-            self.register_parameter("bias", None)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -374,9 +377,7 @@ class Sparse(Kernel):
             "weight_column": column.to(torch.int16 if narrow else torch.int32),
             "weight_values": flat[row, column],
         }
-        if layer.bias is not None:
-            parts["bias"] = layer.bias.detach().clone()
-        return parts
+        return {**parts, **_bias(layer)}
 
     @override
     @staticmethod
@@ -394,8 +395,6 @@ class Sparse(Kernel):
         self.weight_values: Tensor
         self.bias: Tensor | None
         super()._hold(layer, parts)
-        if "bias" not in parts:
-            self.register_parameter("bias", None)
         if isinstance(layer, nn.Conv2d):
             self.margins = _margins(layer)
 
@@ -490,9 +489,7 @@ class SemiStructured(Kernel):
             "weight_pairs": fours.gather(2, places).flatten(1),
             "weight_places": places.to(torch.uint8).flatten(1),
         }
-        if layer.bias is not None:
-            parts["bias"] = layer.bias.detach().clone()
-        return parts
+        return {**parts, **_bias(layer)}
 
     @override
     @staticmethod
@@ -509,8 +506,6 @@ class SemiStructured(Kernel):
         self.weight_places: Tensor
         self.bias: Tensor | None
         super()._hold(layer, parts)
-        if "bias" not in parts:
-            self.register_parameter("bias", None)
         self._packed: Tensor | None = None
         self._packed_from = (0, 0)
 
