@@ -112,6 +112,11 @@ def __getattr__(name: str) -> _Any:
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
 
 
+def __dir__() -> list[str]:
+    """The API, without the modules behind it."""
+    return [*__all__, "__version__"]
+
+
 # So that from_pretrained knows compressed models.
 _when_imported(
     "transformers.quantizers.auto", lambda: _import_module("mtprune.integrations.pretrained")

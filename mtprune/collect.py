@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import distributed
+from mtprune.bits import zeroed
 from mtprune.components import Layer
-from mtprune.masking import Masking, zeroed
-from mtprune.methods.base import JOINT
+from mtprune.masking import Masking
 from mtprune.saliency import IN_PLACE, Saliency, uses_gradient
 
-__all__ = ["Collector", "Evidence", "backward", "checked", "reachable", "untouched"]
+__all__ = ["JOINT", "Collector", "Evidence", "backward", "checked", "reachable", "untouched"]
+
+JOINT = "(all tasks)"
+"""The one voter when the sum of the losses is scored instead of each loss."""
 
 Sink = Callable[[int, Tensor], None]
 

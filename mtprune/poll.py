@@ -10,10 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from mtprune import distributed
-from mtprune.collect import Evidence, checked
+from mtprune.collect import JOINT, Evidence, checked
 from mtprune.components import Layer
 from mtprune.masking import Masking
-from mtprune.methods.base import JOINT, Ballot, Method
+from mtprune.methods.base import Ballot, Method
 from mtprune.saliency import takes_generator, uses_gradient
 from mtprune.softening import SoftMasking
 from mtprune.units import Units

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import distributed
+from mtprune.bits import pack_bits, unpack_bits
 from mtprune.clock import Clock
-from mtprune.collect import backward, untouched
+from mtprune.collect import JOINT, backward, untouched
 from mtprune.components import Layer, Spec, declare, find_layers, unwrap
 from mtprune.loosening import LooseMasking
 from mtprune.lowering import RankMasking
-from mtprune.masking import accept_pruned_keys, make_masking, pack, unpack
+from mtprune.masking import accept_pruned_keys, make_masking
 from mtprune.methods import Decision, Method, Vote
-from mtprune.methods.base import JOINT, Ranks, describe
+from mtprune.methods.base import Ranks, describe
 from mtprune.optimizers import follow, raw, restart_
 from mtprune.report import (
     Count,
@@ -35,7 +36,7 @@ from mtprune.tasks import LossFunction, check_devices, compute, given, parse, sc
 from mtprune.units import cover
 from mtprune.usage import Usage
 from mtprune.weighting import Weigher, parse_weighting
-from mtprune.wishes import leave
+from mtprune.wishes import remember_task_masks
 
 __all__ = ["MultitaskPruner"]
 
@@ -322,7 +323,9 @@ class MultitaskPruner:
         if self._final is None:
             self._final, self._final_sparsity = self.masks, self.sparsity
             if self._alone:
-                leave(self._model, self._alone, {x.name: x.shape for x in self._layers})
+                remember_task_masks(
+                    self._model, self._alone, {x.name: x.shape for x in self._layers}
+                )
             self._masking.remove()
             self._round.forget()
             self._release()
@@ -359,7 +362,7 @@ class MultitaskPruner:
             }
             return {task: dict(everything) for task in self._losses}
         return {
-            task: {name: unpack(bits, shapes[name]) for name, bits in masks.items()}
+            task: {name: unpack_bits(bits, shapes[name]) for name, bits in masks.items()}
             for task, masks in self._alone.items()
         }
 
@@ -408,7 +411,7 @@ class MultitaskPruner:
             "step": self._clock.step,
             "done": self._clock.done,
             "users": None if self._usage.settled is None else dict(self._usage.settled),
-            "masks": {name: pack(mask) for name, mask in held.items() if mask is not None},
+            "masks": {name: pack_bits(mask) for name, mask in held.items() if mask is not None},
             "facts": self._facts.state_dict(),
             "soft": self._soft_state(active),
             "loose": isinstance(self._masking, LooseMasking) and self._masking.is_loose,
@@ -447,7 +450,9 @@ class MultitaskPruner:
         self._generator.set_state(state["generator"].cpu())
         self._alone = None if state["masks"] else {}
         active = [layer for _, layer in self._usage.active() if layer.name in state["masks"]]
-        masks = [unpack(state["masks"][x.name].to(x.parameter.device), x.shape) for x in active]
+        masks = [
+            unpack_bits(state["masks"][x.name].to(x.parameter.device), x.shape) for x in active
+        ]
         if state["soft"]:
             assert isinstance(self._masking, SoftMasking)
             self._masking.restore(active, masks, state["soft"])
@@ -563,7 +568,7 @@ class MultitaskPruner:
             known = {voter: decision.alone[voter][place] for voter in asked}
             wishes = {task: known[voters[task]] for task in using if asked}
             for task in using:
-                alone[task][layer.name] = pack(wishes.get(task, mask))
+                alone[task][layer.name] = pack_bits(wishes.get(task, mask))
             tau = None if softly is None else float(softly.thresholds[place])
             cost = self._costs.get(layer.name)
             component = components[layer.name]

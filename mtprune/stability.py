@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtprune.masking import pack
+from mtprune.bits import pack_bits
 
 __all__ = ["Stability", "iou"]
 
@@ -43,7 +43,7 @@ class Stability:
             return True
         if observations in self._snapshots or not _is_milestone(observations):
             return False
-        now = [pack(mask) for mask in masks()]
+        now = [pack_bits(mask) for mask in masks()]
         half = self._snapshots.get(observations // 2)
         if observations >= _LEAST and half is not None:
             self.stable = iou(now, half) > _ALIKE

@@ -10,40 +10,43 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mtprune.masking import unpack
+from mtprune.bits import unpack_bits
 
-__all__ = ["TaskMasks", "leave", "left"]
+__all__ = ["TaskMasks", "recall_task_masks", "remember_task_masks"]
 
 TaskMasks = Mapping[str, Mapping[str, Tensor]]
 """For each task, by parameter name, what it would keep: True = keep."""
 
-_LEFT: "weakref.WeakKeyDictionary[nn.Module, tuple[TaskMasks, Mapping[str, tuple[int, ...]]]]" = (
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of layers, by parameter name."""
+
+_REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, tuple[TaskMasks, Shapes]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
-def leave(model: nn.Module, packed: TaskMasks, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Remember the wishes for a model.
+def remember_task_masks(model: nn.Module, packed: TaskMasks, shapes: Shapes) -> None:
+    """Remember the task masks of a model.
 
     Args:
         model: The model.
         packed: Its task masks, packed to bits.
         shapes: Of its layers.
     """
-    _LEFT[model] = (packed, shapes)
+    _REMEMBERED[model] = (packed, shapes)
 
 
-def left(model: nn.Module) -> dict[str, dict[str, Tensor]] | None:
-    """The task masks that were left for a model; None if there are none.
+def recall_task_masks(model: nn.Module) -> dict[str, dict[str, Tensor]] | None:
+    """The task masks that are remembered for a model; None if there are none.
 
     Example:
-        >>> left(nn.Linear(2, 2)) is None
+        >>> recall_task_masks(nn.Linear(2, 2)) is None
         True
     """
-    if model not in _LEFT:
+    if model not in _REMEMBERED:
         return None
-    packed, shapes = _LEFT[model]
+    packed, shapes = _REMEMBERED[model]
     return {
-        task: {name: unpack(bits, shapes[name]) for name, bits in masks.items()}
+        task: {name: unpack_bits(bits, shapes[name]) for name, bits in masks.items()}
         for task, masks in packed.items()
     }

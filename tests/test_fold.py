@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtprune import Cubic, MultitaskPruner, OneShot, Vote, distributed, saliency
-from mtprune.masking import pack
+from mtprune.bits import pack_bits
 from mtprune.stability import iou
 from tests import nets
 from tests.nets import Run, build, same
@@ -154,7 +154,7 @@ def test_scores_in_bfloat16_give_the_exact_count_and_nearly_the_same_masks(backe
     exact = pruned(device, backend).pruner
     rough = pruned(device, backend, score_dtype=torch.bfloat16).pruner
     assert rough.sparsity == exact.sparsity
-    ours, theirs = ([pack(m.cpu()) for m in p.masks.values()] for p in (exact, rough))
+    ours, theirs = ([pack_bits(m.cpu()) for m in p.masks.values()] for p in (exact, rough))
     assert iou(ours, theirs) > 0.9
 
 

@@ -6,8 +6,8 @@ import torch
 
 from mtprune import Cubic, Erk, Floor, Linear, OneShot, PerTaskKeep, Regrow, Vote, saliency, votes
 from mtprune.allocation import layer_counts
+from mtprune.collect import JOINT
 from mtprune.methods import Ballot, describe
-from mtprune.methods.base import JOINT
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
 from tests.test_votes import EVERY_VOTE, VOTES

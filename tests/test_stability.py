@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtprune.masking import pack
+from mtprune.bits import pack_bits
 from mtprune.stability import Stability, iou
 
 SIZE = 1_000
@@ -40,13 +40,13 @@ def watch(masks_at, most=100):
 )
 def test_overlap_of_packed_masks(rows, expected, device):
     one, two = (torch.tensor(row, dtype=torch.bool, device=device) for row in rows)
-    assert iou([pack(one)], [pack(two)]) == pytest.approx(expected)
+    assert iou([pack_bits(one)], [pack_bits(two)]) == pytest.approx(expected)
 
 
 def test_overlap_is_summed_over_layers():
     one = [torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)]
     two = [torch.ones(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)]
-    assert iou([pack(m) for m in one], [pack(m) for m in two]) == 0.5
+    assert iou([pack_bits(m) for m in one], [pack_bits(m) for m in two]) == 0.5
 
 
 def test_masks_that_never_change_are_enough_at_four(device):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mtprune.bits import zeroed
 from mtprune.collect import reachable, untouched
 from mtprune.components import own_name
 from mtprune.compression.running import call, named_tensors, run
-from mtprune.masking import zeroed
-from mtprune.wishes import TaskMasks, left
+from mtprune.wishes import TaskMasks, recall_task_masks
 
 __all__ = ["Absent", "Place", "Places", "Subnetwork", "cut", "extract"]
 
@@ -120,7 +120,7 @@ def extract(
     Raises:
         ValueError: If it is unknown who voted for what, or which outputs belong to whom.
     """
-    wishes = left(model) if task_masks is None else task_masks
+    wishes = recall_task_masks(model) if task_masks is None else task_masks
     if wishes is None:
         raise ValueError(
             "`tasks` needs to know what each task voted for, and no pruner has left that for this "

@@ -15,10 +15,7 @@ from mtprune.schedule import Schedule
 from mtprune.softening import Watch
 from mtprune.units import Units
 
-__all__ = ["JOINT", "Ballot", "Decision", "Method", "Ranks", "Softly", "describe"]
-
-JOINT = "(all tasks)"
-"""The one voter when the sum of the losses is scored instead of each loss."""
+__all__ = ["Ballot", "Decision", "Method", "Ranks", "Softly", "describe"]
 
 
 @dataclass(frozen=True)
