@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
+from mtprune import checks
 from mtprune.selection import Quota
 
 __all__ = ["Allocation", "Erk", "Floor", "apportion", "erk_densities", "layer_counts", "quotas"]
@@ -37,8 +38,7 @@ class Erk:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not 0.0 <= self.power < float("inf"):
-            raise ValueError(f"`power` must be at least 0. Got {self.power!r}.")
+        checks.inside("power", self.power, "[0, inf)", must="must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ class Floor:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not 0.0 <= self.fraction <= 1.0:
-            raise ValueError(f"`fraction` must be in [0, 1]. Got {self.fraction!r}.")
-        if not (isinstance(self.of, Erk) or self.of in ("erk", "uniform")):
-            raise ValueError(f"`of` must be 'erk', 'uniform' or Erk(power). Got {self.of!r}.")
+        checks.inside("fraction", self.fraction, "[0, 1]")
+        if not isinstance(self.of, Erk):
+            checks.either("of", self.of, ("erk", "uniform"), other="Erk(power)")
 
 
 Allocation = str | Erk | Floor | Mapping[str, float]

@@ -7,11 +7,11 @@ which rule it follows, and always shows the others beside it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import isfinite
 from typing import Literal
 
 from torch import nn
 
+from mtprune import checks
 from mtprune.components import Spec, prunable, unwrap
 
 __all__ = ["RULES", "Ensemble", "Size", "best_ensemble", "count", "equal_split"]
@@ -84,8 +84,7 @@ def count(
           encoder                     40 dense              24 kept   60.00%
           total                       49 dense              33 kept   67.35%
     """
-    if what not in RULES:
-        raise ValueError(f"`what` must be one of {RULES}. Got {what!r}.")
+    checks.one_of("what", what, RULES)
     if encoder is None and what != "total":
         raise ValueError(
             f"what={what!r} needs `encoder`: the module in the model that is the encoder, or its "
@@ -252,33 +251,16 @@ def _ensemble(curves: Curves, chosen: Mapping[str, int], budget: int) -> Ensembl
 
 
 def _check(curves: Curves, budget: int) -> None:
-    if not isinstance(curves, Mapping) or not curves:
-        raise ValueError(f"`curves` must be a mapping task -> {{size: score}}. Got {curves!r}.")
+    checks.mapping("curves", curves, "task -> {size: score}", filled=True)
     for task, curve in curves.items():
-        if not isinstance(curve, Mapping) or not curve:
-            raise ValueError(
-                f"`curves` of task '{task}' must be a mapping size -> score with at least one "
-                f"size. Got {curve!r}."
-            )
+        of, form = f" of task '{task}'", "size -> score with at least one size"
+        checks.mapping("curves", curve, form, of=of, filled=True)
         for size, score in curve.items():
-            if not _is_whole(size):
-                raise ValueError(
-                    f"`curves` of task '{task}' must have whole numbers of parameters as sizes. "
-                    f"Got {size!r}."
-                )
-            if isinstance(score, bool) or not isinstance(score, (int, float)):
-                raise TypeError(
-                    f"`curves` of task '{task}' must have a number as score of size {size:,}. "
-                    f"Got {score!r}."
-                )
-            if not isfinite(score):
-                raise ValueError(
-                    f"`curves` of task '{task}' has no finite score at size {size:,}. "
-                    f"Got {score!r}: leave out what could not be measured."
-                )
-    if not _is_whole(budget):
-        raise ValueError(f"`budget` must be a whole number of parameters. Got {budget!r}.")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            must = "must have whole numbers of parameters as sizes"
+            checks.whole("curves", size, least=0, of=of, must=must)
+            must = f"must have a number as score of size {size:,}"
+            checks.number("curves", score, of=of, must=must)
+            must = f"has no finite score at size {size:,}"
+            why = "leave out what could not be measured"
+            checks.inside("curves", score, "(-inf, inf)", of=of, must=must, why=why)
+    checks.whole("budget", budget, least=0, must="must be a whole number of parameters")

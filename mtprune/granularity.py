@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtprune import checks
 from mtprune.components import Layer
 from mtprune.structure import Group
 
@@ -106,8 +107,8 @@ class Block:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_whole(self, "rows", 1)
-        _check_whole(self, "columns", 1)
+        checks.whole("rows", self.rows, least=1)
+        checks.whole("columns", self.columns, least=1)
 
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
@@ -151,8 +152,8 @@ class NM:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_whole(self, "n", 1)
-        _check_whole(self, "m", 2)
+        checks.whole("n", self.n, least=1)
+        checks.whole("m", self.m, least=2)
         if self.m > 255:
             raise ValueError(f"`m` must be at most 255. Got {self.m}.")
         if self.n >= self.m:
@@ -299,12 +300,36 @@ class Channel:
         return channels(model, self.example_inputs)
 
 
+def check_granularity(granularity: object) -> None:
+    """Refuse what is no granularity.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    for one in several:
+        spans = checks.has_methods(one, "groups")
+        if not spans and not checks.has_methods(one, "left_out", "pool", "spread"):
+            must = (
+                "must be a granularity such as Element() or Block(4, 4), or a tuple of some that "
+                "span layers"
+            )
+            raise TypeError(checks.message("granularity", granularity, must))
+        if isinstance(granularity, tuple) and not spans:
+            raise TypeError(
+                f"In a tuple, `granularity` must span layers, such as Head(). Got {one!r}."
+            )
+    if not several:
+        raise TypeError("`granularity` is empty.")
+
+
+def example_inputs_of(granularity: Granularity) -> Any:
+    """What a granularity calls the model with; None if it does not."""
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    given = (getattr(one, "example_inputs", None) for one in several)
+    return next((inputs for inputs in given if inputs is not None), None)
+
+
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Height and width of a weight seen as a matrix."""
     return shape[0], prod(shape[1:])
-
-
-def _check_whole(value: object, name: str, least: int) -> None:
-    number = getattr(value, name)
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"`{name}` must be a whole number, at least {least}. Got {number!r}.")

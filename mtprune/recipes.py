@@ -6,7 +6,7 @@ own models `Vote(sparsity=...)`, with a floor under every layer, is the better s
 
 from typing import Literal
 
-from mtprune import saliency
+from mtprune import checks, saliency
 from mtprune.allocation import Allocation, Erk
 from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Schedule
@@ -72,7 +72,7 @@ def best(
                 "From scratch, `steps` must be given: thresholds rise over three quarters of them."
             )
         return Vote(sparsity, observations=8)
-    _check_whole("steps", steps)
+    checks.whole("steps", steps, least=1)
     if not trained:
         return adapmtl(sparsity, steps)
     every = max(1, steps // 20)
@@ -393,18 +393,12 @@ def adapmtl_published(
 
 def _check_run(steps: int, updates: int, warmup: float, cooldown: float) -> None:
     """Refuse a run in which there is no time to prune."""
-    _check_whole("steps", steps)
-    _check_whole("updates", updates)
+    checks.whole("steps", steps, least=1)
+    checks.whole("updates", updates, least=1)
     for name, share in (("warmup", warmup), ("cooldown", cooldown)):
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"`{name}` is a share of the run, in [0, 1). Got {share!r}.")
+        checks.inside(name, share, "[0, 1)", must="is a share of the run, in [0, 1)")
     if warmup + cooldown >= 1.0:
         raise ValueError(
             f"`warmup` {warmup} and `cooldown` {cooldown} leave nothing of the run to prune in. "
             "Together they must be less than 1."
         )
-
-
-def _check_whole(name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"`{name}` must be a whole number, at least 1. Got {number!r}.")

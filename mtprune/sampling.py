@@ -15,6 +15,8 @@ from itertools import accumulate, cycle, islice
 
 import torch
 
+from mtprune import checks
+
 __all__ = ["HOW", "sample_tasks", "shares"]
 
 HOW = ("proportional", "temperature", "uniform", "round_robin")
@@ -38,18 +40,12 @@ def shares(
         >>> shares({"sst2": 6400, "trec": 400, "cola": 100}, "temperature")
         {'sst2': 0.7272727272727273, 'trec': 0.18181818181818182, 'cola': 0.09090909090909091}
     """
-    if not isinstance(sizes, Mapping) or not sizes:
-        raise ValueError(f"`sizes` must be a mapping task -> number of examples. Got {sizes!r}.")
+    checks.mapping("sizes", sizes, "task -> number of examples", filled=True)
     for task, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"`sizes` of task '{task}' must be a whole number of examples, at least 1. "
-                f"Got {size!r}."
-            )
-    if how not in HOW:
-        raise ValueError(f"`how` must be one of {HOW}. Got {how!r}.")
-    if isinstance(temperature, bool) or not 0.0 < temperature < float("inf"):
-        raise ValueError(f"`temperature` must be a positive number. Got {temperature!r}.")
+        must = "must be a whole number of examples, at least 1"
+        checks.whole("sizes", size, least=1, of=f" of task '{task}'", must=must)
+    checks.one_of("how", how, HOW)
+    checks.inside("temperature", temperature, "(0, inf)", must="must be a positive number")
     power = {"proportional": 1.0, "temperature": 1.0 / temperature}.get(how, 0.0)
     most = max(sizes.values())
     worth = {task: (size / most) ** power for task, size in sizes.items()}
@@ -83,8 +79,7 @@ def sample_tasks(
         ['sst2', 'trec', 'sst2', 'trec', 'sst2']
     """
     found = shares(sizes, how, temperature=temperature)
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise ValueError(f"`start` must be a whole number of steps, at least 0. Got {start!r}.")
+    checks.whole("start", start, least=0, must="must be a whole number of steps, at least 0")
     if how == "round_robin":
         return islice(cycle(found), start % len(found), None)
     own = torch.Generator().manual_seed(0) if generator is None else generator

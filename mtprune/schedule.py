@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from mtprune import checks
+
 __all__ = ["Cubic", "Hold", "Linear", "OneShot", "Regrow", "Schedule"]
 
 
@@ -40,7 +42,7 @@ class OneShot:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _whole("at", self.at, least=0)
+        checks.whole("at", self.at, least=0)
 
     def next_update(self, after: int) -> int | None:
         """See `Schedule`."""
@@ -127,12 +129,12 @@ class Hold:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if isinstance(self.schedule, (type, Regrow)) or not hasattr(self.schedule, "next_update"):
-            raise TypeError(
-                f"`schedule` must be OneShot(), Linear(...) or Cubic(...). Got {self.schedule!r}."
-            )
-        _whole("until", self.until, least=0)
-        _whole("every", self.every, least=1)
+        must = "must be OneShot(), Linear(...) or Cubic(...)"
+        checks.object_with("schedule", self.schedule, "next_update", must=must)
+        if isinstance(self.schedule, Regrow):
+            raise TypeError(checks.message("schedule", self.schedule, must))
+        checks.whole("until", self.until, least=0)
+        checks.whole("every", self.every, least=1)
         if self.schedule.next_update(self.until) is not None:
             raise ValueError(
                 f"`until` must not come before the last update of `schedule`. Got {self.until}, "
@@ -175,10 +177,9 @@ class Regrow:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _whole("every", self.every, least=1)
-        _whole("end", self.end, least=1)
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"`fraction` must be in (0, 1]. Got {self.fraction!r}.")
+        checks.whole("every", self.every, least=1)
+        checks.whole("end", self.end, least=1)
+        checks.inside("fraction", self.fraction, "(0, 1]")
 
     def next_update(self, after: int) -> int | None:
         """See `Schedule`."""
@@ -196,15 +197,10 @@ class Regrow:
         return self.fraction / 2 * (1 + math.cos(math.pi * min(step / self.end, 1.0)))
 
 
-def _whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be a whole number, at least {least}. Got {value!r}.")
-
-
 def _interval(begin: int, end: int, every: int) -> None:
-    _whole("begin", begin, least=0)
-    _whole("end", end, least=0)
-    _whole("every", every, least=1)
+    checks.whole("begin", begin, least=0)
+    checks.whole("end", end, least=0)
+    checks.whole("every", every, least=1)
     if end < begin:
         raise ValueError(
             f"The schedule ends before it begins: `begin` is {begin}, `end` is {end}. "

@@ -19,6 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mtprune import checks
+
 __all__ = ["Vote", "at_least", "intersection", "majority", "mean", "unanimous"]
 
 Vote = Callable[[Tensor], Tensor]
@@ -63,8 +65,7 @@ def at_least(m: int) -> Vote:
         >>> at_least(1)(torch.tensor([[0.75, 0.5, 0.0], [0.0, 0.5, 0.75]]))
         tensor([0.0000, 0.5000, 0.0000])
     """
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise ValueError(f"`m` must be a whole number of tasks, at least 1. Got {m!r}.")
+    checks.whole("m", m, least=1, must="must be a whole number of tasks, at least 1")
     return partial(mth_smallest, m=m)
 
 
@@ -89,6 +90,17 @@ def pick(rows: Sequence[Tensor], m: int) -> Tensor:
     if m <= (len(rows) + 1) // 2:
         return _ascending(rows, m)[m - 1]
     return _ascending(rows, len(rows) + 1 - m, torch.maximum, torch.minimum)[len(rows) - m]
+
+
+def check(vote: object) -> None:
+    """Refuse what is no vote.
+
+    Raises:
+        TypeError: If it is no function, or `at_least` without its number.
+    """
+    checks.function("vote", vote)
+    if vote is at_least:
+        raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
 
 
 def _ascending(

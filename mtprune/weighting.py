@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mtprune import checks
+
 __all__ = [
     "Noise",
     "PruningSensitivity",
@@ -74,12 +76,8 @@ class Noise:
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name, least in (("begin", 0), ("window", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be a whole number, at least {least}. Got {value!r}."
-                )
+        checks.whole("begin", self.begin, least=0)
+        checks.whole("window", self.window, least=1)
 
     def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `Rule`."""
@@ -142,9 +140,8 @@ class PruningSensitivity:
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("decay", "least"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1). Got {getattr(self, name)!r}.")
+        checks.inside("decay", self.decay, "[0, 1)")
+        checks.inside("least", self.least, "[0, 1)")
 
     def average(self, memory: Mapping[str, float], slopes: Mapping[str, float]) -> dict[str, float]:
         """The moving averages after an update with these slopes."""
@@ -174,8 +171,7 @@ def parse_weighting(weighting: object) -> Any:
     """
     named = {"uniform": uniform, "noise": Noise(), "pruning_sensitivity": PruningSensitivity()}
     if isinstance(weighting, str):
-        if weighting not in named:
-            raise ValueError(f"`weighting` must be one of {tuple(named)}. Got {weighting!r}.")
+        checks.one_of("weighting", weighting, tuple(named))
         return named[weighting]
     if isinstance(weighting, (Noise, PruningSensitivity)):
         return weighting

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mtprune import checks
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.sizes import Sizes
 
@@ -178,8 +179,7 @@ class Plan:
             KeyError: If there is no such layer.
             ValueError: If there is no such form.
         """
-        if choice not in CHOICES:
-            raise ValueError(f"`choice` must be one of {CHOICES}. Got {choice!r}.")
+        checks.one_of("choice", choice, CHOICES)
         if layer != "*":
             self[layer]
         rows = tuple(

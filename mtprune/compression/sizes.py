@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtprune import checks
 from mtprune.collect import untouched
 from mtprune.components import unwrap
 from mtprune.compression.kernels import Kernel
@@ -164,8 +165,7 @@ def measure(
         >>> sizes.spread[0] <= sizes.ms <= sizes.spread[1]
         True
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 20:
-        raise ValueError(f"`rounds` must be at least 20. Got {rounds!r}.")
+    checks.whole("rounds", rounds, least=20, must="must be at least 20")
     models = [unwrap(model)] if against is None else [unwrap(against), unwrap(model)]
     batches = parse(example_inputs)
     with ExitStack() as stack:

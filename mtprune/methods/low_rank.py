@@ -18,11 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mtprune import gates, ranks, votes
+from mtprune import checks, gates, ranks, votes
 from mtprune.components import Layer
 from mtprune.granularity import Element, Granularity
 from mtprune.methods.base import Ballot, Decision, Ranks
-from mtprune.methods.vote import check_sparsity
 from mtprune.saliency import Saliency, movement
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import rank
@@ -97,19 +96,11 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_sparsity("sparsity", self.sparsity)
-        if self.gates not in ("saliency", "learned"):
-            raise ValueError(f"`gates` must be 'saliency' or 'learned'. Got {self.gates!r}.")
-        if not callable(self.vote):
-            raise TypeError(f"`vote` must be a function. Got {self.vote!r}.")
-        vote: object = self.vote
-        if vote is votes.at_least:
-            raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
-            raise TypeError(
-                f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
-                f"Got {self.schedule!r}."
-            )
+        checks.sparsity("sparsity", self.sparsity)
+        checks.either("gates", self.gates, ("saliency", "learned"))
+        votes.check(self.vote)
+        must = "must be a schedule such as OneShot() or Cubic(...)"
+        checks.object_with("schedule", self.schedule, "next_update", must=must)
         if isinstance(self.schedule, Regrow):
             raise ValueError(
                 "Regrow is sparse training at constant sparsity. Ranks need a schedule that ends: "
@@ -120,16 +111,11 @@ class LowRank:
                 "gates='learned' needs time to learn: schedule=Cubic(begin=..., end=..., every=...)"
                 ", or recipes.flop(sparsity, steps). OneShot goes with gates='saliency'."
             )
-        for name, least in (("min_rank", 0), ("observations", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be a whole number, at least {least}. Got {value!r}."
-                )
-        if isinstance(self.floor, bool) or not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"`floor` is a share, in [0, 1]. Got {self.floor!r}.")
-        if self.rate is not None and (isinstance(self.rate, bool) or not self.rate > 0.0):
-            raise ValueError(f"`rate` must be positive. Got {self.rate!r}.")
+        checks.whole("min_rank", self.min_rank, least=0)
+        checks.whole("observations", self.observations, least=1)
+        checks.inside("floor", self.floor, "[0, 1]", must="is a share, in [0, 1]")
+        if self.rate is not None:
+            checks.inside("rate", self.rate, "(0, inf]", must="must be positive")
 
     def unfit(self, layer: Layer) -> str:
         """Why a layer is left dense; empty if it is not."""

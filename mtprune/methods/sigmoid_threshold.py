@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from mtprune import checks
 from mtprune.granularity import Element, Granularity
 from mtprune.methods.base import Ballot, Decision, Softly
-from mtprune.methods.vote import check_sparsity
 from mtprune.schedule import Linear, Schedule
 from mtprune.weighting import parse_weighting
 
@@ -60,13 +60,11 @@ class SigmoidThreshold:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_sparsity("sparsity", self.sparsity)
+        checks.sparsity("sparsity", self.sparsity)
         Linear(begin=0, end=self.end, every=1)
-        if self.rule not in ("adam", "sgd"):
-            raise ValueError(f"`rule` must be 'adam' or 'sgd'. Got {self.rule!r}.")
-        for name in ("lr", "weight_decay"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be at least 0. Got {getattr(self, name)!r}.")
+        checks.either("rule", self.rule, ("adam", "sgd"))
+        checks.inside("lr", self.lr, "[0, inf)", must="must be at least 0")
+        checks.inside("weight_decay", self.weight_decay, "[0, inf)", must="must be at least 0")
         parse_weighting(self.weighting)
 
     @property

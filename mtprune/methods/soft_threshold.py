@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mtprune import checks
 from mtprune.allocation import quotas
 from mtprune.granularity import Element, Granularity
 from mtprune.methods.base import Ballot, Decision, Softly
-from mtprune.methods.vote import check_sparsity
 from mtprune.saliency import Saliency
 from mtprune.schedule import Cubic, Regrow, Schedule
 from mtprune.selection import Quota
@@ -107,66 +107,50 @@ class SoftThreshold:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_sparsity("sparsity", self.sparsity)
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
-            raise TypeError(
-                f"`schedule` must be a schedule such as Cubic(...). Got {self.schedule!r}."
-            )
+        checks.sparsity("sparsity", self.sparsity)
+        must = "must be a schedule such as Cubic(...)"
+        checks.object_with("schedule", self.schedule, "next_update", must=must)
         if isinstance(self.schedule, Regrow):
             raise ValueError(
                 "Regrow is sparse training at constant sparsity. Thresholds need a schedule that "
                 "ends: Cubic(...), Linear(...) or OneShot(...)."
             )
-        for name, known in (
-            ("per", ("component", "layer")),
-            ("grad_mode", ("str", "ste", "anneal")),
-            ("control", ("exact", "pi")),
-            ("scale", ("rms", "none")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}. Got {getattr(self, name)!r}.")
+        checks.one_of("per", self.per, ("component", "layer"))
+        checks.one_of("grad_mode", self.grad_mode, ("str", "ste", "anneal"))
+        checks.one_of("control", self.control, ("exact", "pi"))
+        checks.one_of("scale", self.scale, ("rms", "none"))
         if isinstance(self.allocation, Mapping):
+            must = "must be a number, the offset of its log-threshold"
+            why = "an offset of 1 makes a threshold 2.7 times as large"
             for component, offset in self.allocation.items():
-                if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-                    raise TypeError(
-                        f"`allocation` of '{component}' must be a number, the offset of its "
-                        f"log-threshold. Got {offset!r}."
-                    )
-                if not abs(offset) <= 20.0:
-                    raise ValueError(
-                        f"`allocation` of '{component}' must be in [-20, 20]. Got {offset!r}: an "
-                        "offset of 1 makes a threshold 2.7 times as large."
-                    )
-        elif self.allocation not in ("uniform", "learned"):
-            raise ValueError(
-                "`allocation` must be 'uniform', 'learned' or a mapping component -> offset. "
-                f"Got {self.allocation!r}."
-            )
+                of = f" of '{component}'"
+                checks.number("allocation", offset, of=of, must=must)
+                checks.inside("allocation", offset, "[-20, 20]", of=of, why=why)
+        else:
+            other = "a mapping component -> offset"
+            checks.either("allocation", self.allocation, ("uniform", "learned"), other)
         if isinstance(self.budget_unit, Mapping):
             for component, sparsity in self.budget_unit.items():
-                check_sparsity(f"budget_unit[{component!r}]", sparsity)
-        elif self.budget_unit not in ("params", "macs"):
-            raise ValueError(
-                "`budget_unit` must be 'params', 'macs' or a mapping component -> sparsity. "
-                f"Got {self.budget_unit!r}."
-            )
+                checks.sparsity(f"budget_unit[{component!r}]", sparsity)
+        else:
+            other = "a mapping component -> sparsity"
+            checks.either("budget_unit", self.budget_unit, ("params", "macs"), other)
         if self.budget_unit == "macs" and self.example_inputs is None:
             raise ValueError(
                 "budget_unit='macs' needs `example_inputs`: what the model is called with."
             )
         caps = self.max_sparsity
-        for name, cap in caps.items() if isinstance(caps, Mapping) else (("", caps),):
-            if cap is not None and (isinstance(cap, bool) or not 0.0 < cap <= 1.0):
-                at = f"[{name!r}]" if name else ""
-                raise ValueError(f"`max_sparsity`{at} must be in (0, 1]. Got {cap!r}.")
+        if isinstance(caps, Mapping):
+            given = {component: cap for component, cap in caps.items() if cap is not None}
+            for component, cap in given.items():
+                checks.inside("max_sparsity", cap, "(0, 1]", of=f"[{component!r}]")
+        elif caps is not None:
+            checks.inside("max_sparsity", caps, "(0, 1]")
         if isinstance(caps, (int, float)) and self.budget_unit == "params" and caps < self.sparsity:
             raise ValueError(_unreachable(self.sparsity, caps))
         parse_weighting(self.weighting)
-        if not 0.0 < self.rate < 1.0:
-            raise ValueError(f"`rate` must be in (0, 1). Got {self.rate!r}.")
-        whole = isinstance(self.observations, int) and not isinstance(self.observations, bool)
-        if not whole or self.observations < 1:
-            raise ValueError(f"`observations` must be at least 1. Got {self.observations!r}.")
+        checks.inside("rate", self.rate, "(0, 1)")
+        checks.whole("observations", self.observations, least=1, must="must be at least 1")
 
     @property
     def saliency(self) -> Saliency | None:

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mtprune import checks, votes
 from mtprune import saliency as saliencies
-from mtprune import votes
 from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
-from mtprune.granularity import NM, Element, Granularity
+from mtprune.granularity import (
+    NM,
+    Element,
+    Granularity,
+    check_granularity,
+    example_inputs_of,
+)
 from mtprune.methods.base import Ballot, Decision, describe
 from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
@@ -39,8 +45,7 @@ class PerTaskKeep:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not 0.0 < self.ratio <= 1.0:
-            raise ValueError(f"`ratio` must be in (0, 1]. Got {self.ratio!r}.")
+        checks.inside("ratio", self.ratio, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -98,40 +103,29 @@ class Vote:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _check_granularity(self.granularity)
+        check_granularity(self.granularity)
         self._check_amount()
-        for name in ("saliency", "vote"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"`{name}` must be a function. Got {getattr(self, name)!r}.")
-        vote: object = self.vote
-        if vote is votes.at_least:
-            raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
+        checks.function("saliency", self.saliency)
+        votes.check(self.vote)
         saliencies.uses_gradient(self.saliency)
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_update"):
-            raise TypeError(
-                f"`schedule` must be a schedule such as OneShot() or Cubic(...). "
-                f"Got {self.schedule!r}."
-            )
+        must = "must be a schedule such as OneShot() or Cubic(...)"
+        checks.object_with("schedule", self.schedule, "next_update", must=must)
         _check_allocation(self.allocation)
-        if not isinstance(self.priority, Mapping):
-            raise TypeError(f"`priority` must be a mapping task -> factor. Got {self.priority!r}.")
+        checks.mapping("priority", self.priority, "task -> factor")
         for task, factor in self.priority.items():
-            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-                raise TypeError(f"`priority` of task '{task}' must be a number. Got {factor!r}.")
-            if not 0.0 < factor < float("inf"):
-                raise ValueError(f"`priority` of task '{task}' must be positive. Got {factor!r}.")
+            of = f" of task '{task}'"
+            checks.number("priority", factor, of=of)
+            checks.inside("priority", factor, "(0, inf)", of=of, must="must be positive")
         if self.priority and (isinstance(self.sparsity, PerTaskKeep) or not self.disentangled):
             raise ValueError(
                 "`priority` shifts the tasks' percentiles against each other: there are none with "
                 "PerTaskKeep, and only one voter with disentangled=False."
             )
         auto = self.observations == "auto"
-        if not auto and (not _is_whole(self.observations) or int(self.observations) < 1):
-            raise ValueError(
-                f"`observations` must be at least 1, or 'auto'. Got {self.observations!r}."
-            )
-        if not _is_whole(self.min_keep) or self.min_keep < 0:
-            raise ValueError(f"`min_keep` must be a whole number. Got {self.min_keep!r}.")
+        if not auto:
+            must = "must be at least 1, or 'auto'"
+            checks.whole("observations", self.observations, least=1, must=must)
+        checks.whole("min_keep", self.min_keep, least=0, must="must be a whole number")
         if self.regrows and (self.allocation == "global" or isinstance(self.sparsity, PerTaskKeep)):
             raise ValueError(
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
@@ -172,16 +166,13 @@ class Vote:
             )
         if self.macs is None and self.speedup is None:
             if not isinstance(self.sparsity, PerTaskKeep):
-                check_sparsity("sparsity", self.sparsity)
+                checks.sparsity("sparsity", self.sparsity)
             return
-        value = getattr(self, given[0])
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{given[0]}` must be a number. Got {value!r}.")
-        if self.macs is not None and not 0.0 < self.macs <= 1.0:
-            hint = f" Did you mean {self.macs / 100:g}?" if 1.0 < self.macs < 100.0 else ""
-            raise ValueError(f"`macs` is what stays, in (0, 1]. Got {self.macs!r}.{hint}")
-        if self.speedup is not None and not 1.0 <= self.speedup < float("inf"):
-            raise ValueError(f"`speedup` must be at least 1. Got {self.speedup!r}.")
+        checks.number(given[0], getattr(self, given[0]))
+        if self.macs is not None:
+            checks.share("macs", self.macs, "(0, 1]", must="is what stays, in (0, 1]")
+        if self.speedup is not None:
+            checks.inside("speedup", self.speedup, "[1, inf)", must="must be at least 1")
         if is_single(self.granularity):
             raise ValueError(
                 f"`{given[0]}` needs units that can be left out of a product: Channel(...), "
@@ -189,7 +180,7 @@ class Vote:
                 "budget_unit='macs') counts multiply-adds."
             )
         if self.example_inputs is None:
-            object.__setattr__(self, "example_inputs", _inputs_of(self.granularity))
+            object.__setattr__(self, "example_inputs", example_inputs_of(self.granularity))
         if self.example_inputs is None:
             raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
 
@@ -496,61 +487,17 @@ def _per_cost(
     ]
 
 
-def check_sparsity(name: str, value: object) -> None:
-    """Refuse what is not a share of zeros in [0, 1).
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number in [0, 1). Got {value!r}.")
-    if not 0.0 <= value < 1.0:
-        hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
-        raise ValueError(f"`{name}` must be in [0, 1). Got {value!r}.{hint}")
-
-
-def _inputs_of(granularity: Granularity) -> Any:
-    """What a granularity calls the model with, if it does."""
-    several = granularity if isinstance(granularity, tuple) else (granularity,)
-    given = (getattr(one, "example_inputs", None) for one in several)
-    return next((inputs for inputs in given if inputs is not None), None)
-
-
-def _check_granularity(granularity: object) -> None:
-    several = granularity if isinstance(granularity, tuple) else (granularity,)
-    for one in several:
-        spans = callable(getattr(one, "groups", None))
-        cuts = all(callable(getattr(one, name, None)) for name in ("left_out", "pool", "spread"))
-        if isinstance(one, type) or not (spans or cuts):
-            raise TypeError(
-                "`granularity` must be a granularity such as Element() or Block(4, 4), or a tuple "
-                f"of some that span layers. Got {granularity!r}."
-            )
-        if isinstance(granularity, tuple) and not spans:
-            raise TypeError(
-                f"In a tuple, `granularity` must span layers, such as Head(). Got {one!r}."
-            )
-    if not several:
-        raise TypeError("`granularity` is empty.")
-
-
 def _check_allocation(allocation: object) -> None:
     if isinstance(allocation, Mapping):
         for component, sparsity in allocation.items():
-            check_sparsity(f"allocation[{component!r}]", sparsity)
+            checks.sparsity(f"allocation[{component!r}]", sparsity)
     elif isinstance(allocation, str):
-        if allocation not in NAMES:
-            raise ValueError(f"`allocation` must be one of {NAMES}. Got {allocation!r}.")
+        checks.one_of("allocation", allocation, NAMES)
     elif not isinstance(allocation, (Erk, Floor)):
         raise TypeError(
             f"`allocation` must be one of {NAMES}, Erk(...), Floor(...) or a mapping "
             f"component -> sparsity. Got {allocation!r}."
         )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:

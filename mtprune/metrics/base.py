@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mtprune import distributed
+from mtprune import checks, distributed
 
 __all__ = ["Compat", "Metric"]
 
@@ -34,8 +34,7 @@ class Metric(ABC):
     """Flaw -> what to say of it, about ``{count}`` and the ``{value}`` shown as an example."""
 
     def __init__(self, compat: Compat | None, sums: Mapping[str, Tensor]) -> None:
-        if compat not in (None, "disparse", "adapmtl"):
-            raise ValueError(f"`compat` must be None, 'disparse' or 'adapmtl'. Got {compat!r}.")
+        checks.either("compat", compat, (None, "disparse", "adapmtl"))
         self.compat = compat
         self._sums = dict(sums)
         self._flaws = self._flawless()

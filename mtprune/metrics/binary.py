@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mtprune import checks
 from mtprune.metrics.base import Metric, integers
 
 __all__ = ["Binary"]
@@ -46,8 +47,7 @@ class Binary(Metric):
     }
 
     def __init__(self, labels: int = 1, ignore: int | None = None, threshold: float = 0.0) -> None:
-        if labels < 1:
-            raise ValueError(f"`labels` must be at least 1. Got {labels}.")
+        checks.inside("labels", labels, "[1, inf)", must="must be at least 1")
         super().__init__(
             None, {"answers": integers(labels, 2, 2), "scores": integers(labels, 2, _SCORES)}
         )

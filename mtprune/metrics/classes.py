@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mtprune import checks
 from mtprune.metrics.base import Compat, Metric, integers, reals
 
 __all__ = ["Accuracy", "Segmentation"]
@@ -29,8 +30,7 @@ class _Confusion(Metric):
     def __init__(
         self, classes: int, ignore: int | None, compat: Compat | None, **sums: Tensor
     ) -> None:
-        if classes < 1:
-            raise ValueError(f"`classes` must be at least 1. Got {classes}.")
+        checks.inside("classes", classes, "[1, inf)", must="must be at least 1")
         super().__init__(compat, {"confusion": integers(classes, classes), **sums})
         self.classes = classes
         self.ignore = ignore

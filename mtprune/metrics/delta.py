@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mtprune import checks
+
 __all__ = ["DeltaT", "delta_t"]
 
 
@@ -46,8 +48,7 @@ def delta_t(
         >>> delta_t({"seg": {"miou": 0.25}}, {"seg": {"miou": 0.5}}).tasks
         {'seg': -50.0}
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"`reduction` must be 'mean' or 'sum'. Got {reduction!r}.")
+    checks.either("reduction", reduction, ("mean", "sum"))
     if not results or set(results) != set(baseline):
         raise ValueError(
             f"`results` and `baseline` must hold the same tasks. "
