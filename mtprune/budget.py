@@ -12,7 +12,9 @@ from typing import Literal
 from torch import nn
 
 from mtprune import checks
-from mtprune.components import Spec, prunable, unwrap
+from mtprune.model.layers import prunable
+from mtprune.model.names import unwrap
+from mtprune.model.selectors import Spec
 
 __all__ = ["RULES", "Ensemble", "Size", "best_ensemble", "count", "equal_split"]
 

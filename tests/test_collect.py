@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote, recipes, saliency
-from mtprune.collect import reachable
+from mtprune.model.graph import reachable
 from tests import nets
 from tests.nets import Run, Scaled, build, expected, same, sgd, weights
 

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mtprune import MultitaskPruner, Vote
-from mtprune.components import Declared, assign, declare, find_layers, strip, unwrap
+from mtprune.model.components import Declared, assign, declare
+from mtprune.model.layers import find_layers
+from mtprune.model.names import strip, unwrap
 
 
 def names(model, **options):

@@ -5,7 +5,7 @@ import torch
 
 from mtprune import Cubic, MultitaskPruner, OneShot, Vote, distributed, saliency
 from mtprune.bits import pack_bits
-from mtprune.stability import iou
+from mtprune.observing.stability import iou
 from tests import nets
 from tests.nets import Run, build, same
 

@@ -30,8 +30,8 @@ from mtprune import (
     saliency,
     votes,
 )
-from mtprune.components import find_layers
-from mtprune.macs import macs_per_weight
+from mtprune.model.layers import find_layers
+from mtprune.model.macs import macs_per_weight
 from mtprune.structure import NOBODY, Group, Member
 from tests.nets import SHELF, Run, build, same, size, zeros
 

@@ -6,7 +6,7 @@ import torch
 
 from mtprune import Cubic, Erk, Floor, Linear, OneShot, PerTaskKeep, Regrow, Vote, saliency, votes
 from mtprune.allocation import layer_counts
-from mtprune.collect import JOINT
+from mtprune.statistics import JOINT
 from mtprune.methods import Ballot, describe
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote
-from mtprune.collect import Evidence
-from mtprune.components import Declared, find_layers
-from mtprune.usage import Usage
+from mtprune.observing.evidence import Evidence
+from mtprune.model.components import Declared
+from mtprune.model.layers import find_layers
+from mtprune.observing.reach import Usage
 
 
 class Net(nn.Module):

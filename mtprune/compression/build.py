@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mtprune.components import unwrap
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.choose import (
     check_fits,
@@ -38,7 +37,8 @@ from mtprune.compression.sites import find_sites, refuse_unfinished
 from mtprune.compression.sizes import sizes_of
 from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.verify import blame, verify
-from mtprune.wishes import TaskMasks
+from mtprune.model.names import unwrap
+from mtprune.model.task_masks import TaskMasks
 
 __all__ = ["assemble", "compress", "plan_of"]
 

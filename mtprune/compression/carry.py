@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
 from mtprune.compression.build import plan_of
 from mtprune.compression.plan import Cut
 from mtprune.compression.removal import cut_out
+from mtprune.model.names import unwrap
 
 __all__ = ["carry_optimizer"]
 

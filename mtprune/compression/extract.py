@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mtprune.bits import zeroed
-from mtprune.collect import reachable, untouched
-from mtprune.components import own_name
 from mtprune.compression.running import call, named_tensors, run
-from mtprune.wishes import TaskMasks, recall_task_masks
+from mtprune.model.graph import reachable
+from mtprune.model.names import own_name
+from mtprune.model.running import untouched
+from mtprune.model.task_masks import TaskMasks, recall_task_masks
 
 __all__ = ["Absent", "Place", "Places", "Subnetwork", "cut", "extract"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune import ranks
 from mtprune.compression.attention import linear_of
 from mtprune.compression.kernels import Dense, Kernel, Parts
+from mtprune.model import factors
 
 __all__ = ["Rank"]
 
@@ -16,7 +16,7 @@ __all__ = ["Rank"]
 class Rank(Kernel):
     """A Linear of low rank as two of them: ``r (in + out)`` parameters, and as many products.
 
-    For matrices whose `mtprune.ranks.numerical_rank` is below break-even, where two layers are
+    For matrices whose `mtprune.factors.numerical_rank` is below break-even, where two layers are
     smaller than one. Rank 0 is legal: what is left is the bias.
 
     Example:
@@ -35,10 +35,10 @@ class Rank(Kernel):
     def parts(cls, layer: Dense) -> Parts | None:
         if isinstance(layer, nn.Conv2d) or not _may_be_low(layer.weight):
             return None
-        rank = ranks.numerical_rank(layer.weight)
-        if rank > ranks.most((layer.weight.shape[0], layer.weight.shape[1])):
+        rank = factors.numerical_rank(layer.weight)
+        if rank > factors.most((layer.weight.shape[0], layer.weight.shape[1])):
             return None
-        up, down = ranks.factors(layer.weight, rank)
+        up, down = factors.factors(layer.weight, rank)
         parts = {"down.weight": down, "up.weight": up}
         if layer.bias is not None:
             parts["up.bias"] = layer.bias.detach().clone()
@@ -74,6 +74,6 @@ def _may_be_low(weight: Tensor) -> bool:
     size = weight.detach().to(torch.float64).norm()
     if not weight.numel() or not bool(size.isfinite()):
         return False
-    least = ranks.most((weight.shape[0], weight.shape[1])) + 1
+    least = factors.most((weight.shape[0], weight.shape[1])) + 1
     corner = torch.linalg.svdvals(weight.detach()[:least, :least].to(torch.float64))
-    return bool(corner[-1] <= ranks.rounding(weight.dtype) * size)
+    return bool(corner[-1] <= factors.rounding(weight.dtype) * size)

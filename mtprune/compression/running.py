@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mtprune.collect import untouched
 from mtprune.compression.attention import can_open
 from mtprune.compression.sites import Site
+from mtprune.model.running import untouched
 
 __all__ = [
     "Calls",

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from mtprune.components import find_layers
 from mtprune.compression.plan import Plan, Removal
 from mtprune.compression.removal import apply, constants, remove
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.trial import complete
 from mtprune.compression.verify import difference, verify
+from mtprune.model.layers import find_layers
 from mtprune.patterns import heads, neurons
 from mtprune.structure import Group
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import checks
-from mtprune.collect import untouched
-from mtprune.components import unwrap
 from mtprune.compression.kernels import Kernel
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled
-from mtprune.macs import Multiplied
+from mtprune.model.macs import Multiplied
+from mtprune.model.names import unwrap
+from mtprune.model.running import untouched
 
 __all__ = ["Sizes", "measure", "sizes_of"]
 

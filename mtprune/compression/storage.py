@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
 from mtprune.compression.build import assemble, plan_of
 from mtprune.compression.plan import Plan
+from mtprune.model.names import unwrap
 
 __all__ = ["load", "save"]
 

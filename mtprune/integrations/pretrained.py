@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
 from mtprune.compression.build import assemble, plan_of
 from mtprune.compression.kernels import Csr, Kernel, SemiStructured
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
+from mtprune.model.names import unwrap
 
 try:
     from transformers.quantizers.auto import (

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from mtprune.collect import untouched
-from mtprune.components import unwrap
 from mtprune.compression.running import call, named_tensors, parse, run
 from mtprune.compression.trial import complete
-from mtprune.masking import plain_copy
+from mtprune.holding.prune import plain_copy
+from mtprune.model.names import unwrap
+from mtprune.model.running import untouched
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = ["channels"]

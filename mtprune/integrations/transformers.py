@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mtprune.components import unwrap
 from mtprune.integrations.pretrained import save_pretrained
+from mtprune.model.names import unwrap
 from mtprune.pruner import MultitaskPruner
 
 try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mtprune
 from examples.common.nets import build
 from mtprune import patterns, ranks
-from mtprune.components import find_layers
+from mtprune.model.layers import find_layers
 from mtprune.structure import Group, spread
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject

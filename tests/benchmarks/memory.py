@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtprune import MultitaskPruner
-from mtprune.components import find_layers
+from mtprune.model.layers import find_layers
 from tests.benchmarks.harness import Row, Settings, allocated, isolated, main
 from tests.benchmarks.nets import subject
 from tests.benchmarks.step import METHOD, random_masks

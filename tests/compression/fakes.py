@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtprune.components import find_layers
+from mtprune.model.layers import find_layers
 from mtprune.compression.kernels import Kernel
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune import ranks
+from mtprune.model import factors
 from mtprune.compression.rank import Rank
 from tests.compression.fakes import prefer
 
@@ -15,7 +15,7 @@ from tests.compression.fakes import prefer
 def lower_(layer, rank):
     """Make a layer of that rank, in place."""
     with torch.no_grad():
-        left, right = ranks.factors(layer.weight.double(), rank)
+        left, right = factors.factors(layer.weight.double(), rank)
         layer.weight.copy_(left @ right)
     return layer
 
@@ -81,7 +81,7 @@ def test_a_corner_of_low_rank_does_not_mislead():
     layer = nn.Linear(24, 24)
     with torch.no_grad():
         layer.weight[:20, :20] = 0.0  # rank 8 in the frame
-    assert ranks.numerical_rank(layer.weight) == 8
+    assert factors.numerical_rank(layer.weight) == 8
     assert Rank.parts(layer)["down.weight"].shape == (8, 24)
     with torch.no_grad():
         layer.weight[:20, :20] = torch.eye(20)
@@ -107,7 +107,7 @@ def test_it_is_timed_chosen_and_checked():
 
 def test_outputs_that_differ_are_refused(monkeypatch):
     """Were a rank too low, nothing would be handed out."""
-    true = ranks.factors
+    true = factors.factors
     monkeypatch.setattr(ranks, "factors", lambda weight, rank: true(weight, rank - 1))
     with pytest.raises(RuntimeError, match=r"The worst layer is '0' \(rank\)"):
         mtprune.compress(mlp(3), torch.randn(7, 12), measure=prefer("rank"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mtprune
-from mtprune.components import find_layers
+from mtprune.model.layers import find_layers
 from mtprune.compression.kernels import Kernel
 from mtprune.compression.plan import CHOICES
 from mtprune.integrations.pretrained import PlanConfig, save_pretrained

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from mtprune.collect import untouched
-from mtprune.components import Layer
+from mtprune.model.layers import Layer
+from mtprune.model.running import untouched
 
 __all__ = ["Multiplied", "macs_per_weight"]
 
@@ -37,7 +37,7 @@ def macs_per_weight(
         ValueError: If a layer takes part in nothing that is counted.
 
     Example:
-        >>> from mtprune.components import find_layers
+        >>> from mtprune.model.layers import find_layers
         >>> conv = nn.Conv2d(3, 8, 3, padding=1)
         >>> macs_per_weight(conv, find_layers(conv), torch.zeros(1, 3, 4, 4))
         [Fraction(16, 1)]

@@ -1,8 +1,8 @@
-"""Wishes: what each task alone would keep, remembered for a model after its pruner is done.
+"""Task masks: the weights that each task alone would keep.
 
-`finalize()` leaves plain modules, so nothing in the model says who voted for what. What takes a
-subnetwork out of it later asks here. Kept are one bit for each weight and task, as long as the
-model lives; a copy of the model, or one loaded from a file, has none.
+`finalize()` leaves plain modules, so nothing in the model says which task voted for which weight.
+Taking one task's subnetwork out of a model later needs that. One bit is kept for each weight and
+task, as long as the model lives; a copy of the model, or one loaded from a file, has none.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from mtprune.bits import unpack_bits
 __all__ = ["TaskMasks", "recall_task_masks", "remember_task_masks"]
 
 TaskMasks = Mapping[str, Mapping[str, Tensor]]
-"""For each task, by parameter name, what it would keep: True = keep."""
+"""For each task, by parameter name, the weights it would keep: True = keep."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of layers, by parameter name."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeIs, override
 
-from mtprune.components import Layer, strip
 from mtprune.granularity import NM, Block, Element, Granularity, Grouped, Pieces, Spanning
+from mtprune.model.layers import Layer
+from mtprune.model.names import strip
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = ["Covered", "Units", "cover", "is_single"]

@@ -1,17 +1,15 @@
-"""Optimizers: counting their real steps, and starting weights anew."""
+"""Optimizers: finding them inside wrappers, and counting their real steps."""
 
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mtprune.components import Layer
+from mtprune.model.layers import Layer
 
-__all__ = ["Follower", "follow", "raw", "restart_"]
+__all__ = ["Follower", "follow", "raw"]
 
 
 class Follower(Protocol):
@@ -51,15 +49,3 @@ def follow(optimizer: Optimizer, follower: Follower) -> RemovableHandle:
             alive._after_optimizer_step()
 
     return optimizer.register_step_post_hook(after_step)
-
-
-@torch.no_grad()
-def restart_(optimizer: Optimizer, layer: Layer, where: Tensor) -> None:
-    """Let some weights start at zero, with none of the optimizer's memory of them.
-
-    All state of the weight's shape is forgotten: momenta, second moments, and what there may be.
-    """
-    layer.parameter.masked_fill_(where, 0.0)
-    for value in optimizer.state.get(layer.parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == where.shape:
-            value.masked_fill_(where.to(value.device), 0)

@@ -1,4 +1,4 @@
-"""Usage: which task uses which layer, as seen in gradients.
+"""Reach: which task uses which layer, as seen in gradients.
 
 The autograd graph alone does not tell: losses taken from a stack, or from a compiled model, lead
 to every head. A task uses a layer if some gradient of its loss there was not zero. One observation
@@ -7,39 +7,38 @@ update the answer is settled, for good.
 """
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mtprune.collect import Evidence
-from mtprune.components import SHARED, UNDECLARED, Declared, Layer, assign
+from mtprune.facts import Subject
+from mtprune.model.components import assign
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.observing.evidence import Evidence
 
-__all__ = ["Usage", "Users"]
+__all__ = ["Reach", "Users"]
 
 Users = Mapping[str, Tensor]
 """For each task, bool ``[layers]``: what it uses."""
 
 
-class Usage:
-    """Who uses what: unknown, then settled.
+class Reach:
+    """Which task uses which layer: unknown, then settled.
 
     Args:
-        layers: All prunable layers.
-        tasks: All tasks.
-        declared: What the user declared shared.
+        inventory: What the model has to prune.
 
     Attributes:
         settled: What each task uses, or None while that is unknown.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], tasks: Collection[str], declared: Sequence[Declared]
-    ) -> None:
-        self._layers = layers
-        self._tasks = list(tasks)
-        self._declared = declared
+    def __init__(self, inventory: Inventory) -> None:
+        self._costs = inventory.costs
+        self._layers = inventory.layers
+        self._tasks = inventory.tasks
+        self._declared = inventory.declared
         self.settled: dict[str, Tensor] | None = None
 
     def is_clear(self, evidence: Evidence, task: str) -> bool:
@@ -68,14 +67,16 @@ class Usage:
         reached = self.now(evidence)
         walked = {task: evidence.walked[task] for task in self._tasks}
         hidden = self._check_declared(reached, walked)
-        led = torch.stack(list(walked.values())).any(0)
+        reachable = torch.stack(list(walked.values())).any(0)
         seen = torch.stack(list(reached.values())).any(0)
         if not bool(seen.any()):
             raise RuntimeError(
                 "No task has a non-zero gradient in any prunable layer. Are the outputs detached, "
                 "or all weights frozen or zero?"
             )
-        hidden += [f"'{self._layers[i].name}'" for i in (led & ~seen).nonzero().flatten().tolist()]
+        hidden += [
+            f"'{self._layers[i].name}'" for i in (reachable & ~seen).nonzero().flatten().tolist()
+        ]
         hidden += self._undeclared(reached, walked, seen)
         self.settled = reached
         if hidden:
@@ -94,18 +95,19 @@ class Usage:
         used = torch.stack(list(users.values())).any(0)
         return [(i, layer) for i, layer in enumerate(self._layers) if used[i]]
 
-    def uses(self, task: str, layer: Layer) -> bool:
-        """Whether a task uses a layer, once that is settled."""
-        assert self.settled is not None
-        return bool(self.settled[task][self._layers.index(layer)])
-
-    def components(self, users: Users) -> dict[str, str]:
-        """The component of every layer that is used."""
+    def subjects(self, users: Users) -> list[Subject]:
+        """The layers that are pruned: component, tasks and cost of each."""
         using = {
             layer.name: [task for task in self._tasks if users[task][i]]
             for i, layer in enumerate(self._layers)
         }
-        return assign(list(using), using, self._declared, self._tasks)
+        components = assign(list(using), using, self._declared, self._tasks)
+        return [
+            Subject(
+                x.name, components[x.name], x.shape, tuple(using[x.name]), self._costs.get(x.name)
+            )
+            for _, x in self.active(users)
+        ]
 
     def left_alone(self) -> dict[str, str]:
         """Layers that are not pruned, and why."""
@@ -117,45 +119,6 @@ class Usage:
             for layer in self._layers
             if layer.name not in active
         }
-
-    def check_names(self, method: Any) -> None:
-        """Refuse names that mean nothing, or two things.
-
-        Raises:
-            ValueError: If a component has a task's name, or the method names a task or component
-                that does not exist.
-        """
-        declared = list(dict.fromkeys(d.component for d in self._declared))
-        for component in declared:
-            if component in self._tasks:
-                raise ValueError(
-                    f"Component '{component}' has the name of a task. A task's private weights are "
-                    "a component of that name: call the shared one something else."
-                )
-        components = [*(declared or [SHARED]), *self._tasks, UNDECLARED]
-        for argument, allowed in (
-            ("priority", self._tasks),
-            ("allocation", components),
-            ("budget_unit", components),
-            ("max_sparsity", components),
-        ):
-            named = getattr(method, argument, None)
-            unknown = [n for n in named if n not in allowed] if isinstance(named, Mapping) else []
-            if unknown:
-                raise ValueError(f"`{argument}` names {unknown}. Known here: {allowed}.")
-
-    def sizes(self) -> tuple[dict[str, int], int]:
-        """How many weights each declared component has, and how many there are elsewhere."""
-        owner = {name: d.component for d in self._declared for name in d.names}
-        known: dict[str, int] = {}
-        others = 0
-        for layer in self._layers:
-            if layer.name in owner:
-                component = owner[layer.name]
-                known[component] = known.get(component, 0) + layer.parameter.numel()
-            else:
-                others += layer.parameter.numel()
-        return known, others
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
         return evidence.reached(task, len(self._layers))

@@ -1,72 +1,90 @@
-"""Lowering: weights of low rank, held there after every optimizer step.
+"""Weights of low rank, held there after every optimizer step.
 
-A pruned component is a direction in which a weight is zero. So the Parameter itself holds the
+A pruned direction of a weight is one in which the weight is zero. So the Parameter itself holds the
 weight of low rank, whatever the back-end: forwards run at full speed, parameter names stay, and
-whoever reads the weight reads what the model sees. An optimizer step leads out of the kept
+every reader of the weight reads the one the model uses. An optimizer step leads out of the kept
 directions a little, and after it the weight is projected back.
 
-While gates are learned nothing is removed. The Parameter holds every component times its gate.
+While gates are learned no direction is removed. The Parameter holds every one times its gate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune import distributed, ranks
-from mtprune.components import Layer
-from mtprune.masking import Masking
+from mtprune import distributed
+from mtprune.facts import Count, Subject, count_rank
+from mtprune.holding.base import Decision, Hold, View, by_task
+from mtprune.holding.masking import Gate
+from mtprune.model import factors
+from mtprune.model.layers import Layer
 
-__all__ = ["RankMasking"]
+__all__ = ["LowRankHold", "LowRanks"]
 
 _ROUNDING = 16  # times the precision of its type: how far off a projected weight may be
 
 
-class RankMasking(Masking):
-    """Projections instead of masks, which stay all True: a matrix of low rank has no zeros."""
+@dataclass(frozen=True, kw_only=True)
+class LowRanks(Decision):
+    """The singular directions of its weight that each layer keeps, largest first.
+
+    Masks stay all True: a matrix of low rank has no zeros.
+
+    Attributes:
+        directions: For each layer, bool ``[m]``, True = keep.
+        directions_alone: For each voter and each layer it uses, those that voter alone would keep.
+        gates: The factor on each direction, ``[m]`` for each layer, while none is removed yet;
+            None once they are.
+    """
+
+    directions: Sequence[Tensor]
+    directions_alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    gates: Sequence[Tensor] | None = None
+
+    @override
+    def tensors(self) -> Iterable[Tensor]:
+        return [*self.masks, *self.directions]
+
+    @override
+    def count(self, subject: Subject, place: int) -> Count:
+        alone = by_task(self.directions_alone, subject.tasks, place)
+        return count_rank(subject, self.directions[place], alone)
+
+
+class LowRankHold(Hold[LowRanks]):
+    """Projections instead of masks, which stay all True."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._vectors: dict[str, Tensor] = {}  # the components that are scored, or gated
+        self.gate = Gate()
+        self._layers: list[Layer] = []
+        self._vectors: dict[str, Tensor] = {}  # the directions that are scored, or gated
         self._gates: dict[str, Tensor] = {}
         self._ranks: dict[str, int] = {}
         self._spans: dict[str, tuple[Tensor, bool]] = {}
 
+    @override
     @torch.no_grad()
-    def lower(
-        self,
-        layers: Sequence[Layer],
-        kept: Sequence[Tensor],
-        gates: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Keep some components of every layer, of those that were scored.
-
-        Args:
-            layers: The layers.
-            kept: For each, what is kept, bool ``[m]``.
-            gates: If given, nothing is removed yet, and each component is to be that many times
-                what it was before there were gates, ``[m]``.
-        """
+    def take(self, layers: Sequence[Layer], decision: LowRanks) -> bool:
         self._layers = list(layers)
+        before = [self._rank(layer) for layer in layers]
         for place, layer in enumerate(layers):
-            if gates is not None:
-                self._let_through(layer, gates[place])
-            elif not bool(kept[place].all()):
-                self._keep(layer, kept[place])
-        if gates is None:
+            if decision.gates is not None:
+                self._let_through(layer, decision.gates[place])
+            elif not bool(decision.directions[place].all()):
+                self._keep(layer, decision.directions[place])
+        if decision.gates is None:
             self._gates, self._vectors = {}, {}  # a new basis for the next update
         self.enforce()
-
-    def rank(self, layer: Layer) -> int:
-        """How many components a layer has left."""
-        return self._ranks.get(layer.name, min(layer.shape))
+        return before != [self._rank(layer) for layer in layers]
 
     @override
     def kept(self, layer: Layer) -> int:
         """How many parameters two factors of the layer have, or the layer if that is less."""
-        return ranks.parameters(layer.shape, self.rank(layer))
+        return factors.parameters(layer.shape, self._rank(layer))
 
     @override
     @torch.no_grad()
@@ -78,10 +96,10 @@ class RankMasking(Masking):
 
     @override
     @torch.no_grad()
-    def remove(self) -> None:
-        """Let go; only a weight that has left its directions since is projected once more.
+    def release(self) -> None:
+        """Let go; a weight that has left its directions since is projected once more.
 
-        What the directions are stays known, for who saves the state now.
+        The directions stay known, for a checkpoint that is taken later.
         """
         for layer in self._layers:
             if layer.name in self._spans:
@@ -92,38 +110,40 @@ class RankMasking(Masking):
         self._layers = []
 
     @override
-    def lift(self) -> None:
-        """Stop holding ranks; weights stay as they are."""
-        self._clear()
-        self._layers = []
-
-    @override
-    def scored(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """The weight, each of its components a column, or a row of a wide one."""
-        return self.rotated(layer, layer.parameter.detach()), None
+    def mask(self, layer: Layer) -> Tensor:
+        return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
 
     @override
     @torch.no_grad()
-    def rotated(self, layer: Layer, matrix: Tensor) -> Tensor:
-        """The components are found when they are first asked for after an update."""
+    def view(self, layer: Layer) -> View:
+        """The weight, each of its directions a column, or a row of a wide one.
+
+        The directions are found when they are first asked for after an update.
+        """
         vectors = self._basis(layer)
-        return ranks.rotate(matrix.to(vectors.dtype), vectors)
+        weight = layer.parameter.detach().to(vectors.dtype)
+        return View(factors.rotate(weight, vectors), basis=vectors)
 
     @override
-    def mask(self, layer: Layer) -> Tensor | None:
+    def trained(self, layer: Layer) -> Tensor:
+        return layer.parameter.detach()
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
         return None
 
-    def rank_state(self) -> dict[str, Any]:
-        """As plain containers; empty before the first update."""
+    @override
+    def state_dict(self) -> dict[str, Any]:
         return {
+            "masks": {},
             "vectors": {name: vectors.clone() for name, vectors in self._vectors.items()},
             "gates": {name: gates.clone() for name, gates in self._gates.items()},
             "ranks": dict(self._ranks),
             "spans": {name: [span.clone(), inside] for name, (span, inside) in self._spans.items()},
         }
 
-    def restore(self, layers: Sequence[Layer], state: Mapping[str, Any]) -> None:
-        """Go on from `rank_state`."""
+    @override
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
         self._layers = list(layers)
         self._vectors = {name: vectors.clone() for name, vectors in state["vectors"].items()}
         self._gates = {name: gates.clone() for name, gates in state["gates"].items()}
@@ -132,20 +152,16 @@ class RankMasking(Masking):
             name: (span.clone(), bool(inside)) for name, (span, inside) in state["spans"].items()
         }
 
-    @override
-    def _add(self, layer: Layer, mask: Tensor) -> None:
-        """Nothing: masks are all True."""
-
-    @override
-    def _clear(self) -> None:
-        self._vectors, self._gates, self._ranks, self._spans = {}, {}, {}, {}
+    def _rank(self, layer: Layer) -> int:
+        """How many directions a layer has left."""
+        return self._ranks.get(layer.name, min(layer.shape))
 
     def _basis(self, layer: Layer) -> Tensor:
-        """The components that are scored until the next update, columns ``[m, m]``."""
+        """The directions that are scored until the next update, columns ``[m, m]``."""
         vectors = self._vectors.get(layer.name)
         if vectors is None:
             try:
-                _, exact = ranks.components(layer.parameter)
+                _, exact = factors.components(layer.parameter)
             except ValueError:
                 raise RuntimeError(
                     f"Weights of '{layer.name}' are not finite. Check the training; ranks are "
@@ -157,7 +173,7 @@ class RankMasking(Masking):
         return self._vectors[layer.name]
 
     def _keep(self, layer: Layer, kept: Tensor) -> None:
-        """Remember the narrower of what is kept and what is not."""
+        """Remember the kept directions or the others, whichever are fewer."""
         vectors = self._basis(layer)
         kept = kept.to(vectors.device)
         rank = int(kept.count_nonzero())
@@ -166,35 +182,35 @@ class RankMasking(Masking):
         self._ranks[layer.name] = rank
 
     def _projected(self, layer: Layer) -> Tensor:
-        """A layer's weight without what is not kept."""
+        """A layer's weight, zero in the directions that are not kept."""
         span, inside = self._spans[layer.name]
         span = _moved(span, layer)
         self._spans[layer.name] = span, inside
         weight = layer.parameter.detach()
         seen = weight.to(span.dtype)
-        part = ranks.spread(ranks.rotate(seen, span), span, layer.shape)
+        part = factors.spread(factors.rotate(seen, span), span, layer.shape)
         return (part if inside else seen - part).to(weight.dtype)
 
     def _let_through(self, layer: Layer, gates: Tensor) -> None:
-        """Multiply every component by what its gate has become."""
+        """Multiply every direction by its gate as it is now."""
         vectors = self._basis(layer)
         gates = gates.to(vectors)
         before = self._gates.get(layer.name, torch.ones_like(gates)).to(vectors)
         weight = layer.parameter.detach()
         seen = weight.to(vectors.dtype)
         # Only the difference is computed in the basis: what does not change is not rounded.
-        change = ranks.rotate(seen, vectors) * ranks.per_component(
+        change = factors.rotate(seen, vectors) * factors.per_component(
             gates / before - 1.0, layer.shape
         )
-        weight.copy_(seen + ranks.spread(change, vectors, layer.shape))
+        weight.copy_(seen + factors.spread(change, vectors, layer.shape))
         self._gates[layer.name] = gates
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What to compute in: half precision cannot tell components apart."""
+    """The type to compute in: half precision cannot tell directions apart."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _moved(vectors: Tensor, layer: Layer) -> Tensor:
-    """Where the model is now, and of a type that its weights can use."""
+    """Vectors on the device of the model now, and of a type that its weights can use."""
     return vectors.to(layer.parameter.device, _dtype(layer.parameter))
