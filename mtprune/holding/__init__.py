@@ -42,7 +42,7 @@ def make_masking(backend: str, model: nn.Module) -> Masking:
     Raises:
         ValueError: If there is none.
     """
-    if backend not in BACKENDS:
+    if backend not in tuple(BACKENDS):
         raise ValueError(f"`backend` must be one of {tuple(BACKENDS)}. Got {backend!r}.")
     masking: Masking = BACKENDS[backend](model)
     return masking
