@@ -659,7 +659,7 @@ def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapp
         return {}
     from mtprune.macs import macs_per_weight  # most runs do without
 
-    found = macs_per_weight(model, layers, getattr(method, "example_inputs", None))
+    found = macs_per_weight(model, layers, getattr(method, "inputs_to_measure", None))
     return {layer.name: cost for layer, cost in zip(layers, found, strict=True)}
 
 

@@ -116,7 +116,7 @@ class Vote:
             of = f" of task '{task}'"
             checks.number("priority", factor, of=of)
             checks.inside("priority", factor, "(0, inf)", of=of, must="must be positive")
-        if self.priority and (isinstance(self.sparsity, PerTaskKeep) or not self.disentangled):
+        if self.priority and (isinstance(self.target, PerTaskKeep) or not self.disentangled):
             raise ValueError(
                 "`priority` shifts the tasks' percentiles against each other: there are none with "
                 "PerTaskKeep, and only one voter with disentangled=False."
@@ -126,7 +126,7 @@ class Vote:
             must = "must be at least 1, or 'auto'"
             checks.whole("observations", self.observations, least=1, must=must)
         checks.whole("min_keep", self.min_keep, least=0, must="must be a whole number")
-        if self.regrows and (self.allocation == "global" or isinstance(self.sparsity, PerTaskKeep)):
+        if self.regrows and (self.allocation == "global" or isinstance(self.target, PerTaskKeep)):
             raise ValueError(
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
                 "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
@@ -157,7 +157,6 @@ class Vote:
                 raise ValueError(
                     f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
                 )
-            object.__setattr__(self, "sparsity", fixed)
             return
         if len(given) > 1:
             raise ValueError(
@@ -179,9 +178,7 @@ class Vote:
                 "Neuron(), Head() or Block(...). Of single weights, SoftThreshold(..., "
                 "budget_unit='macs') counts multiply-adds."
             )
-        if self.example_inputs is None:
-            object.__setattr__(self, "example_inputs", example_inputs_of(self.granularity))
-        if self.example_inputs is None:
+        if self.inputs_to_measure is None:
             raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
 
     def _check_granular(self) -> None:
@@ -198,7 +195,7 @@ class Vote:
                 f"in two components. Use one of {NAMES}."
             )
         if isinstance(self.granularity, NM) and (
-            isinstance(self.sparsity, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+            isinstance(self.target, PerTaskKeep) or self.allocation not in ("floor", "uniform")
         ):
             raise ValueError(
                 f"{what} keeps the same share of every layer: leave `allocation` out, and "
@@ -208,7 +205,19 @@ class Vote:
     @property
     def needs_costs(self) -> bool:
         """Whether multiply-adds are measured."""
-        return self.example_inputs is not None
+        return self.inputs_to_measure is not None
+
+    @property
+    def inputs_to_measure(self) -> Any:
+        """What the model is called with to measure multiply-adds; None if nothing is measured."""
+        if self.example_inputs is None and self._by_macs:
+            return example_inputs_of(self.granularity)
+        return self.example_inputs
+
+    @property
+    def target(self) -> float | PerTaskKeep | None:
+        """The sparsity in the end: what was given, or what the pattern fixes."""
+        return self.granularity.sparsity if isinstance(self.granularity, NM) else self.sparsity
 
     @property
     def _stays(self) -> Fraction:
@@ -217,7 +226,7 @@ class Vote:
             return Fraction(str(self.macs))
         if self.speedup is not None:
             return 1 / Fraction(str(self.speedup))
-        return 1 - Fraction(str(self.sparsity))
+        return 1 - Fraction(str(self.target))
 
     @property
     def _by_macs(self) -> bool:
@@ -234,7 +243,7 @@ class Vote:
         Raises:
             ValueError: If it is not enough.
         """
-        if isinstance(self.sparsity, PerTaskKeep):
+        if isinstance(self.target, PerTaskKeep):
             return
         units, fixed = self._priced(units, costs, whole)
         every = fixed + units.weigh(units.everything())
@@ -286,28 +295,28 @@ class Vote:
             return self._of_units(ballot, ballot.units, self.schedule.progress(step))
         if isinstance(self.granularity, NM):
             return self._patterned(ballot, self.granularity, self.schedule.progress(step))
-        if isinstance(self.sparsity, PerTaskKeep):
-            ratio = self._ratio(self.sparsity, self.schedule.progress(step))
+        if isinstance(self.target, PerTaskKeep):
+            ratio = self._ratio(self.target, self.schedule.progress(step))
             return self._per_task(
                 ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
             )
-        assert self.sparsity is not None
-        zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
+        assert self.target is not None
+        zeros = round(self.target * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
         rankings = rank(ballot.scores, self.priority)
         if isinstance(self.schedule, Regrow):
             masks = self._exchange(ballot, rankings, keep, self.schedule, step)
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
-        share = 1 - self.sparsity * self.schedule.progress(step)
+        share = 1 - self.target * self.schedule.progress(step)
         return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
 
     def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
         """The same for units larger than a weight, which compete by saliency per cost."""
         units, fixed = self._priced(units, ballot.costs, ballot.whole)
         ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
-        if isinstance(self.sparsity, PerTaskKeep):
-            ratio = self._ratio(self.sparsity, progress)
+        if isinstance(self.target, PerTaskKeep):
+            ratio = self._ratio(self.target, progress)
             return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
         self.check_units(units, ballot.costs, ballot.whole)
         rankings = rank(ballot.scores, self.priority)
