@@ -6,7 +6,7 @@ own into `pieces`: single weights, blocks, patterns. Several of the first kind, 
 one budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -201,12 +201,12 @@ class NM:
         return (before < keep).t().reshape(places.shape).movedim(-1, 1).contiguous()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grouped:
     """The units you name: your own groups.
 
     Attributes:
-        given: The groups.
+        given: One group, or several.
 
     Example:
         >>> from mtprune.structure import Member
@@ -216,20 +216,39 @@ class Grouped:
         Grouped(names=('hidden',))
     """
 
-    given: Sequence[Group] = field(repr=False)
-    names: tuple[str, ...] = field(init=False)
+    given: Group | Collection[Group]
 
     def __post_init__(self) -> None:
         """Validate."""
-        given = (self.given,) if isinstance(self.given, Group) else tuple(self.given)
-        if not given or not all(isinstance(group, Group) for group in given):
-            raise TypeError(f"`given` must be groups (mtprune.structure.Group). Got {given!r}.")
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "names", tuple(group.name for group in given))
+        groups = self._groups if isinstance(self.given, (Group, Collection)) else (self.given,)
+        if not groups or not all(isinstance(group, Group) for group in groups):
+            must = "must be groups (mtprune.structure.Group)"
+            raise TypeError(checks.message("given", groups, must))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups' names."""
+        return tuple(group.name for group in self._groups)
+
+    @property
+    def _groups(self) -> tuple[Group, ...]:
+        return (self.given,) if isinstance(self.given, Group) else tuple(self.given)
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
-        return self.given
+        return self._groups
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the groups are the same, in the same order."""
+        return isinstance(other, Grouped) and self._groups == other._groups
+
+    def __hash__(self) -> int:
+        """The same for equal groups."""
+        return hash(self._groups)
+
+    def __repr__(self) -> str:
+        """The groups by name."""
+        return f"Grouped(names={self.names!r})"
 
 
 @dataclass(frozen=True)

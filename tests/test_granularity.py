@@ -99,6 +99,7 @@ def test_what_no_pattern_fits_is_told_apart():
         (lambda: NM(0, 4), ValueError, "`n` must be a whole number, at least 1. Got 0"),
         (lambda: NM(4, 4), ValueError, "`n` must be less than `m`. Got 4 of 4"),
         (lambda: Grouped([]), TypeError, "`given` must be groups"),
+        (lambda: Grouped(iter(())), TypeError, "`given` must be groups"),
         (lambda: Grouped(["a"]), TypeError, r"`given` must be groups .*Got \('a',\)"),
         (lambda: Vote(0.5, granularity=()), TypeError, "`granularity` is empty"),
         (lambda: Vote(0.5, granularity=Block), TypeError, "`granularity` must be a granularity"),
@@ -156,15 +157,20 @@ def test_what_means_nothing_is_refused(make, error, message):
 
 
 def test_a_pattern_says_its_sparsity():
-    assert Vote(granularity=NM(2, 4)).sparsity == 0.5
-    assert Vote(2 / 3, granularity=NM(1, 3)) == Vote(granularity=NM(1, 3))
+    assert Vote(granularity=NM(2, 4)).target == 0.5
+    assert Vote(granularity=NM(2, 4)).sparsity is None
+    assert Vote(2 / 3, granularity=NM(1, 3)).target == Vote(granularity=NM(1, 3)).target
+    assert dataclasses.replace(Vote(granularity=NM(2, 4)), granularity=NM(1, 4)).target == 0.75
 
 
 def test_methods_with_units_are_values_and_say_what_they_are():
     group = Group("hidden", 2, (Member("0.weight", 0, (0, 1)),))
     method = Vote(0.5, granularity=(Grouped(group),))
     assert method == dataclasses.replace(method)
-    assert hash(method.granularity)
+    assert method.granularity == (Grouped([group]),)
+    assert hash(method.granularity) == hash((Grouped([group]),))
+    assert Grouped(group) != Grouped([group, Group("more", 2, (Member("2.weight", 0, (0, 1)),))])
+    assert dataclasses.replace(Grouped(group)).names == ("hidden",)
     assert mtprune.methods.describe(method, defaults=False) == (
         "Vote(sparsity=0.5, granularity=(Grouped(names=('hidden',)),))"
     )
@@ -394,7 +400,9 @@ def test_channels_of_a_network_and_a_budget_of_multiply_adds():
     net = build("conv_bn")
     inputs = net.make_batch(0)["x"]
     method = Vote(speedup=1.6, granularity=Channel(inputs))
-    assert method.example_inputs is inputs
+    assert method.inputs_to_measure is inputs
+    other = dataclasses.replace(method, granularity=Channel(inputs + 1))
+    assert other.inputs_to_measure is other.granularity.example_inputs
     run = Run(net, method)
     run.train(2)
     report = run.pruner.report()

@@ -4,10 +4,28 @@ from functools import partial
 import pytest
 import torch
 
-from mtprune import Cubic, Erk, Floor, Linear, OneShot, PerTaskKeep, Regrow, Vote, saliency, votes
+from mtprune import (
+    NM,
+    Channel,
+    Cubic,
+    Erk,
+    Floor,
+    Grouped,
+    Linear,
+    LowRank,
+    OneShot,
+    PerTaskKeep,
+    Regrow,
+    SigmoidThreshold,
+    SoftThreshold,
+    Vote,
+    saliency,
+    votes,
+)
 from mtprune.allocation import layer_counts
 from mtprune.statistics import JOINT
 from mtprune.methods import Ballot, describe
+from mtprune.structure import Group, Member
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
 from tests.test_votes import EVERY_VOTE, VOTES
@@ -490,6 +508,34 @@ def test_methods_are_frozen_values():
         Vote(0.9).sparsity = 0.5
     assert not Vote(0.9).regrows
     assert Vote(0.9, schedule=Regrow(10, 100)).regrows
+
+
+GROUP = Group("hidden", 2, (Member("0.weight", 0, (0, 1)),))
+X = torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        pytest.param(Vote(0.9), {"sparsity": 0.5, "allocation": Erk(0.5)}, id="vote"),
+        pytest.param(Vote(PerTaskKeep(0.5)), {"sparsity": PerTaskKeep(0.25)}, id="per task"),
+        pytest.param(Vote(granularity=NM(2, 4)), {"granularity": NM(1, 4)}, id="pattern"),
+        pytest.param(Vote(0.5, granularity=Grouped(GROUP)), {"sparsity": 0.75}, id="groups"),
+        pytest.param(
+            Vote(macs=0.5, granularity=Channel(X)), {"macs": None, "speedup": 4.0}, id="macs"
+        ),
+        pytest.param(SoftThreshold(0.9), {"per": "layer", "weighting": "noise"}, id="soft"),
+        pytest.param(SigmoidThreshold(0.9, end=10), {"end": 20}, id="sigmoid"),
+        pytest.param(LowRank(0.5), {"min_rank": 2}, id="low rank"),
+    ],
+)
+def test_a_method_with_another_value_is_another_method(method, change):
+    assert replace(method) == method
+    assert describe(replace(method)) == describe(method)
+    other = replace(method, **change)
+    assert other != method
+    assert {name: getattr(other, name) for name in change} == change
+    assert replace(other, **{name: getattr(method, name) for name in change}) == method
 
 
 def test_a_saliency_and_a_vote_of_one_line_are_all_it_takes(device):

@@ -215,6 +215,9 @@ def describe(value: object, *, defaults: bool = True) -> str:
         inner += [f"{key}={say(v)}" for key, v in sorted(value.keywords.items())]
         return f"partial({', '.join(inner)})"
     if is_dataclass(value) and not isinstance(value, type):
+        given: Any = value
+        if not given.__dataclass_params__.repr:  # it says itself what it is
+            return repr(value)
         told = [f for f in fields(value) if f.repr]
         held = {f.name: getattr(value, f.name) for f in told}
         if not defaults:

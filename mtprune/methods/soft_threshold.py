@@ -177,6 +177,16 @@ class SoftThreshold(Method[SoftThresholds]):
         """The gradients just above the thresholds, if offsets are learned."""
         return "edge" if self.allocation == "learned" else None
 
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the budget is one of multiply-adds."""
+        return self.budget_unit == "macs"
+
+    @property
+    def inputs_to_measure(self) -> Any:
+        """What the model is called with to measure multiply-adds."""
+        return self.example_inputs
+
     def max_of(self, component: str) -> float:
         """The most a component is pruned."""
         given = self.max_sparsity

@@ -127,7 +127,7 @@ class Vote(Method[Masks]):
             of = f" of task '{task}'"
             checks.number("priority", factor, of=of)
             checks.inside("priority", factor, "(0, inf)", of=of, must="must be positive")
-        if self.priority and (isinstance(self.sparsity, PerTaskKeep) or not self.disentangled):
+        if self.priority and (isinstance(self.target, PerTaskKeep) or not self.disentangled):
             raise ValueError(
                 "`priority` shifts the tasks' percentiles against each other: there are none with "
                 "PerTaskKeep, and only one voter with disentangled=False."
@@ -137,7 +137,7 @@ class Vote(Method[Masks]):
             must = "must be at least 1, or 'auto'"
             checks.whole("observations", self.observations, least=1, must=must)
         checks.whole("min_keep", self.min_keep, least=0, must="must be a whole number")
-        if self.regrows and (self.allocation == "global" or isinstance(self.sparsity, PerTaskKeep)):
+        if self.regrows and (self.allocation == "global" or isinstance(self.target, PerTaskKeep)):
             raise ValueError(
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
                 "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
@@ -168,7 +168,6 @@ class Vote(Method[Masks]):
                 raise ValueError(
                     f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
                 )
-            object.__setattr__(self, "sparsity", fixed)
             return
         if len(given) > 1:
             raise ValueError(
@@ -190,9 +189,7 @@ class Vote(Method[Masks]):
                 "Neuron(), Head() or Block(...). Of single weights, SoftThreshold(..., "
                 "budget_unit='macs') counts multiply-adds."
             )
-        if self.example_inputs is None:
-            object.__setattr__(self, "example_inputs", example_inputs_of(self.granularity))
-        if self.example_inputs is None:
+        if self.inputs_to_measure is None:
             raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
 
     def _check_granular(self) -> None:
@@ -209,51 +206,29 @@ class Vote(Method[Masks]):
                 f"in two components. Use one of {NAMES}."
             )
         if isinstance(self.granularity, NM) and (
-            isinstance(self.sparsity, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+            isinstance(self.target, PerTaskKeep) or self.allocation not in ("floor", "uniform")
         ):
             raise ValueError(
                 f"{what} keeps the same share of every layer: leave `allocation` out, and "
                 "PerTaskKeep."
             )
 
-    @override
-    def needs(self, inventory: Inventory) -> Needs:
-        units = inventory.units
-        score = PerWeight(self.saliency)
-        if units is not None:  # there are few of them, and each is a sum of many weights
-            score = PerWeight(self.saliency, _pool_of(units), dtype=torch.float32)
-        return Needs(
-            statistics={"saliency": score},
-            apart=self.disentangled,
-            observations=self.observations,
-            over_the_run=self.straight_through,
-            macs=self.example_inputs is not None,
-            example_inputs=self.example_inputs,
-        )
+    @property
+    def needs_costs(self) -> bool:
+        """Whether multiply-adds are measured."""
+        return self.inputs_to_measure is not None
 
-    @override
-    def fits(self, layer: Layer) -> str:
-        return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
+    @property
+    def inputs_to_measure(self) -> Any:
+        """What the model is called with to measure multiply-adds; None if nothing is measured."""
+        if self.example_inputs is None and self._by_macs:
+            return example_inputs_of(self.granularity)
+        return self.example_inputs
 
-    @override
-    def check(self, inventory: Inventory) -> None:
-        inventory.check_names("priority", self.priority, inventory.tasks)
-        inventory.check_names("allocation", self.allocation, inventory.components)
-        if inventory.units is not None:
-            self._check_room(inventory.units, inventory.prices, inventory.total_macs)
-
-    @override
-    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[Masks]:
-        if self.straight_through:
-            return Phased(StraightThrough(masks), MaskHold(masks))
-        if self.regrows:
-            if optimizer is None:
-                raise ValueError(
-                    "Regrowth resets the optimizer's state of weights that come back. "
-                    "Pass optimizer=... to the pruner."
-                )
-            return RegrowHold(masks, optimizer)
-        return MaskHold(masks)
+    @property
+    def target(self) -> float | PerTaskKeep | None:
+        """The sparsity in the end: what was given, or what the pattern fixes."""
+        return self.granularity.sparsity if isinstance(self.granularity, NM) else self.sparsity
 
     @property
     def _stays(self) -> Fraction:
@@ -262,15 +237,24 @@ class Vote(Method[Masks]):
             return Fraction(str(self.macs))
         if self.speedup is not None:
             return 1 / Fraction(str(self.speedup))
-        return 1 - Fraction(str(self.sparsity))
+        return 1 - Fraction(str(self.target))
 
     @property
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
 
-    def _check_room(self, units: Units, costs: Sequence[Fraction], total_macs: Fraction) -> None:
-        """Refuse a budget that leaves no room for the units that have to stay."""
-        if isinstance(self.sparsity, PerTaskKeep):
+    def check_units(self, units: Units, costs: Sequence[Fraction], whole: Fraction) -> None:
+        """Refuse a budget that leaves no room for what has to stay.
+
+        Args:
+            units: The units.
+            costs: What a weight of each of their layers costs, if that was measured.
+            whole: What all prunable layers cost, those that are left alone too.
+
+        Raises:
+            ValueError: If it is not enough.
+        """
+        if isinstance(self.target, PerTaskKeep):
             return
         units, fixed = self._priced(units, costs, total_macs)
         every = fixed + units.weigh(units.everything())
@@ -322,46 +306,39 @@ class Vote(Method[Masks]):
             return self._of_units(ballot, ballot.units, self.schedule.progress(step))
         if isinstance(self.granularity, NM):
             return self._patterned(ballot, self.granularity, self.schedule.progress(step))
-        if isinstance(self.sparsity, PerTaskKeep):
-            ratio = self._ratio(self.sparsity, self.schedule.progress(step))
-            alone = _alone(ballot.scores, rank(ballot.scores), lambda n: int(ratio * n))
-            return Masks(self._per_task(ballot.scores, ballot.masks, alone), alone)
-        assert self.sparsity is not None
-        zeros = round(self.sparsity * self.schedule.progress(step) * ballot.total)
+        if isinstance(self.target, PerTaskKeep):
+            ratio = self._ratio(self.target, self.schedule.progress(step))
+            return self._per_task(
+                ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
+            )
+        assert self.target is not None
+        zeros = round(self.target * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
         rankings = rank(ballot.scores, self.priority)
         if isinstance(self.schedule, Regrow):
             masks = self._exchange(ballot, rankings, keep, self.schedule, step)
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
-        share = 1 - self.sparsity * self.schedule.progress(step)
-        return Masks(masks, _alone(ballot.scores, rankings, lambda n: round(share * n)))
+        share = 1 - self.target * self.schedule.progress(step)
+        return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
 
-    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Masks:
-        """Units larger than a weight compete by saliency per cost."""
-        units, fixed = self._priced(units, ballot.costs, ballot.total_macs)
-        electorate = _electorate(ballot.scores, units)
-        scores, eligible = electorate.scores, units.standing(ballot.masks)
-        if isinstance(self.sparsity, PerTaskKeep):
-            ratio = self._ratio(self.sparsity, progress)
-            alone = _alone_of_units(electorate, units, lambda n: int(ratio * n))
-            kept = self._per_task(scores, eligible, alone)
-        else:
-            self._check_room(units, ballot.costs, ballot.total_macs)
-            assert not isinstance(self.allocation, Mapping)
-            kept = pack(
-                worths(scores, self.vote, rank(scores, self.priority)),
-                units,
-                self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-                self.allocation,
-                eligible=eligible,
-                min_keep=self.min_keep,
-            )
-            alone = _alone_of_units(electorate, units, lambda cost: self._room(cost, progress))
-        return Masks(
-            [mask.reshape(-1) for mask in units.spread(kept)],
-            _Alone(alone, lambda voter: _spread(alone[voter], units)),
-            units=dict(zip(units.names, kept, strict=True)) if units.spanning else {},
+    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
+        """The same for units larger than a weight, which compete by saliency per cost."""
+        units, fixed = self._priced(units, ballot.costs, ballot.whole)
+        ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
+        if isinstance(self.target, PerTaskKeep):
+            ratio = self._ratio(self.target, progress)
+            return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
+        self.check_units(units, ballot.costs, ballot.whole)
+        rankings = rank(ballot.scores, self.priority)
+        assert not isinstance(self.allocation, Mapping)
+        masks = pack(
+            worths(ballot.scores, self.vote, rankings),
+            units,
+            self._room(fixed + units.weigh(units.everything()), progress) - fixed,
+            self.allocation,
+            eligible=ballot.masks,
+            min_keep=self.min_keep,
         )
 
     def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Masks:
