@@ -42,9 +42,7 @@ def measure(net: str, size: str, tasks: int, observe: bool) -> tuple[int, int]:
         return allocated(sweep)[1], 1
     _, found = allocated(lambda: pruner.observe(made.model(made.inputs), None))
     buffers = sum(
-        score.nbytes
-        for scores in checkpoints.scores(pruner).values()
-        for score in scores.values()
+        score.nbytes for scores in checkpoints.scores(pruner).values() for score in scores.values()
     )
     return found, buffers + max(weight.nbytes for weight in weights)
 
