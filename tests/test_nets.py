@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import nets
+from tests.checkpoints import users
 from tests.nets import Run, build, read, same, size, weights, zeros
 
 EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
@@ -111,11 +112,7 @@ def test_sparse_training_with_momentum_keeps_every_layer_on_its_count(name, back
 @EVERY_NET
 def test_who_uses_what_is_observed(name, backend, device):
     run = start(name, "static", backend, device).train(3)
-    users = run.pruner.state_dict()["users"]
-    named = {
-        n: {task for task, flags in users.items() if flags[i]}
-        for i, n in enumerate(run.pruner.state_dict()["shapes"])
-    }
+    named = users(run.pruner)
     for task, layers in run.net.private.items():
         for layer in layers:
             assert named[layer] == {task}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote
-from mtprune.observing.evidence import Evidence
-from mtprune.model.components import Declared
-from mtprune.model.layers import find_layers
-from mtprune.observing.reach import Usage
+from mtprune.collect import Evidence
+from mtprune.components import Declared, find_layers
+from mtprune.usage import Usage
+from tests.checkpoints import users
 
 
 class Net(nn.Module):
@@ -52,11 +52,7 @@ def flags(*values):
 def components(pruner):
     """Every pruned layer's component."""
     rows = {row.name: row.tasks for row in pruner.report().layers}
-    users = pruner.state_dict()["users"]
-    names = list(pruner.state_dict()["shapes"])
-    for name, tasks in rows.items():
-        place = names.index(name)
-        assert tuple(task for task in users if users[task][place]) == tasks
+    assert all(users(pruner)[name] == set(tasks) for name, tasks in rows.items())
     return rows
 
 
