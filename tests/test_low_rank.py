@@ -22,7 +22,7 @@ from mtprune import (
     recipes,
     votes,
 )
-from mtprune.compression.rank import Rank
+from mtprune.compression.forms import Rank
 from mtprune.methods.low_rank import _START, _let
 from tests import nets
 from tests.compression.fakes import prefer

@@ -8,7 +8,7 @@ from torch import nn
 
 import mtprune
 from mtprune import ranks
-from mtprune.compression.rank import Rank
+from mtprune.compression.forms import Rank
 from tests.compression.fakes import prefer
 
 

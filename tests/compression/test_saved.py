@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mtprune
-from mtprune.compression.plan import CHOICES
+from mtprune.compression.forms import CHOICES
 
 SAVED = Path(__file__).with_name("saved")
 
