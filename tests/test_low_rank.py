@@ -22,7 +22,9 @@ from mtprune import (
     recipes,
     votes,
 )
-from tests import checkpoints, nets
+from mtprune.compression.forms import Rank
+from mtprune.methods.low_rank import _START, _let
+from tests import nets
 from tests.compression.fakes import prefer
 from tests.nets import Run, build, evaluate, read, same
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.compression.build import assemble, plan_of
-from mtprune.compression.kernels import Csr, Kernel, SemiStructured
+from mtprune.components import unwrap
+from mtprune.compression.compress import assemble, plan_of
+from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
 from mtprune.model.names import unwrap
@@ -108,7 +109,7 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
         for module in model.modules():
-            if isinstance(module, (Csr, SemiStructured)):  # whose products have no gradients
+            if isinstance(module, Form) and module.frozen:
                 module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
@@ -193,7 +194,7 @@ def _described(model: nn.Module, plan: Plan) -> PlanConfig:
         for name, module in model.named_modules()
         for key, value in module.state_dict().items()
         # Constants that were removed may have given a layer its first bias.
-        if isinstance(module, Kernel) or (name in cut and key == "bias")
+        if isinstance(module, Form) or (name in cut and key == "bias")
     }
     return PlanConfig(plan.to_dict(), tensors, _prefix(model))
 
@@ -234,7 +235,7 @@ def _markers(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.empty(0)
         for name, module in model.named_modules()
-        if isinstance(module, Kernel) and "weight" not in module.state_dict()
+        if isinstance(module, Form) and "weight" not in module.state_dict()
     }
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtprune.model.layers import find_layers
-from mtprune.compression.kernels import Kernel
+from mtprune.components import find_layers
+from mtprune.compression.forms import Form
 
 
 class Says:
@@ -26,7 +26,7 @@ class Says:
         if modules[0] is None:
             return list(self.whole)
         return [
-            self.ms.get(m.choice if isinstance(m, Kernel) else "dense", 10.0)
+            self.ms.get(m.choice if isinstance(m, Form) else "dense", 10.0)
             if isinstance(m, nn.Module)
             else 10.0
             for m in modules

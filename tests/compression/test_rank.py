@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.model import factors
-from mtprune.compression.rank import Rank
+from mtprune import ranks
+from mtprune.compression.forms import Rank
 from tests.compression.fakes import prefer
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression.kernels import Csr
+from mtprune.compression.forms import Csr
 from mtprune.compression.removal import apply, find, remove
 from mtprune.structure import NOBODY, Group, Member
 from tests.compression.fakes import Says, prefer

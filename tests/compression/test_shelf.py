@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mtprune
-from mtprune.compression.kernels import Kernel
+from mtprune.compression.forms import Form
 from mtprune.compression.verify import TOLERANCES, difference
 from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
@@ -19,7 +19,7 @@ def test_compressed_is_what_it_was(name, choice, sparsity):
     net.model.eval()
     batches = [net.make_batch(i)["x"] for i in range(2)]
     fast = mtprune.compress(net.model, batches, measure=prefer(choice))
-    replaced = [m for m in fast.modules() if isinstance(m, Kernel)]
+    replaced = [m for m in fast.modules() if isinstance(m, Form)]
     assert not (replaced and sparsity == 0)
     x = net.make_batch(9)["x"]
     with torch.no_grad():

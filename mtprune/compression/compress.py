@@ -1,4 +1,4 @@
-"""`compress`: choose a form for every layer, build the copy, and check it."""
+"""`compress`: remove dead units, choose a form for every layer, and check the copy."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,27 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mtprune.compression.attention import NarrowAttention
+from mtprune.compression.calls import record_calls, self_attentions
 from mtprune.compression.choose import (
+    build_forms,
     check_fits,
-    check_whole,
     choose,
-    follow,
-    opened,
+    dense_unless_faster,
+    opened_attentions,
     place,
     time_whole,
 )
 from mtprune.compression.extract import Places, cut, extract
-from mtprune.compression.forms import FORMS
-from mtprune.compression.kernels import Kernel
-from mtprune.compression.plan import Plan
+from mtprune.compression.forms import FORMS, Form
+from mtprune.compression.measure import sizes_of
+from mtprune.compression.plan import Plan, Removal
 from mtprune.compression.removal import resize
-from mtprune.compression.running import (
-    calls,
-    check_devices,
-    parse,
-    run,
-    self_attentions,
-    unnested,
-)
-from mtprune.compression.shrink import check_shrunk, shrink, units_of
+from mtprune.compression.running import check_devices, parse, run, unnested
+from mtprune.compression.shrink import check_shrunk, groups_of, shrink
 from mtprune.compression.sites import find_sites, refuse_unfinished
-from mtprune.compression.sizes import sizes_of
 from mtprune.compression.timing import Measure, interleaved
-from mtprune.compression.verify import blame, verify
-from mtprune.model.names import unwrap
-from mtprune.model.task_masks import TaskMasks
+from mtprune.compression.verify import Replaced, verify, worst_layer
+from mtprune.wishes import TaskMasks
 
 __all__ = ["assemble", "compress", "plan_of"]
 
@@ -60,18 +52,18 @@ def compress(
 ) -> nn.Module:
     """A copy of a sparse model that is faster on this machine and gives the same outputs.
 
-    First units that nobody reads, or that are always the same number, are removed, with all that
-    belongs to them: ``groups`` says which units there are.
+    First, units whose outputs no layer reads, or are constant, are removed with all their entries:
+    ``groups`` says which units a model has.
 
-    Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on what
-    the model really gives it, and takes the fastest: ``"dense"``, ``"rows"`` (without its dead
-    outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a sparse product of our own,
-    on a CPU in float32; a C compiler makes it at first use), ``"csr"`` (torch's sparse product, on
-    a CPU) or ``"2:4"`` (CUDA, float16 and bfloat16). So are the projections of a
-    ``MultiheadAttention`` that attends to itself, and every Linear of low rank, which can be
-    ``"rank"``: two layers, where these are smaller. A form that is not faster than the dense one
-    by 5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as a
-    whole is no faster, all layers stay dense.
+    Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on the
+    inputs that it receives in the model, and takes the fastest: ``"dense"``, ``"rows"`` (without
+    its dead outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a sparse product of
+    our own, on a CPU in float32; a C compiler makes it at first use), ``"csr"`` (torch's sparse
+    product, on a CPU) or ``"2:4"`` (CUDA, float16 and bfloat16). The projections of a
+    ``MultiheadAttention`` that attends to itself are timed too, and every Linear of low rank, which
+    can be ``"rank"``: two layers, where these are smaller. A form that is not faster than the dense
+    one by 5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as
+    a whole is no faster, all layers stay dense.
 
     The copy is in eval mode and meant for inference; the model is left as it is.
 
@@ -79,23 +71,23 @@ def compress(
         model: A model with zeros in its weights: after ``pruner.finalize()``, or from elsewhere.
         example_inputs: What the model will be run on: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these, several batch sizes for instance.
-        groups: What can be removed: the granularity that the model was pruned with,
+        groups: The units that can be removed: the granularity that the model was pruned with,
             ``Channel(example_inputs)`` for instance, or groups (`mtprune.structure.Group`), or
-            several of these, or none: ``()``. ``"auto"``, which `None` is too, takes the heads and
-            neurons of transformers that `mtprune.patterns` knows, if removing some of them on trial
-            changes nothing else. What it does not know it does not guess.
-        tasks: Return only what these tasks need: weights that one of them voted for, and their own
-            outputs. `plan_of` says what that left (``subnetwork``), and other weights' absence
-            changes the outputs of these tasks too (see ``docs/compress.md``).
-        task_masks: ``pruner.task_masks``: what each task voted for. Known already if the model is
-            the very one that a pruner has finalized.
-        outputs: ``{task: place}``: the keys, fields or indices of what the model returns that
-            belong to each task. By default they are found by name, or by whose weights they need.
+            several of these, or none: ``()``. ``"auto"`` or None takes the heads and neurons of
+            transformers that `mtprune.patterns` knows, if removing some of them on trial changes
+            nothing else.
+        tasks: Keep only the weights that one of these tasks voted for, and the outputs of these
+            tasks. `plan_of` says how many weights that are (``subnetwork``). The absence of other
+            weights changes the outputs of these tasks too (see ``docs/compress.md``).
+        task_masks: ``pruner.task_masks``: the weights that each task voted for. Known already if
+            the model is the very one that a pruner has finalized.
+        outputs: ``{task: place}``: the keys, fields or indices of the model's outputs that belong
+            to each task. By default they are found by name, or by the weights that they depend on.
         portable: Take only forms that can be exported (``torch.export``, ONNX).
-        plan: Use this one, made before or edited, and time nothing; with the ``tasks`` it is for.
-        tolerance: Of the relative Frobenius norm of what outputs may differ by: 1e-5 in float32
-            unless given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
-        measure: From a list of functions to the milliseconds of each: how forms are timed.
+        plan: A plan made before or edited. Nothing is timed. Give the ``tasks`` it was made for.
+        tolerance: The relative Frobenius norm by which outputs may differ: 1e-5 in float32 unless
+            given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
+        measure: How forms are timed: from a list of functions to the milliseconds of each.
 
     Raises:
         ValueError: If the model does not run on the inputs, is not finalized, or groups or plan
@@ -117,9 +109,9 @@ def compress(
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a mtprune.Plan. Got {plan!r}.")
     model = unwrap(model)
-    before = getattr(model, _PLAN, None)
-    if before is not None:
-        _check_same(before, plan, tasks)
+    made_by = getattr(model, _PLAN, None)
+    if made_by is not None:
+        _check_same(made_by, plan, tasks)
         return copy.deepcopy(model).eval()
     refuse_unfinished(model)
     batches = parse(example_inputs)
@@ -136,29 +128,20 @@ def compress(
             f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
         )
     work = copy.deepcopy(model).eval()
-    units = units_of(model, groups, batches) if plan is None else []
-    timed = plan is None
+    units = groups_of(model, groups, batches) if plan is None else []
+    is_timed = plan is None
     with unnested(work):
         expected = run(work, batches)
         removal = shrink(work, units, batches, plan)
         if removal:
             check_shrunk(model, work, expected, units, batches, tolerance)
         if plan is None:
-            sites = find_sites(work, self_attentions(work, batches))
+            plan, replaced = _choose_forms(work, batches, removal, portable, measure)
         else:
-            sites = find_sites(work, opened(plan))
-            check_fits(plan, sites)
-        given = calls(work, sites, batches)
-        if plan is None:
-            plan, kernels = choose(sites, given, measure, removal, portable)
-            plan, kernels = check_whole(work, sites, batches, plan, kernels, measure)
-        else:
-            plan, kernels = follow(plan, sites, portable)
-        place(sites, kernels)
-        replaced = {s.name: (s, kernels[s.name], given[s.name]) for s in sites if s.name in kernels}
+            plan, replaced = _replay_forms(work, batches, plan, portable)
         exact = not (removal or replaced)
-        verify(expected, run(work, batches), tolerance, partial(blame, replaced), exact)
-        if removal and timed:
+        verify(expected, run(work, batches), tolerance, partial(worst_layer, replaced), exact)
+        if removal and is_timed:
             plan = time_whole(plan, model, work, batches, measure)
     if plan.sizes is None:
         # A copy once more: the user's own model is never run.
@@ -166,10 +149,34 @@ def compress(
     return _finish(work, replace(plan, subnetwork=part))
 
 
-def _check_same(before: Plan, plan: Plan | None, tasks: Sequence[str] | None) -> None:
-    """Complain about other wishes for a model that is compressed already."""
-    other = tasks is not None and _tasks(before) != set(tasks)
-    if other or (plan is not None and plan != before):
+def _choose_forms(
+    work: nn.Module, batches: Sequence[Any], removal: Removal, portable: bool, measure: Measure
+) -> tuple[Plan, list[Replaced]]:
+    """Time all forms of all layers, and put the best in their places."""
+    sites = find_sites(work, self_attentions(work, batches))
+    calls = record_calls(work, sites, batches)
+    plan, forms = choose(sites, calls, measure, removal, portable)
+    plan, forms = dense_unless_faster(work, sites, batches, plan, forms, measure)
+    place(sites, forms)
+    return plan, [Replaced(s, forms[s.name], calls[s.name]) for s in sites if s.name in forms]
+
+
+def _replay_forms(
+    work: nn.Module, batches: Sequence[Any], plan: Plan, portable: bool
+) -> tuple[Plan, list[Replaced]]:
+    """Put the forms of a plan in their places."""
+    sites = find_sites(work, opened_attentions(plan))
+    check_fits(plan, sites)
+    calls = record_calls(work, sites, batches)
+    plan, forms = build_forms(plan, sites, portable)
+    place(sites, forms)
+    return plan, [Replaced(s, forms[s.name], calls[s.name]) for s in sites if s.name in forms]
+
+
+def _check_same(made_by: Plan, plan: Plan | None, tasks: Sequence[str] | None) -> None:
+    """Check that a compressed model is not to be compressed by another plan."""
+    differs = tasks is not None and _tasks(made_by) != set(tasks)
+    if differs or (plan is not None and plan != made_by):
         raise ValueError("This model is compressed already, by another plan. Give the dense model.")
 
 
@@ -192,19 +199,19 @@ def plan_of(model: nn.Module) -> Plan:
         whole model: parameters 6 -> 6, multiply-adds 4 -> 4, bytes 24 -> 24
         Nothing to compress: no weight of a layer is zero.
     """
-    found = getattr(unwrap(model), _PLAN, None)
-    if not isinstance(found, Plan):
+    plan = getattr(unwrap(model), _PLAN, None)
+    if not isinstance(plan, Plan):
         raise ValueError("This model has no plan: mtprune.compress did not make it.")
-    return found
+    return plan
 
 
 def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Put a plan's forms into a dense model, in place, with parts that were saved.
+    """Turn a dense model into the compressed model of a plan, in place, with the saved parts.
 
     Args:
-        model: As it was built, dense.
+        model: The dense model, as it was built.
         plan: The plan.
-        tensors: The parts by name, as in the compressed model's ``state_dict``.
+        tensors: The saved tensors by name, as in the compressed model's ``state_dict``.
 
     Raises:
         ValueError: If the plan is for another model.
@@ -216,29 +223,30 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
         path, _, attribute = name.rpartition(".")
         layer = dict(model.named_modules()).get(path)
         if attribute == "bias" and isinstance(layer, (nn.Linear, _ConvNd)) and layer.bias is None:
-            # Constants that were removed are in there.
+            # Units that were constants were moved into this bias.
             layer.bias = nn.Parameter(tensor, layer.weight.requires_grad)
-    sites = find_sites(model, opened(plan))
+    sites = find_sites(model, opened_attentions(plan))
     check_fits(plan, sites)
-    kernels = {}
+    forms = {}
     for site in sites:
         choice = plan[site.name].choice
         if choice != "dense":
             prefix = site.name + "."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            kernels[site.name] = FORMS[choice](site.layer, parts)
-    place(sites, kernels)
+            forms[site.name] = FORMS[choice](site.layer, parts)
+    place(sites, forms)
     return _finish(model, plan)
 
 
 def _finish(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model in eval mode, with its plan, and with its forms' names."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, (Kernel, NarrowAttention)) for m in encoder.modules()
+            isinstance(m, (Form, NarrowAttention)) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
     for name, module in model.named_modules():
-        if isinstance(module, Kernel):
+        if isinstance(module, Form):
             module.site = name
     setattr(model, _PLAN, plan)
     return model.eval()

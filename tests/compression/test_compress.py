@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mtprune
 from mtprune.compression.choose import _best
-from mtprune.compression.kernels import Csr, Kernel, Rows
+from mtprune.compression.forms import Csr, Form, Rows
 from mtprune.compression.plan import Measured
 from tests import nets
 from tests.compression.fakes import Says, leaves, prefer, zero_
@@ -78,7 +78,7 @@ def test_times_add_up_over_calls_and_batches():
 def test_never_slower_as_a_whole():
     says = Says(whole=(1.0, 1.5), csr=0.5, dense=1.0)
     fast = mtprune.compress(mlp(), torch.randn(3, 6), measure=says)
-    assert not any(isinstance(m, Kernel) for m in fast.modules())
+    assert not any(isinstance(m, Form) for m in fast.modules())
     assert "All layers stay dense" in str(mtprune.plan_of(fast))
 
 
@@ -318,7 +318,7 @@ def test_a_plan_for_another_model_is_refused():
         mtprune.compress(whole, x, plan=plan.replace("0", "thin"))
 
 
-def test_a_kernel_that_cannot_run_here_is_dense_and_says_so():
+def test_a_form_that_cannot_run_here_is_dense_and_says_so():
     model, x = mlp(), torch.randn(3, 6)
     plan = mtprune.plan_of(mtprune.compress(model, x, measure=prefer("csr")))
     with pytest.warns(UserWarning, match="Layer '0' stays dense: 2:4 needs a CUDA device"):

@@ -1,4 +1,4 @@
-"""Kernels: literal weights first, then random ones against the dense layer."""
+"""Forms: literal weights first, then random ones against the dense layer."""
 
 import copy
 import pickle
@@ -7,8 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune.compression.kernels import KERNELS, Csr, Rows, SemiStructured, Thin
-from tests.compression.fakes import zero_
+import mtprune
+from mtprune.compression.forms import (
+    ALL,
+    CHOICES,
+    EXPORTERS,
+    FORMS,
+    Csr,
+    Form,
+    Rows,
+    SemiStructured,
+    Thin,
+)
+from tests.compression.fakes import prefer, zero_
 
 
 def linear(weight, bias=None):
@@ -53,12 +64,12 @@ def test_two_to_four_stores_pairs_and_places():
     weight[0, :4] = torch.tensor([0.0, 5.0, 0.0, 7.0])
     layer = nn.Linear(64, 32)
     layer.weight.data = weight
-    kernel = SemiStructured(layer, SemiStructured.parts(layer))
-    assert kernel.weight_pairs.shape == kernel.weight_places.shape == (32, 32)
-    assert kernel.weight_pairs[0, :2].tolist() == [5, 7]
-    assert kernel.weight_places[0, :2].tolist() == [1, 3]
-    assert torch.equal(kernel.weight, weight)
-    assert "CUDA" in SemiStructured.lacking(layer.weight)
+    form = SemiStructured(layer, SemiStructured.parts(layer))
+    assert form.weight_pairs.shape == form.weight_places.shape == (32, 32)
+    assert form.weight_pairs[0, :2].tolist() == [5, 7]
+    assert form.weight_places[0, :2].tolist() == [1, 3]
+    assert torch.equal(form.weight, weight)
+    assert "CUDA" in SemiStructured.why_not(layer.weight)
 
 
 def test_two_to_four_is_not_offered_where_the_pattern_does_not_hold():
@@ -92,30 +103,30 @@ LAYERS = {
 def test_every_form_gives_what_the_dense_layer_gives(name, choice, sparsity):
     make, shape = LAYERS[name]
     layer = zero_(make(), sparsity, rows=0.4, cols=0.4).eval()
-    parts = KERNELS[choice].parts(layer)
+    parts = FORMS[choice].parts(layer)
     if parts is None:
         assert name in {"grouped"} or (choice == "csr" and name in {"same", "reflect"})
         return
-    kernel = KERNELS[choice](layer, parts)
+    form = FORMS[choice](layer, parts)
     x = torch.randn(shape, dtype=layer.weight.dtype)
     expected = layer(x)
-    got = kernel(x)
+    got = form(x)
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(kernel.weight, layer.weight)
-    assert (kernel.bias is None) == (layer.bias is None)
-    assert layer.bias is None or torch.equal(kernel.bias, layer.bias)
-    assert not any(p.requires_grad for p in kernel.parameters())
-    for twin in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+    assert torch.equal(form.weight, layer.weight)
+    assert (form.bias is None) == (layer.bias is None)
+    assert layer.bias is None or torch.equal(form.bias, layer.bias)
+    assert not any(p.requires_grad for p in form.parameters())
+    for twin in (copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
         assert torch.equal(twin(x), got)
-    rebuilt = KERNELS[choice](make(), dict(kernel.state_dict()))
+    rebuilt = FORMS[choice](make(), dict(form.state_dict()))
     assert torch.equal(rebuilt(x), got)
 
 
 def test_parts_are_no_part_of_the_dense_layer():
     layer = zero_(nn.Linear(24, 20), 0.5, rows=0.4)
-    for kernel in (Rows, Thin, Csr):
-        built = kernel(layer, kernel.parts(layer) or Rows.parts(layer))
+    for form in (Rows, Thin, Csr):
+        built = form(layer, form.parts(layer) or Rows.parts(layer))
         held = {t.data_ptr() for t in built.state_dict().values()}
         assert layer.bias.data_ptr() not in held
         assert layer.weight.data_ptr() not in held
@@ -127,9 +138,61 @@ def test_nan_weights_are_not_zero():
 
 
 def test_csr_needs_a_cpu_and_floats():
-    assert "float32 or float64" in Csr.lacking(torch.zeros(1, dtype=torch.bfloat16))
-    assert "CPU" in Csr.lacking(torch.zeros(1, device="meta"))
-    assert Csr.lacking(torch.zeros(1)) == ""
+    assert "float32 or float64" in Csr.why_not(torch.zeros(1, dtype=torch.bfloat16))
+    assert "CPU" in Csr.why_not(torch.zeros(1, device="meta"))
+    assert Csr.why_not(torch.zeros(1)) == ""
+
+
+class Signed(Form):
+    """The size and the sign of each weight: a form as somebody may add it."""
+
+    choice = "signed"
+    min_zeros = 0.3
+
+    @classmethod
+    def parts(cls, layer):
+        if isinstance(layer, nn.Conv2d):
+            return None
+        weight = layer.weight.detach()
+        return {"sizes": weight.abs(), "bias": layer.bias.detach().clone(), "minus": weight < 0}
+
+    @staticmethod
+    def why_not(weight):
+        return "" if weight.dtype == torch.float32 else "it needs float32"
+
+    @property
+    def weight(self):
+        return torch.where(self.minus, -self.sizes, self.sizes)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_new_form_is_one_class(monkeypatch, tmp_path):
+    monkeypatch.setitem(FORMS, "signed", Signed)
+    monkeypatch.setattr("mtprune.compression.plan.CHOICES", (*CHOICES, "signed"))
+    model = zero_(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0.5)
+    model[2].weight.data.fill_(1.0)  # of rank one, and without zeros
+    x = torch.randn(4, 6)
+    fast = mtprune.compress(model, x, measure=prefer("signed"))
+    assert (type(fast[0]), mtprune.plan_of(fast)["0"].choice) == (Signed, "signed")
+    assert "signed" not in {m.choice for m in mtprune.plan_of(fast)["2"].measured}
+    torch.testing.assert_close(fast(x), model(x))
+    mtprune.save(fast, tmp_path)
+    again = mtprune.load(tmp_path, copy.deepcopy(model))
+    assert type(again[0]) is Signed
+    assert torch.equal(again(x), fast(x))
+    plan = mtprune.Plan.from_dict(mtprune.plan_of(fast).to_dict())
+    with pytest.warns(UserWarning, match="Layer '0' stays dense: it needs float32"):
+        mtprune.compress(model.double(), x.double(), plan=plan)
+    portable = mtprune.compress(model.float(), x, measure=prefer("signed"), portable=True)
+    assert type(portable[0]) is not Signed
+
+
+def test_names_are_those_of_the_list():
+    assert list(FORMS.values()) == list(ALL)
+    assert CHOICES == ("dense", "rows", "thin", "sparse", "csr", "2:4", "rank")
+    assert all(set(form.exporters) <= set(EXPORTERS) for form in ALL)
 
 
 def test_what_prints():

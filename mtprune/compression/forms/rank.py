@@ -1,4 +1,4 @@
-"""The rank form: a matrix of low rank as two layers, one after the other."""
+"""The rank form: a Linear of low rank as two smaller ones in sequence."""
 
 from collections.abc import Mapping
 
@@ -6,18 +6,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.attention import linear_of
-from mtprune.compression.kernels import Dense, Kernel, Parts
-from mtprune.model import factors
+from mtprune import ranks
+from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, linear_of
 
 __all__ = ["Rank"]
 
 
-class Rank(Kernel):
-    """A Linear of low rank as two of them: ``r (in + out)`` parameters, and as many products.
+class Rank(Form):
+    """A Linear of rank r as two in sequence, with ``r (in + out)`` parameters and multiply-adds.
 
-    For matrices whose `mtprune.factors.numerical_rank` is below break-even, where two layers are
-    smaller than one. Rank 0 is legal: what is left is the bias.
+    For matrices whose `mtprune.ranks.numerical_rank` is below break-even, where two layers are
+    smaller than one. Rank 0 is legal: then the outputs are the bias.
 
     Example:
         >>> layer = nn.Linear(6, 4)
@@ -28,7 +27,7 @@ class Rank(Kernel):
     """
 
     choice = "rank"
-    portable = True
+    exporters = EXPORTERS
 
     @override
     @classmethod
@@ -45,10 +44,10 @@ class Rank(Kernel):
         return parts
 
     @override
-    def _hold(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
-        held = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
-        self.down = linear_of(held["down.weight"], None)
-        self.up = linear_of(held["up.weight"], held.get("up.bias"))
+    def _store(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
+        factors = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
+        self.down = linear_of(factors["down.weight"], None)
+        self.up = linear_of(factors["up.weight"], factors.get("up.bias"))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -67,13 +66,13 @@ class Rank(Kernel):
 
 
 def _may_be_low(weight: Tensor) -> bool:
-    """Whether a matrix could be below break-even, from a corner of it, in an eighth of the time.
+    """Whether a matrix could be below break-even, from one corner, in an eighth of the time.
 
     Singular values of a corner are no larger than those of the matrix.
     """
-    size = weight.detach().to(torch.float64).norm()
-    if not weight.numel() or not bool(size.isfinite()):
+    norm = weight.detach().to(torch.float64).norm()
+    if not weight.numel() or not bool(norm.isfinite()):
         return False
     least = factors.most((weight.shape[0], weight.shape[1])) + 1
     corner = torch.linalg.svdvals(weight.detach()[:least, :least].to(torch.float64))
-    return bool(corner[-1] <= factors.rounding(weight.dtype) * size)
+    return bool(corner[-1] <= ranks.rounding(weight.dtype) * norm)

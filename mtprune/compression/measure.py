@@ -1,4 +1,4 @@
-"""Sizes: what a model stores, multiplies, weighs on disk, and how long it takes."""
+"""`measure`: parameters, multiply-adds, bytes and milliseconds of a model."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune import checks
-from mtprune.compression.kernels import Kernel
+from mtprune.collect import untouched
+from mtprune.components import unwrap
+from mtprune.compression.forms import Form
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled
 from mtprune.model.macs import Multiplied
@@ -24,23 +25,23 @@ __all__ = ["Sizes", "measure", "sizes_of"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model costs.
+    """The sizes of a model, and its latency.
 
     Attributes:
-        parameters: Numbers it stores as parameters.
-        parameters_kept: Those that are not zero.
-        macs: Multiply-adds of one pass over the example inputs: what is really multiplied, as
-            torch's flop counter sees it; in a sparse form, once for each number that is stored.
-        macs_kept: Those in which no weight is zero.
-        memory: Bytes of parameters and buffers, the places of sparse weights among them.
-        memory_kept: The same without parameters that are zero.
+        parameters: Numbers that the model stores as parameters.
+        parameters_kept: Parameters that are not zero.
+        macs: Multiply-adds of one pass over the example inputs, as torch's flop counter sees them;
+            a sparse form multiplies once for each number that it stores.
+        macs_kept: Multiply-adds in which no weight is zero.
+        memory: Bytes of parameters and buffers, the indices of sparse weights among them.
+        memory_kept: Bytes without parameters that are zero.
         disk: Bytes that ``torch.save(model.state_dict(), ...)`` writes; None if not measured.
         ms: Median milliseconds of one pass over the example inputs; None if not measured.
-        spread: The quartiles of the same.
-        rounds: How often it was timed.
-        device: Where.
-        threads: How many threads torch used.
-        against: The sizes of the model it is compared with.
+        spread: The quartiles of the milliseconds.
+        rounds: How often the model was timed.
+        device: The device that the model was timed on.
+        threads: The number of threads that torch used.
+        against: The sizes of the model that this one is compared with.
 
     Example:
         >>> dense = Sizes(1000, 100, 1000, 100, 4000, 400, ms=2.0)
@@ -67,14 +68,14 @@ class Sizes:
 
     @property
     def speedup(self) -> float | None:
-        """How many times as fast as what it is compared with; None if that is not known."""
+        """How many times as fast as the model it is compared with; None if not known."""
         if self.against is None or not self.ms or self.against.ms is None:
             return None
         return self.against.ms / self.ms
 
     @property
     def sentence(self) -> str:
-        """In one line."""
+        """Parameters, multiply-adds and bytes in one line."""
         before = self.against
         pairs = (("parameters", "parameters"), ("multiply-adds", "macs"), ("bytes", "memory"))
         return ", ".join(
@@ -97,7 +98,7 @@ class Sizes:
         )
 
     def __str__(self) -> str:
-        """A table; side by side with what it is compared with."""
+        """A table; with two columns if the model is compared with another."""
         models = [self] if self.against is None else [self.against, self]
         lines = [["", *([] if self.against is None else ["before", "after", "ratio"])]]
         for label, name in _LINES:
@@ -144,19 +145,19 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def measure(
     model: nn.Module, example_inputs: Any, *, against: nn.Module | None = None, rounds: int = 21
 ) -> Sizes:
-    """What a model costs, in eval mode, alone or side by side with another.
+    """The sizes and the latency of a model in eval mode, alone or side by side with another.
 
-    Both are timed in turns, so that what else the machine does hits both alike.
+    Two models are timed in turns, so that other load of the machine slows both alike.
 
     Args:
         model: Any model, dense or compressed. It is left as it is.
         example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a list of
-            these. One pass over all of them is what is counted and timed.
-        against: The model to compare it with, usually the dense one.
-        rounds: How often to time them, at least 20.
+            these. One pass over all of them is counted and timed.
+        against: The model to compare with, usually the dense one.
+        rounds: How often to time the models, at least 20.
 
     Raises:
-        ValueError: If a model does not run on the inputs, or there are too few rounds.
+        ValueError: If a model does not run on the inputs, or ``rounds`` is below 20.
 
     Example:
         >>> sizes = measure(nn.Linear(8, 4), torch.ones(2, 8))
@@ -177,16 +178,16 @@ def measure(
             stack.callback(_restore, {module: module.training for module in each.modules()})
             each.eval()
             run(each, batches)
-        found = [replace(_counted(each, batches), disk=_on_disk(each)) for each in models]
+        counts = [replace(_counted(each, batches), disk=_on_disk(each)) for each in models]
         with torch.no_grad():
-            # Without what `run` does around a call: buffers and random state are not copied.
-            timed = sampled([partial(_pass, m, batches) for m in models], rounds, rounds)
+            # Not by `run`, which also copies buffers and random state.
+            samples = sampled([partial(_pass, m, batches) for m in models], rounds, rounds)
     device = str(next((p.device for p in models[-1].parameters()), "cpu"))
     sizes: Sizes | None = None
-    for one, times in zip(found, timed, strict=True):
+    for count, times in zip(counts, samples, strict=True):
         low, _, high = quantiles(times, n=4, method="inclusive")
         sizes = replace(
-            one,
+            count,
             ms=median(times),
             spread=(low, high),
             rounds=rounds,
@@ -199,18 +200,19 @@ def measure(
 
 
 def sizes_of(model: nn.Module, batches: Sequence[Any], against: nn.Module) -> Sizes:
-    """What can be counted without measuring, of a model and of another before it.
+    """The sizes of a model against another, without disk and latency.
 
     Args:
         model: The model, in eval mode.
-        batches: Its example inputs.
-        against: What it was made from, in eval mode.
+        batches: The example inputs.
+        against: The model that it was made from, in eval mode.
     """
     with unnested(model), unnested(against):
         return replace(_counted(model, batches), against=_counted(against, batches))
 
 
 def _pass(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Run the model once over all batches."""
     for batch in batches:
         call(model, batch)
 
@@ -221,44 +223,45 @@ def _restore(modes: Mapping[nn.Module, bool]) -> None:
 
 
 def _counted(model: nn.Module, batches: Sequence[Any]) -> Sizes:
+    """Parameters, multiply-adds and bytes of a model."""
     parameters = list(model.parameters())
-    held = {t.data_ptr(): t.nbytes for t in (*parameters, *model.buffers()) if t.numel()}
+    nbytes = {t.data_ptr(): t.nbytes for t in (*parameters, *model.buffers()) if t.numel()}
     zeros = [p.numel() - int(p.count_nonzero()) for p in parameters]
-    macs, kept = _macs(model, batches)
+    zero_bytes = sum(n * p.element_size() for n, p in zip(zeros, parameters, strict=True))
+    macs, macs_kept = _macs(model, batches)
     return Sizes(
         parameters=sum(p.numel() for p in parameters),
         parameters_kept=sum(p.numel() for p in parameters) - sum(zeros),
         macs=macs,
-        macs_kept=kept,
-        memory=sum(held.values()),
-        memory_kept=sum(held.values())
-        - sum(n * p.element_size() for n, p in zip(zeros, parameters, strict=True)),
+        macs_kept=macs_kept,
+        memory=sum(nbytes.values()),
+        memory_kept=sum(nbytes.values()) - zero_bytes,
     )
 
 
 def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
-    """Multiply-adds, and those in which no weight is zero."""
+    """Multiply-adds of a model, and multiply-adds in which no weight is zero."""
     counter = Multiplied(model.parameters())
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:
         counter.paused = True
 
-    def leave(kernel: nn.Module, args: Any, out: Tensor) -> None:
-        # Every number that is stored meets every place of the output: whatever the form does.
-        assert isinstance(kernel, Kernel)
-        places = out.numel() // max(1, kernel.weight_shape[0])
-        counter.macs += places * sum(part.numel() for part in kernel.stored)
-        counter.kept += places * sum(int(part.count_nonzero()) for part in kernel.stored)
+    def leave(form: nn.Module, args: Any, out: Tensor) -> None:
+        # Each stored number is multiplied once for each output position, whatever the form does.
+        assert isinstance(form, Form)
+        positions = out.numel() // max(1, form.weight_shape[0])
+        counter.macs += positions * sum(part.numel() for part in form.stored)
+        counter.kept += positions * sum(int(part.count_nonzero()) for part in form.stored)
         counter.paused = False
 
     for module in model.modules():
-        if isinstance(module, Kernel):
+        if isinstance(module, Form):
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
     try:
-        # With gradients where torch's fast paths without them would hide products; elsewhere they
-        # would only hold on to activations.
+        # With gradients only where torch's fast paths without gradients would hide products:
+        # elsewhere gradients would only keep activations in memory.
         fused = any(isinstance(module, _FUSED) for module in model.modules())
         with untouched(model), torch.set_grad_enabled(fused), counter:
             _pass(model, batches)

@@ -1,7 +1,7 @@
-"""Native code: a sparse product in C, compiled by the machine's own compiler at first use.
+"""Native code: the sparse product of ``sparse.c``, compiled by the machine's own compiler.
 
-Nothing is compiled at import. What is compiled is kept in the user's cache directory, by source,
-compiler and processor, and loaded without the interpreter's lock.
+Nothing is compiled at import: the first use compiles. The library is kept in the user's cache
+directory, under a key of source, compiler and processor, and called without the interpreter's lock.
 """
 
 import ctypes
@@ -24,29 +24,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["convolve", "lacking", "multiply", "unpack"]
+__all__ = ["convolve", "multiply", "unavailable", "unpack"]
 
 SOURCE = Path(__file__).with_name("sparse.c")
 
 COMPILERS = ("cc", "gcc", "clang")
 
 FLAGS = (
-    # OpenMP's runtime is left to the one that torch has loaded: two would be in each other's way.
+    # Without linking OpenMP's runtime: torch has loaded one, and two would disturb each other.
     ("-O3", "-march=native", "-fopenmp"),
     ("-O3", "-march=native"),
     ("-O3",),
 )
-"""How to compile, best first; sums keep their order and infinities their meaning in each."""
+"""Flags of the compiler, best first; none changes the order of sums or the meaning of infinity."""
 
 _LIBRARY = "sparse.so"
 _DIGEST = "sha256"
 
 
-def lacking() -> str:
-    """Why there is no native code on this machine; empty if there is. Compiles at the first call.
+def unavailable() -> str:
+    """Why this machine has no native code; empty if it has. The first call compiles.
 
     Example:
-        >>> reason = lacking()
+        >>> reason = unavailable()
         >>> reason == "" or "compiler" in reason
         True
     """
@@ -61,11 +61,11 @@ def multiply(
 
     Args:
         x: ``[..., inputs]``, float32 on the CPU, as are all other numbers.
-        start: ``[outputs + 1]``, int32: where the values of each output begin.
+        start: ``[outputs + 1]``, int32: the index at which the values of each output begin.
         column: ``[nonzero]``, int16 or int32: the input of each value.
         value: ``[nonzero]``.
         bias: ``[outputs]`` or None.
-        outputs: How many there are.
+        outputs: The number of outputs.
 
     Returns:
         ``[..., outputs]``.
@@ -75,7 +75,7 @@ def multiply(
         >>> multiply(torch.tensor([[1., 10, 100]]), start, column, torch.ones(3), None, 2)
         tensor([[100.,  11.]])
     """
-    call = _multiply if _at_hand(x) else _multiply_op
+    call = _multiply if _is_eager(x) else _multiply_op
     y: Tensor = call(x, start, column, value, bias, outputs)
     return y
 
@@ -93,24 +93,31 @@ def convolve(
 
     Args:
         x: ``[images, channels, height, width]``, float32 on the CPU.
-        start: ``[outputs * kernel height + 1]``, int32: where the values of each output and row of
-            its kernel begin.
-        column: ``[nonzero]``, int16 or int32: the place of each value in its output's flat weight.
+        start: ``[outputs * kernel height + 1]``, int32: the index at which the values of each
+            output and kernel row begin.
+        column: ``[nonzero]``, int16 or int32: the index of each value in its output's flat weight.
         value: ``[nonzero]``.
         bias: ``[outputs]`` or None.
-        size: Of what comes out: ``(outputs, height, width)``.
-        geometry: Kernel, stride, padding before and dilation, for height and width each.
+        size: The size of the result, ``(outputs, height, width)``.
+        geometry: Kernel, stride, padding at the top and left, dilation: height and width of each.
 
     Returns:
         ``[images, outputs, height, width]``.
     """
-    call = _convolve if _at_hand(x) else _convolve_op
+    call = _convolve if _is_eager(x) else _convolve_op
     y: Tensor = call(x, start, column, value, bias, size, geometry)
     return y
 
 
 def unpack(start: Tensor, column: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
-    """The dense matrix ``[rows, columns]`` of a sparse one whose rows are in equal groups.
+    """The dense matrix ``[rows, columns]`` of a sparse one, each row of which has as many groups.
+
+    Args:
+        start: ``[rows * groups + 1]``, the index at which the values of each group begin.
+        column: ``[nonzero]``, the column of each value.
+        value: ``[nonzero]``.
+        rows: The number of rows.
+        columns: The number of columns.
 
     Example:
         >>> unpack(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.ones(3), 2, 3)
@@ -127,10 +134,10 @@ def unpack(start: Tensor, column: Tensor, value: Tensor, rows: int, columns: int
     return full
 
 
-def _at_hand(x: Tensor) -> bool:
-    """Whether these are numbers now, and nobody records what is done with them.
+def _is_eager(x: Tensor) -> bool:
+    """Whether a plain tensor is computed with now: no gradient, no compiler, no tracing.
 
-    Going through torch's dispatcher takes longer than multiplying a short sentence.
+    Then torch's dispatcher is passed by: it takes longer than the product for a short sentence.
     """
     return (
         type(x) is Tensor
@@ -215,7 +222,7 @@ def _convolve_dense(
 def _weight(
     start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int, groups: int
 ) -> tuple[int | None, ...]:
-    """What both functions take first; what is in there is checked where it is read."""
+    """The first arguments of both C functions, which check the indices themselves."""
     count = value.numel()
     if (
         start.numel() != outputs * groups + 1
@@ -268,12 +275,12 @@ _convolve_op = torch.library.custom_op(
 
 
 @_multiply_op.register_fake
-def _multiplied(x: Tensor, *weight: Any) -> Tensor:
+def _shape_of_product(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight[-1]))
 
 
 @_convolve_op.register_fake
-def _convolved(x: Tensor, *weight: Any) -> Tensor:
+def _shape_of_convolution(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty((x.shape[0], *weight[-2]))
 
 
@@ -290,7 +297,7 @@ _convolve_op.register_autograd(_no_backward)
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, from the cache or compiled now; or why there is none."""
+    """The library, from the cache or compiled now; or the reason why there is none."""
     compiler = _compiler()
     if not compiler:
         return f"no C compiler was found ({', '.join(COMPILERS)}, or the variable CC)"
@@ -298,11 +305,11 @@ def _library() -> ctypes.CDLL | str:
     try:
         directory = _cache_directory()
         for flags in FLAGS:
-            where = directory / _key(compiler, flags)
+            folder = directory / _key(compiler, flags)
             try:
-                if not _sound(where):
-                    _compile(compiler, flags, where)
-                return _declared(ctypes.CDLL(str(where / _LIBRARY)))
+                if not _is_intact(folder):
+                    _compile(compiler, flags, folder)
+                return _declared(ctypes.CDLL(str(folder / _LIBRARY)))
             except OSError as error:
                 reason = reason or str(error)
     except (OSError, subprocess.SubprocessError) as error:
@@ -311,26 +318,26 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _compiler() -> list[str]:
-    given = shlex.split(os.environ.get("CC", ""))
-    for command in [given, *([name] for name in COMPILERS)]:
+    wanted = shlex.split(os.environ.get("CC", ""))
+    for command in [wanted, *([name] for name in COMPILERS)]:
         if command and shutil.which(command[0]):
             return command
     return []
 
 
 def _cache_directory() -> Path:
-    """A directory that only this user writes to: what lies there is executed."""
+    """A directory that only this user can write to: libraries in it are executed."""
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    places = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
+    candidates = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
     with suppress(RuntimeError):  # a user without a home
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        places.insert(0, Path(home) / "mtprune")
-    for directory in places:
+        candidates.insert(0, Path(home) / "mtprune")
+    for directory in candidates:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = directory.lstat()
-            own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-            if own and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
+            is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+            if is_own and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
                 return directory
         except OSError:
             continue
@@ -346,48 +353,49 @@ def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """The features of the processor, which ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.exists() else []
-    telling = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU"))]
-    return "\n".join([platform.machine(), platform.processor(), *telling])
+    features = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU"))]
+    return "\n".join([platform.machine(), platform.processor(), *features])
 
 
-def _sound(where: Path) -> bool:
-    """Whether the library is there as it was compiled: a broken one could take the process down."""
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder holds the library as it was compiled: a broken one may crash the process."""
     try:
-        found = hashlib.sha256((where / _LIBRARY).read_bytes()).hexdigest()
-        return found == (where / _DIGEST).read_text()
+        digest = hashlib.sha256((folder / _LIBRARY).read_bytes()).hexdigest()
+        return digest == (folder / _DIGEST).read_text()
     except OSError:
         return False
 
 
-def _compile(compiler: Sequence[str], flags: Sequence[str], where: Path) -> None:
-    """Compile into a directory that appears when it is complete."""
-    made = Path(tempfile.mkdtemp(dir=where.parent))
+def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> None:
+    """Compile into a folder that appears when it is complete."""
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         for command in (
             [*compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", "sparse.o"],
             [*compiler, "-shared", "sparse.o", "-o", _LIBRARY],
         ):
-            done = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise OSError(_first_line(done.stderr) or f"it returned {done.returncode}")
-        (made / "sparse.o").unlink()
-        (made / _DIGEST).write_text(hashlib.sha256((made / _LIBRARY).read_bytes()).hexdigest())
-        if _sound(where):  # another process was faster
+            run = subprocess.run(command, cwd=draft, capture_output=True, text=True, timeout=300)
+            if run.returncode:
+                raise OSError(_first_line(run.stderr) or f"it returned {run.returncode}")
+        (draft / "sparse.o").unlink()
+        (draft / _DIGEST).write_text(hashlib.sha256((draft / _LIBRARY).read_bytes()).hexdigest())
+        if _is_intact(folder):  # another process was faster
             return
-        shutil.rmtree(where, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            made.rename(where)
+            draft.rename(folder)
         except OSError:
-            if not _sound(where):
+            if not _is_intact(folder):
                 raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
     pointer, short, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     weight: tuple[Any, ...] = (pointer, pointer, pointer, pointer, long, short, long)
     library.mtprune_linear.argtypes = (*weight, long, pointer, long, pointer, short)

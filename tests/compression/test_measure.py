@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression.sizes import sizes_of
-from mtprune.model.macs import Multiplied
+from mtprune.compression.measure import sizes_of
+from mtprune.macs import Multiplied
 from tests import nets
 from tests.compression.fakes import prefer, zero_
 
