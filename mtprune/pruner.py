@@ -543,30 +543,10 @@ def _store(needs: Needs, dtype: object, device: torch.device | str | None) -> St
     return Store(needs.statistics, dtype, None if device is None else torch.device(device))
 
 
-def _count_rank(
-    layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
-) -> Count:
-    """What an update decided about a layer's rank."""
-    voters = {task: JOINT if JOINT in decided.alone else task for task in using}
-    wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
-    return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
-
-
-def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:
-    """What a weight of each layer costs, if the method asks."""
-    if not method.needs_costs:
-        return {}
-    from mtprune.macs import macs_per_weight  # most runs do without
-
-    found = macs_per_weight(model, layers, getattr(method, "inputs_to_measure", None))
-    return {layer.name: cost for layer, cost in zip(layers, found, strict=True)}
-
-
-def _difference(theirs: object, mine: object) -> str:
-    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
-        theirs = {k: v for k, v in theirs.items() if mine.get(k) != v} or sorted(theirs)
-        mine = {k: mine.get(k) for k in theirs} if isinstance(theirs, dict) else sorted(mine)
-    return f"it has {theirs}, this one {mine}."
+def _untold(layer: Layer) -> Count:
+    """A layer before the first update."""
+    size = layer.parameter.numel()
+    return Count(layer.name, "", size, size, {}, size)
 
 
 def _remove(handles: Iterable[Any]) -> None:

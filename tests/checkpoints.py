@@ -32,12 +32,12 @@ def users(pruner: MultitaskPruner) -> dict[str, set[str]]:
 
 def bits(pruner: MultitaskPruner) -> dict[str, Tensor]:
     """The masks as a checkpoint holds them."""
-    return dict(pruner.state_dict()["masks"])
+    return dict(pruner.state_dict()["hold"]["masks"])
 
 
 def scores(pruner: MultitaskPruner) -> dict[str, dict[str, Tensor]]:
     """The scores of each voter since the last update, layer by layer, flat."""
-    return dict(pruner.state_dict()["evidence"]["scores"])
+    return dict(pruner.state_dict()["evidence"]["statistics"].get("saliency", {}))
 
 
 def observed(pruner: MultitaskPruner) -> dict[str, int]:
@@ -57,24 +57,24 @@ def memory(pruner: MultitaskPruner) -> dict[str, Any]:
 
 def thresholds(pruner: MultitaskPruner) -> dict[str, Tensor]:
     """The threshold of each layer, while they are learned."""
-    return dict(pruner.state_dict()["soft"]["thresholds"])
+    return dict(pruner.state_dict()["hold"]["thresholds"])
 
 
 def noted(pruner: MultitaskPruner) -> Tensor:
     """What was noted of each layer in the backwards since thresholds were set."""
-    found: Tensor = pruner.state_dict()["soft"]["seen"]
+    found: Tensor = pruner.state_dict()["hold"]["noted"]
     return found
 
 
 def gates(pruner: MultitaskPruner) -> dict[str, Tensor]:
     """The gates of each layer's components, while they are learned."""
-    return dict(pruner.state_dict()["ranks"]["gates"])
+    return dict(pruner.state_dict()["hold"]["gates"])
 
 
 def set_thresholds(pruner: MultitaskPruner, make: Callable[[str, Tensor], Tensor]) -> None:
     """Put other thresholds in place of those that are there, by a layer's name and its own."""
     state = pruner.state_dict()
-    soft = state["soft"]
+    soft = state["hold"]
     soft["thresholds"] = {name: make(name, tau) for name, tau in soft["thresholds"].items()}
     pruner.load_state_dict(state)
 
@@ -83,7 +83,7 @@ def set_random_masks(pruner: MultitaskPruner, density: float = 0.1) -> None:
     """Masks that keep this share of all weights, wherever chance has it."""
     random = np.random.default_rng(0)
     state = pruner.state_dict()
-    state["masks"] = {
+    state["hold"]["masks"] = {
         name: torch.from_numpy(np.packbits(random.random(math.prod(shape)) < density))
         for name, shape in state["shapes"].items()
     }

@@ -18,13 +18,11 @@ from mtprune import (
     MultitaskPruner,
     OneShot,
     Regrow,
-    ranks,
     recipes,
     votes,
 )
-from mtprune.compression.forms import Rank
-from mtprune.methods.low_rank import _START, _let
-from tests import nets
+from mtprune.model import factors
+from tests import checkpoints, nets
 from tests.compression.fakes import prefer
 from tests.nets import Run, build, evaluate, read, same
 
@@ -147,10 +145,10 @@ def test_a_component_is_worth_the_derivative_of_the_loss_in_its_gate():
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_the_derivative_is_that_of_autograd(shape):
     weight, grad = torch.randn(shape), torch.randn(shape)
-    _, vectors = ranks.components(weight)
+    _, vectors = factors.components(weight)
     v = vectors.float()
     z = torch.ones(min(shape), requires_grad=True)
-    gated = ranks.spread(ranks.rotate(weight, v) * ranks.per_component(z, shape), v, shape)
+    gated = factors.spread(factors.rotate(weight, v) * factors.per_component(z, shape), v, shape)
     (gated * grad).sum().backward()
     layer = nn.Linear(shape[1], shape[0], bias=False)
     layer.weight.data = weight
@@ -195,7 +193,7 @@ def test_planted_rank_is_found_and_nothing_is_lost(backend):
     loop = Loop(LowRank(0.0), backend=backend)
     first = loop.model.trunk[0]
     with torch.no_grad():
-        left, right = ranks.factors(first.weight.double(), 5)
+        left, right = factors.factors(first.weight.double(), 5)
         first.weight.copy_(left @ right)
     before, x = first.weight.detach().clone(), loop.batch()
     expected = loop.model(x)["a"]
@@ -238,11 +236,11 @@ def test_a_short_run_meets_its_budget(sparsity, gates, backend):
     assert 0 <= budget - report.kept < 40  # less than the dearest component
     assert loop.pruner.sparsity == report.sparsity == (total - report.kept) / total
     assert report.kept == sum(
-        ranks.parameters(shape, r)
+        factors.parameters(shape, r)
         for shape, r in zip([(24, 12), (16, 24)], loop.ranks, strict=True)
     )
     loop.pruner.finalize()
-    found = [ranks.numerical_rank(loop.model.trunk[i].weight) for i in (0, 2)]
+    found = [factors.numerical_rank(loop.model.trunk[i].weight) for i in (0, 2)]
     assert found == loop.ranks
     assert loop.pruner.sparsity == report.sparsity
 
@@ -285,7 +283,7 @@ def test_every_layer_keeps_a_rank_unless_asked_not_to():
     expected = loop.model(x)
     loop.pruner.finalize()
     assert all(torch.equal(loop.model(x)[task], expected[task]) for task in "ab")
-    assert loop.model.trunk[loop.ranks.index(0) * 2].weight.abs().max() < 1e-6
+    assert loop.model.trunk[loop.factors.index(0) * 2].weight.abs().max() < 1e-6
 
 
 def test_nothing_asked_is_nothing_changed(backend):
@@ -398,7 +396,7 @@ def test_ranks_hold_after_every_step(method, backend):
     for _ in range(12):
         loop.step()
         if loop.pruner.sparsity:
-            found = [ranks.numerical_rank(loop.model.trunk[i].weight) for i in (0, 2)]
+            found = [factors.numerical_rank(loop.model.trunk[i].weight) for i in (0, 2)]
             assert found == loop.ranks
             assert found < [12, 16]
     assert loop.pruner.sparsity >= 0.6
@@ -457,8 +455,8 @@ def test_without_an_optimizer_steps_are_counted():
     lowered = 0
     for row in run.pruner.report().layers:
         weight = read(run.model, row.name)
-        if ranks.most(weight.shape) >= row.rank:
-            assert ranks.numerical_rank(weight) == row.rank
+        if factors.most(weight.shape) >= row.rank:
+            assert factors.numerical_rank(weight) == row.rank
             lowered += 1
     assert lowered
 
@@ -468,7 +466,7 @@ def test_a_step_after_the_last_update_does_not_escape_finalize():
     with torch.no_grad():
         loop.model.trunk[0].weight.add_(torch.randn(24, 12))
     loop.pruner.finalize()
-    assert ranks.numerical_rank(loop.model.trunk[0].weight) == loop.ranks[0]
+    assert factors.numerical_rank(loop.model.trunk[0].weight) == loop.ranks[0]
 
 
 def test_a_copy_in_training_goes_on_alike():
@@ -557,7 +555,7 @@ def test_a_state_saved_after_the_end_still_holds_the_ranks():
     resumed.at = 10
     resumed.train(3)
     assert resumed.pruner.sparsity == loop.pruner.sparsity
-    assert [ranks.numerical_rank(resumed.model.trunk[i].weight) for i in (0, 2)] == loop.ranks
+    assert [factors.numerical_rank(resumed.model.trunk[i].weight) for i in (0, 2)] == loop.ranks
 
 
 # Learned gates.

@@ -9,9 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from mtprune import Cubic, Vote, saliency
-from mtprune.masking import pack, unpack, zeroed
 from tests import checkpoints, nets
-from tests.elsewhere import elsewhere
 from tests.nets import Run, build, evaluate, read, same, sgd, weights
 
 FEW_NETS = pytest.mark.parametrize(
@@ -515,50 +513,3 @@ def test_the_masked_weight_keeps_the_memory_format_of_the_weight(backend, device
     run.forward()
     assert len(seen) == len(convolutions) > 0
     assert all(seen)
-
-
-# Zeros without a look at what stood there.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last, "mask elsewhere", "a slice"]
-)
-def test_zeros_are_exact_whatever_stood_there(dtype, layout, device):
-    weight = torch.randn(12, 8, 3, 3, device=device, dtype=dtype)
-    mask = torch.rand(weight.shape, device=device) < 0.5
-    weight[0], weight[1], weight[2] = torch.nan, torch.inf, -0.0
-    if layout == "mask elsewhere":
-        weight = weight.to(memory_format=torch.channels_last)
-    elif layout == "a slice":
-        weight, mask = weight[:, ::2], mask[:, ::2]
-    else:
-        weight, mask = (x.contiguous(memory_format=layout) for x in (weight, mask))
-    expected = torch.where(mask, weight, 0.0)
-    result = zeroed(weight, mask)
-    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
-    assert not bool(result[~mask].signbit().any())
-    if not isinstance(layout, str):
-        assert result.stride() == weight.stride()
-    parameter = nn.Parameter(weight)
-    version = parameter._version
-    held = parameter.detach()
-    assert zeroed(held, mask, out=held) is held
-    torch.testing.assert_close(parameter.data, expected, rtol=0, atol=0, equal_nan=True)
-    assert parameter._version > version
-
-
-def test_zeros_are_the_same_in_one_piece_and_in_many(device):
-    """A weight that is larger than a core's cache is zeroed piece by piece."""
-    weight = torch.randn(613, 701, device=device)
-    mask = torch.rand(weight.shape, device=device) < 0.5
-    assert torch.equal(zeroed(weight, mask), torch.where(mask, weight, 0.0))
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (16,), (1,), (0,)])
-def test_bits_packed_without_numpy_are_the_same(shape):
-    mask = torch.rand(shape) < 0.5
-    bits = pack(mask)
-    assert torch.equal(unpack(bits, mask.shape), mask)
-    assert torch.equal(pack(elsewhere(mask)), bits)
-    assert torch.equal(unpack(elsewhere(bits), mask.shape), mask)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune.model.layers import find_layers
 from mtprune.granularity import NM, Block, Element, Grouped
-from mtprune.structure import NOBODY, Group, Member, pool, spread
+from mtprune.model.layers import find_layers
 from mtprune.model.units import cover
+from mtprune.structure import NOBODY, Group, Member, pool, spread
 
 
 def chain() -> nn.Sequential:

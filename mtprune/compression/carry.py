@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
 from mtprune.compression.compress import plan_of
 from mtprune.compression.plan import Cut
 from mtprune.compression.removal import cut_out

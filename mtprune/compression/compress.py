@@ -30,7 +30,8 @@ from mtprune.compression.shrink import check_shrunk, groups_of, shrink
 from mtprune.compression.sites import find_sites, refuse_unfinished
 from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.verify import Replaced, verify, worst_layer
-from mtprune.wishes import TaskMasks
+from mtprune.model.names import unwrap
+from mtprune.model.task_masks import TaskMasks
 
 __all__ = ["assemble", "compress", "plan_of"]
 

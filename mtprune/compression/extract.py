@@ -121,7 +121,7 @@ def extract(
     Raises:
         ValueError: If the votes of the tasks are unknown, or the places of their outputs.
     """
-    masks = left(model) if task_masks is None else task_masks
+    masks = recall_task_masks(model) if task_masks is None else task_masks
     if masks is None:
         raise ValueError(
             "`tasks` needs to know what each task voted for, and no pruner has left that for this "

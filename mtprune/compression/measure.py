@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.collect import untouched
-from mtprune.components import unwrap
+from mtprune import checks
 from mtprune.compression.forms import Form
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled

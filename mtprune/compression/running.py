@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mtprune.collect import untouched
+from mtprune.model.running import untouched
 
 __all__ = ["call", "check_devices", "named_tensors", "parse", "run", "unnested"]
 

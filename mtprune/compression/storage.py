@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
 from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.plan import Plan
 from mtprune.model.names import unwrap

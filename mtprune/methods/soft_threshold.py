@@ -182,11 +182,6 @@ class SoftThreshold(Method[SoftThresholds]):
         """Whether the budget is one of multiply-adds."""
         return self.budget_unit == "macs"
 
-    @property
-    def inputs_to_measure(self) -> Any:
-        """What the model is called with to measure multiply-adds."""
-        return self.example_inputs
-
     def max_of(self, component: str) -> float:
         """The most a component is pruned."""
         given = self.max_sparsity

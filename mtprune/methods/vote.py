@@ -213,10 +213,44 @@ class Vote(Method[Masks]):
                 "PerTaskKeep."
             )
 
-    @property
-    def needs_costs(self) -> bool:
-        """Whether multiply-adds are measured."""
-        return self.inputs_to_measure is not None
+    @override
+    def needs(self, inventory: Inventory) -> Needs:
+        units = inventory.units
+        score = PerWeight(self.saliency)
+        if units is not None:  # there are few of them, and each is a sum of many weights
+            score = PerWeight(self.saliency, _pool_of(units), dtype=torch.float32)
+        return Needs(
+            statistics={"saliency": score},
+            apart=self.disentangled,
+            observations=self.observations,
+            over_the_run=self.straight_through,
+            macs=self.inputs_to_measure is not None,
+            example_inputs=self.inputs_to_measure,
+        )
+
+    @override
+    def fits(self, layer: Layer) -> str:
+        return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
+
+    @override
+    def check(self, inventory: Inventory) -> None:
+        inventory.check_names("priority", self.priority, inventory.tasks)
+        inventory.check_names("allocation", self.allocation, inventory.components)
+        if inventory.units is not None:
+            self._check_room(inventory.units, inventory.prices, inventory.total_macs)
+
+    @override
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[Masks]:
+        if self.straight_through:
+            return Phased(StraightThrough(masks), MaskHold(masks))
+        if self.regrows:
+            if optimizer is None:
+                raise ValueError(
+                    "Regrowth resets the optimizer's state of weights that come back. "
+                    "Pass optimizer=... to the pruner."
+                )
+            return RegrowHold(masks, optimizer)
+        return MaskHold(masks)
 
     @property
     def inputs_to_measure(self) -> Any:
@@ -243,17 +277,8 @@ class Vote(Method[Masks]):
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
 
-    def check_units(self, units: Units, costs: Sequence[Fraction], whole: Fraction) -> None:
-        """Refuse a budget that leaves no room for what has to stay.
-
-        Args:
-            units: The units.
-            costs: What a weight of each of their layers costs, if that was measured.
-            whole: What all prunable layers cost, those that are left alone too.
-
-        Raises:
-            ValueError: If it is not enough.
-        """
+    def _check_room(self, units: Units, costs: Sequence[Fraction], total_macs: Fraction) -> None:
+        """Refuse a budget that leaves no room for the units that have to stay."""
         if isinstance(self.target, PerTaskKeep):
             return
         units, fixed = self._priced(units, costs, total_macs)
@@ -308,9 +333,8 @@ class Vote(Method[Masks]):
             return self._patterned(ballot, self.granularity, self.schedule.progress(step))
         if isinstance(self.target, PerTaskKeep):
             ratio = self._ratio(self.target, self.schedule.progress(step))
-            return self._per_task(
-                ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
-            )
+            alone = _alone(ballot.scores, rank(ballot.scores), lambda n: int(ratio * n))
+            return Masks(self._per_task(ballot.scores, ballot.masks, alone), alone)
         assert self.target is not None
         zeros = round(self.target * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
@@ -320,25 +344,33 @@ class Vote(Method[Masks]):
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
         share = 1 - self.target * self.schedule.progress(step)
-        return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
+        return Masks(masks, _alone(ballot.scores, rankings, lambda n: round(share * n)))
 
-    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
-        """The same for units larger than a weight, which compete by saliency per cost."""
-        units, fixed = self._priced(units, ballot.costs, ballot.whole)
-        ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
+    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Masks:
+        """Units larger than a weight compete by saliency per cost."""
+        units, fixed = self._priced(units, ballot.costs, ballot.total_macs)
+        electorate = _electorate(ballot.scores, units)
+        scores, eligible = electorate.scores, units.standing(ballot.masks)
         if isinstance(self.target, PerTaskKeep):
             ratio = self._ratio(self.target, progress)
-            return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
-        self.check_units(units, ballot.costs, ballot.whole)
-        rankings = rank(ballot.scores, self.priority)
-        assert not isinstance(self.allocation, Mapping)
-        masks = pack(
-            worths(ballot.scores, self.vote, rankings),
-            units,
-            self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-            self.allocation,
-            eligible=ballot.masks,
-            min_keep=self.min_keep,
+            alone = _alone_of_units(electorate, units, lambda n: int(ratio * n))
+            kept = self._per_task(scores, eligible, alone)
+        else:
+            self._check_room(units, ballot.costs, ballot.total_macs)
+            assert not isinstance(self.allocation, Mapping)
+            kept = pack(
+                worths(scores, self.vote, rank(scores, self.priority)),
+                units,
+                self._room(fixed + units.weigh(units.everything()), progress) - fixed,
+                self.allocation,
+                eligible=eligible,
+                min_keep=self.min_keep,
+            )
+            alone = _alone_of_units(electorate, units, lambda cost: self._room(cost, progress))
+        return Masks(
+            [mask.reshape(-1) for mask in units.spread(kept)],
+            _Alone(alone, lambda voter: _spread(alone[voter], units)),
+            units=dict(zip(units.names, kept, strict=True)) if units.spanning else {},
         )
 
     def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Masks:

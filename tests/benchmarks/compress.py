@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import mtprune
 from examples.common.nets import build
-from mtprune import patterns, ranks
+from mtprune import patterns
+from mtprune.model import factors
 from mtprune.model.layers import find_layers
 from mtprune.structure import Group, spread
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
@@ -81,7 +82,7 @@ def scenenet(size: str) -> tuple[nn.Module, Tensor]:
 @torch.no_grad()
 def mask_(model: nn.Module, sparsity: float) -> None:
     """Random element-wise zeros in all that is prunable."""
-    for layer in mtprune.components.find_layers(model):
+    for layer in find_layers(model):
         layer.parameter.mul_((torch.rand(layer.shape) >= sparsity).to(device()))
 
 
@@ -92,7 +93,7 @@ def halve_ranks_(model: nn.Module) -> None:
         if layer.name.startswith("trunk"):
             rows, columns = layer.shape
             rank = rows * columns // (2 * (rows + columns))
-            up, down = ranks.factors(layer.parameter, rank)
+            up, down = factors.factors(layer.parameter, rank)
             layer.parameter.copy_(up @ down)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtprune.components import find_layers
 from mtprune.compression.forms import Form
+from mtprune.model.layers import find_layers
 
 
 class Says:

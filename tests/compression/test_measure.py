@@ -8,7 +8,7 @@ from torch import nn
 
 import mtprune
 from mtprune.compression.measure import sizes_of
-from mtprune.macs import Multiplied
+from mtprune.model.macs import Multiplied
 from tests import nets
 from tests.compression.fakes import prefer, zero_
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune import ranks
 from mtprune.compression.forms import Rank
+from mtprune.model import factors
 from tests.compression.fakes import prefer
 
 
@@ -73,7 +73,7 @@ def test_it_is_offered_below_break_even_only():
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
 def test_a_corner_of_full_rank_tells_at_once(shape, monkeypatch):
-    monkeypatch.setattr(ranks, "numerical_rank", lambda weight: pytest.fail("not needed"))
+    monkeypatch.setattr(factors, "numerical_rank", lambda weight: pytest.fail("not needed"))
     assert Rank.parts(nn.Linear(*shape)) is None
 
 
@@ -108,7 +108,7 @@ def test_it_is_timed_chosen_and_checked():
 def test_outputs_that_differ_are_refused(monkeypatch):
     """Were a rank too low, nothing would be handed out."""
     true = factors.factors
-    monkeypatch.setattr(ranks, "factors", lambda weight, rank: true(weight, rank - 1))
+    monkeypatch.setattr(factors, "factors", lambda weight, rank: true(weight, rank - 1))
     with pytest.raises(RuntimeError, match=r"The worst layer is '0' \(rank\)"):
         mtprune.compress(mlp(3), torch.randn(7, 12), measure=prefer("rank"))
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mtprune
-from mtprune.components import find_layers
 from mtprune.compression.forms import Form
 from mtprune.integrations.pretrained import PlanConfig, save_pretrained
+from mtprune.model.layers import find_layers
 from mtprune.patterns import heads, neurons
 from tests import encoders
 from tests.compression.fakes import Says, prefer, zero_

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune import ranks
 from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, linear_of
+from mtprune.model import factors
 
 __all__ = ["Rank"]
 
@@ -15,7 +15,7 @@ __all__ = ["Rank"]
 class Rank(Form):
     """A Linear of rank r as two in sequence, with ``r (in + out)`` parameters and multiply-adds.
 
-    For matrices whose `mtprune.ranks.numerical_rank` is below break-even, where two layers are
+    For matrices whose `mtprune.factors.numerical_rank` is below break-even, where two layers are
     smaller than one. Rank 0 is legal: then the outputs are the bias.
 
     Example:
@@ -75,4 +75,4 @@ def _may_be_low(weight: Tensor) -> bool:
         return False
     least = factors.most((weight.shape[0], weight.shape[1])) + 1
     corner = torch.linalg.svdvals(weight.detach()[:least, :least].to(torch.float64))
-    return bool(corner[-1] <= ranks.rounding(weight.dtype) * norm)
+    return bool(corner[-1] <= factors.rounding(weight.dtype) * norm)
