@@ -1,6 +1,6 @@
 """Facts: the numbers of an update, kept for the report when scores and masks are gone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtprune.model import factors
+from mtprune.model.layers import Layer
 
 __all__ = [
     "Count",
@@ -107,6 +108,11 @@ class GroupRow:
     units: int
     kept: int
 
+    @classmethod
+    def of(cls, name: str, mask: Tensor) -> "GroupRow":
+        """The numbers of a group from the mask of its units."""
+        return cls(name, mask.numel(), int(mask.count_nonzero()))
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -127,6 +133,12 @@ class Facts:
     discarded: Mapping[str, int] = field(default_factory=dict)
     history: tuple[Moment, ...] = ()
     groups: tuple[GroupRow, ...] = ()
+
+    @classmethod
+    def before(cls, layers: Iterable[Layer]) -> "Facts":
+        """The facts before the first update: everything is kept."""
+        sizes = {layer.name: layer.parameter.numel() for layer in layers}
+        return cls(tuple(Count(name, "", n, n, {}, n) for name, n in sizes.items()))
 
     def remembering(self, step: int, weights: Mapping[str, float]) -> "Facts":
         """The same with one more moment in the history: the state of these counts.

@@ -8,35 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import checkpoint, distributed
-from mtprune.bits import pack_bits, unpack_bits
-from mtprune.facts import Count, Facts, GroupRow, Subject
-from mtprune.holding import Decision, make_masking
+from mtprune.facts import Facts, GroupRow
+from mtprune.holding import make_masking
 from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
-from mtprune.methods.base import Needs, check_method, describe
-from mtprune.model.components import declare
-from mtprune.model.inventory import Inventory, take_inventory
-from mtprune.model.layers import Layer, find_layers
+from mtprune.methods.base import check_method, describe
+from mtprune.methods.stock import Selection, take_inventory
+from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
+from mtprune.model.owner import check_free, claim, free
 from mtprune.model.running import untouched
 from mtprune.model.selectors import Spec
-from mtprune.model.task_masks import remember_task_masks
+from mtprune.model.task_masks import PackedTaskMasks, remember_task_masks
 from mtprune.observing.clock import Clock
 from mtprune.observing.collector import Losses
 from mtprune.observing.evidence import Store
-from mtprune.observing.losses import LossFunction, check_devices, compute, given, parse, scalar
+from mtprune.observing.losses import (
+    LossFunction,
+    check_devices,
+    check_graphs,
+    compute,
+    given,
+    parse,
+    scalars,
+)
 from mtprune.observing.optimizers import follow, raw
 from mtprune.observing.reach import Reach
 from mtprune.observing.round import Round, scale_of
-from mtprune.observing.sweeps import backward
+from mtprune.observing.sweeps import backward, check_fold
+from mtprune.progress import bar
 from mtprune.report import Report, make_report
 from mtprune.weighting import Weigher, parse_weighting
 
 __all__ = ["MultitaskPruner"]
-
-_LIVE: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[MultitaskPruner]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class MultitaskPruner:
@@ -92,26 +96,23 @@ class MultitaskPruner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
         self._model = unwrap(model)
-        alive = _LIVE.get(self._model)
-        if alive is not None and alive() is not None:
-            raise ValueError(
-                "This model already has a live pruner. Call its finalize() before building another."
-            )
+        check_free(self._model)
         self._method: Method[Any] = Vote(sparsity=0.9) if method is None else method
         check_method(self._method)
         self._losses = parse(task_losses)
-        prunable = find_layers(self._model, include, exclude)
-        if not prunable:
-            raise ValueError("The model has nothing prunable.")
-        inventory, needs = self._inventory(prunable, shared_modules)
-        self._stock = inventory
+        inventory, needs = take_inventory(
+            self._model,
+            list(self._losses),
+            Selection(shared_modules, include, exclude),
+            self._method,
+        )
+        self._inventory = inventory
         self._optimizer = None if optimizer is None else raw(optimizer, inventory.layers)
         self._hold = self._method.hold(make_masking(backend, self._model), self._optimizer)
         self._weigher = Weigher(parse_weighting(self._method.weighting), list(self._losses))
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
         self._generator = torch.Generator().manual_seed(seed)
         self._reach = Reach(inventory)
-        store = _store(needs, score_dtype, score_device)
         self._round: Round[Any] = Round(
             self._model,
             inventory,
@@ -119,17 +120,17 @@ class MultitaskPruner:
             needs,
             self._hold,
             self._reach,
-            store,
+            Store.of(needs, score_dtype, score_device),
             self._generator,
         )
-        self._alone: dict[str, dict[str, Tensor]] | None = {}
-        self._facts = Facts()
+        self._task_masks: PackedTaskMasks | None = None
+        self._facts = Facts.before(inventory.layers)
         self._finalized = False
         handles = accept_pruned_keys(inventory.layers)
         if self._optimizer is not None:
             handles.append(follow(self._optimizer, self))
         self._release = weakref.finalize(self, _remove, handles)
-        _LIVE[self._model] = weakref.ref(self)
+        claim(self._model, self)
         self._round.listen(self._clock.near)
 
     # What a training loop calls.
@@ -221,11 +222,15 @@ class MultitaskPruner:
             progress: Show a progress bar, if tqdm is installed.
         """
         self._check_alive("prune")
-        final = self._final_update()
-        run = forward if forward is not None else _call
+        if self._method.regrows:
+            raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
+        final = self._clock.final
+        if final is None:
+            raise RuntimeError("All updates of the schedule have been made already.")
+        run = forward if forward is not None else nn.Module.__call__
         with untouched(self._model), torch.enable_grad():
             self._round.listen(lambda lead: True)
-            for batch in _bar(batches, progress):
+            for batch in bar(batches, progress, "observing"):
                 losses = compute(self._losses, run(self._model, batch), batch, None)
                 self._collect(losses, None, strict=True, final=final)
                 if not self._round.missing_tasks() and self._round.is_enough(final):
@@ -247,11 +252,10 @@ class MultitaskPruner:
             losses: In any form that `observe_losses` takes.
         """
         chosen = given(self._losses, losses) if losses else {}
-        parts = {name: scalar(name, loss) for name, loss in chosen.items()}
-        found = {name: part for name, part in parts.items() if part is not None}
-        if not found:
+        present = scalars(chosen)
+        if not present:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
-        return self._weigher.weigh(found)
+        return self._weigher.weigh(present)
 
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
@@ -259,14 +263,14 @@ class MultitaskPruner:
         Masks, sparsity and report stay readable.
         """
         if not self._finalized:
-            if self._alone:
-                remember_task_masks(self._model, self._alone, self._shapes)
+            if self._task_masks is not None:
+                remember_task_masks(self._model, self._task_masks)
             self._hold.release()
             self._round.forget()
             self._round.listen(lambda lead: False)
             self._release()
             self._finalized = True
-            _LIVE.pop(self._model, None)
+            free(self._model)
 
     # What there is to read.
 
@@ -284,19 +288,14 @@ class MultitaskPruner:
         Raises:
             RuntimeError: After loading a checkpoint, which does not hold them, until an update.
         """
-        if self._alone is None:
+        if self._task_masks is not None:
+            return self._task_masks.unpack()
+        if self._clock.done >= 0:
             raise RuntimeError(
                 "Checkpoints do not hold task masks; they are there again after the next update."
             )
-        if not self._alone:
-            everything = {
-                layer.name: torch.ones_like(self._hold.mask(layer)) for layer in self._stock.layers
-            }
-            return {task: dict(everything) for task in self._losses}
-        return {
-            task: {name: unpack_bits(bits, self._shapes[name]) for name, bits in masks.items()}
-            for task, masks in self._alone.items()
-        }
+        masks = {x.name: torch.ones_like(self._hold.mask(x)) for x in self._inventory.layers}
+        return {task: dict(masks) for task in self._losses}
 
     @property
     def sparsity(self) -> float:
@@ -310,16 +309,15 @@ class MultitaskPruner:
 
     def report(self) -> Report:
         """What was pruned at the last update, and for whom."""
-        stock, done = self._stock, bool(self._facts.counts)
-        facts = self._facts if done else Facts(tuple(map(_untold, stock.layers)))
+        inventory = self._inventory
         return make_report(
-            facts,
-            step=self._clock.done if done else None,
+            self._facts,
+            step=self._clock.done if self._clock.done >= 0 else None,
             tasks=list(self._losses),
-            left_alone={**stock.left_dense, **self._reach.left_alone(), **stock.unfit},
+            left_alone={**inventory.left_dense, **self._reach.left_alone(), **inventory.unfit},
             method=describe(self._method, defaults=False),
             weights={} if self._weigher.is_plain else self._weigher.weights,
-            macs=float(stock.total_macs) if stock.costs else None,
+            macs=float(inventory.total_macs) if inventory.costs else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,11 +350,12 @@ class MultitaskPruner:
         settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
         self._reach.settled = settled
         self._clock.step, self._clock.done = state["step"], state["done"]
-        self._facts = Facts.from_state_dict(state["facts"])
+        facts = Facts.from_state_dict(state["facts"])
+        self._facts = facts if facts.counts else Facts.before(self._inventory.layers)
         self._round.load_state_dict(state)
         self._weigher.load_state_dict(state["weigher"])
         self._generator.set_state(state["generator"].cpu())
-        self._alone = None if state["hold"]["masks"] else {}
+        self._task_masks = None
         self._hold.load_state_dict(state["hold"], self._active)
         self._round.listen(self._clock.near)
 
@@ -367,56 +366,18 @@ class MultitaskPruner:
         """The layers that are pruned."""
         return [layer for _, layer in self._reach.active()]
 
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {layer.name: layer.shape for layer in self._stock.layers}
-
-    def _inventory(self, prunable: Sequence[Layer], shared: Spec) -> tuple[Inventory, Needs]:
-        """What the model has to prune by this method, and what the method must be shown."""
-        declared = declare(self._model, prunable, shared)
-        method = self._method
-        inventory = take_inventory(
-            self._model,
-            prunable,
-            declared,
-            list(self._losses),
-            method.granularity,
-            method.fits,
-            type(method).__name__,
-        )
-        needs = method.needs(inventory)
-        if needs.macs:
-            inventory = inventory.measured(self._model, prunable, needs.example_inputs)
-        method.check(inventory)
-        return inventory, needs
-
     def _identity(self) -> dict[str, Any]:
         """The entries of a checkpoint in which it must agree with the pruner that loads it."""
         return {
             "version": checkpoint.VERSION,
             "tasks": sorted(self._losses),
-            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "shapes": {x.name: list(x.shape) for x in self._inventory.layers},
             "method": describe(self._method),
         }
 
     def _after_optimizer_step(self) -> None:
         self._clock.step += 1
         self._hold.enforce()
-
-    def _final_update(self) -> int:
-        """The last update of the schedule.
-
-        Raises:
-            RuntimeError: If it has been made, or cannot be made without training.
-        """
-        if self._method.regrows:
-            raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
-        final = self._clock.next
-        while final is not None and (later := self._method.schedule.next_update(final)) is not None:
-            final = later
-        if final is None:
-            raise RuntimeError("All updates of the schedule have been made already.")
-        return final
 
     def _collect(
         self,
@@ -429,39 +390,31 @@ class MultitaskPruner:
     ) -> None:
         """Check the losses, and let the round see those that are wanted now."""
         if fold:
-            self._check_fold()
-        scalars = {name: scalar(name, loss) for name, loss in losses.items()}
+            check_fold(self._hold)
+        present = scalars(losses)
         if not torch.is_grad_enabled():
             return
-        present = {name: loss for name, loss in scalars.items() if loss is not None}
         lead = self._round.lead(losses if strict else present)
         near = self._clock.next if self._clock.near(lead) else None
-        update = near if final is None else final
-        scale = scale_of(scaler)
+        update, scale = near if final is None else final, scale_of(scaler)
         if update is None:
             if fold and present:
                 backward(list(present.values()), scale)
             return
-        check_devices(present, {layer.parameter.device for layer in self._stock.layers})
-        for name in losses:
-            if strict and name not in present:
-                raise ValueError(
-                    f"Loss of task '{name}' carries no gradient. Was it computed from detached "
-                    "outputs, or under torch.no_grad()?"
-                )
-        others: list[Tensor] | None = [] if fold else None
-        self._round.observe(Losses(present, others, scale, scaler is not None), update)
+        check_devices(present, {layer.parameter.device for layer in self._inventory.layers})
+        if strict:
+            check_graphs(losses, present)
+        self._round.observe(
+            Losses(present, [] if fold else None, scale, guarded=scaler is not None), update
+        )
 
     def _make(self, update: int) -> bool:
         """Make an update that is due, if there is enough evidence; whether masks changed."""
-        evidence = self._round.evidence
-        if not (evidence.counts or evidence.discarded or self._facts.observations):
-            raise RuntimeError(
-                f"Step {update} is due but nothing has been observed. Call "
-                "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
-            )
+        if self._clock.done < 0:
+            self._round.check_seen(update)
         if self._round.missing_tasks():
-            self._raise_if_late(update)
+            if self._clock.overdue():
+                self._round.check_late(update, self._clock.done)
             return False
         return self._round.is_enough(update) and self._update(update)
 
@@ -473,31 +426,19 @@ class MultitaskPruner:
         changed = self._hold.take(layers, decision)
         self._round.memory = decision.memory
         self._weigher.note(decision.slopes)
-        self._record(subjects, decision, step)
+        self._task_masks = PackedTaskMasks.pack(
+            self._losses, layers, [decision.wishes(x.tasks, i) for i, x in enumerate(subjects)]
+        )
+        self._facts = Facts(
+            tuple(decision.count(subject, place) for place, subject in enumerate(subjects)),
+            stable=self._round.stable,
+            groups=tuple(GroupRow.of(name, kept) for name, kept in decision.units.items()),
+            history=self._facts.history,
+            **self._round.evidence.numbers(),
+        ).remembering(step, self._weigher.weights)
         self._round.next()
         self._clock.done = step
         return changed
-
-    def _record(self, subjects: Sequence[Subject], decision: Decision, step: int) -> None:
-        """Keep what the report needs after the evidence is gone."""
-        evidence = self._round.evidence
-        self._alone = {task: {} for task in self._losses}
-        for place, subject in enumerate(subjects):
-            wishes = decision.alone_for(subject.tasks, place)
-            for task in subject.tasks:
-                wish = wishes.get(task, decision.masks[place])
-                self._alone[task][subject.name] = pack_bits(wish)
-        self._facts = Facts(
-            counts=tuple(decision.count(subject, place) for place, subject in enumerate(subjects)),
-            observations=dict(evidence.counts),
-            stable=self._round.stable,
-            discarded=dict(evidence.discarded),
-            history=self._facts.history,
-            groups=tuple(
-                GroupRow(name, mask.numel(), int(mask.count_nonzero()))
-                for name, mask in decision.units.items()
-            ),
-        ).remembering(step, self._weigher.weights)
 
     def _check_alive(self, call: str) -> None:
         if self._finalized:
@@ -505,65 +446,7 @@ class MultitaskPruner:
                 f"{call}() was called after finalize(). Build a new MultitaskPruner to go on."
             )
 
-    def _check_fold(self) -> None:
-        """Refuse to let the scoring be the training's backward where it cannot."""
-        if self._hold.no_fold:
-            raise ValueError(self._hold.no_fold)
-        if distributed.world() > 1:
-            raise RuntimeError(
-                "fold=True works in one process only: in several, gradients are averaged by hooks "
-                "that allow one backward per forward. Call observe() without it, then backward()."
-            )
-
-    def _raise_if_late(self, update: int) -> None:
-        unseen = self._round.unseen()
-        if unseen and self._clock.overdue():
-            names = ", ".join(f"'{task}'" for task in unseen)
-            who = f"task {names} has" if len(unseen) == 1 else f"tasks {names} have"
-            raise RuntimeError(
-                f"Step {update} is due but {who} not been observed since step "
-                f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
-            )
-
-
-def _store(needs: Needs, dtype: object, device: torch.device | str | None) -> Store:
-    """How sums of statistics are kept.
-
-    Raises:
-        ValueError: If not in that type.
-    """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"`score_dtype` must be torch.float32 or torch.bfloat16. Got {dtype!r}.")
-    assert isinstance(dtype, torch.dtype)
-    if needs.over_the_run and dtype is not torch.float32:
-        raise ValueError(
-            f"Scores are added up over the whole run, which {dtype} cannot hold. Leave "
-            "`score_dtype` out."
-        )
-    return Store(needs.statistics, dtype, None if device is None else torch.device(device))
-
-
-def _untold(layer: Layer) -> Count:
-    """A layer before the first update."""
-    size = layer.parameter.numel()
-    return Count(layer.name, "", size, size, {}, size)
-
 
 def _remove(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, desc="observing", leave=False)
-    return bar

@@ -64,6 +64,11 @@ class Decision:
         """The weights of one layer that each of some tasks alone would keep."""
         return by_task(self.alone, tasks, place)
 
+    def wishes(self, tasks: Iterable[str], place: int) -> dict[str, Tensor]:
+        """The same; all that is kept where the tasks were not asked."""
+        asked = self.alone_for(tasks, place)
+        return {task: asked.get(task, self.masks[place]) for task in tasks}
+
     def count(self, subject: Subject, place: int) -> Count:
         """The numbers of one layer, for the report."""
         return count(subject, self.masks[place], self.alone_for(subject.tasks, place))

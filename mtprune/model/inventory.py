@@ -1,18 +1,17 @@
 """The inventory: all that a pruner may prune of a model, and what is known of it beforehand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from mtprune.granularity import Granularity
 from mtprune.model.components import SHARED, UNDECLARED, Declared
 from mtprune.model.layers import Layer
-from mtprune.model.units import Units, cover
+from mtprune.model.units import Units
 
-__all__ = ["Inventory", "take_inventory"]
+__all__ = ["Inventory"]
 
 
 @dataclass(frozen=True)
@@ -88,51 +87,3 @@ class Inventory:
         unknown = [n for n in given if n not in known] if isinstance(given, Mapping) else []
         if unknown:
             raise ValueError(f"`{argument}` names {unknown}. Known here: {list(known)}.")
-
-
-def take_inventory(
-    model: nn.Module,
-    prunable: Sequence[Layer],
-    declared: Sequence[Declared],
-    tasks: Sequence[str],
-    granularity: Granularity,
-    why_not: Callable[[Layer], str],
-    method: str,
-) -> Inventory:
-    """Sort the prunable layers of a model into those that take part and those that do not.
-
-    Args:
-        model: The model, unwrapped.
-        prunable: Its prunable layers.
-        declared: The modules that the user declared shared.
-        tasks: The tasks.
-        granularity: What is kept or pruned as one.
-        why_not: Why a layer cannot take part; empty if it can.
-        method: What errors call the method.
-
-    Raises:
-        ValueError: If no layer takes part, or a component has the name of a task.
-    """
-    for component in dict.fromkeys(d.component for d in declared):
-        if component in tasks:
-            raise ValueError(
-                f"Component '{component}' has the name of a task. A task's private weights are "
-                "a component of that name: call the shared one something else."
-            )
-    reasons = {layer.name: why_not(layer) for layer in prunable}
-    unfit = {name: reason for name, reason in reasons.items() if reason}
-    if len(unfit) == len(prunable):
-        name, reason = next(iter(unfit.items()))
-        raise ValueError(
-            f"{method} can prune none of these layers: '{name}' and {len(prunable) - 1} more "
-            f"are left dense ({reason})."
-        )
-    covered = cover(granularity, model, [x for x in prunable if x.name not in unfit])
-    return Inventory(
-        tasks=tuple(tasks),
-        layers=covered.layers,
-        declared=[d for d in declared if not unfit.keys() >= set(d.names)],
-        units=covered.units,
-        left_dense=covered.dense,
-        unfit=unfit,
-    )

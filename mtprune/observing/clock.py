@@ -31,6 +31,14 @@ class Clock:
         """The step of the first update not yet made, None when all are."""
         return self._schedule.next_update(self.done)
 
+    @property
+    def final(self) -> int | None:
+        """The step of the last update, None when all are made."""
+        final = self.next
+        while final is not None and (later := self._schedule.next_update(final)) is not None:
+            final = later
+        return final
+
     def due(self) -> int | None:
         """The update to make now, or None."""
         update = self.next

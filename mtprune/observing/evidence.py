@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtprune.methods.base import Needs
 from mtprune.model.layers import Layer
 from mtprune.statistics import JOINT, Statistic
 
@@ -26,6 +27,24 @@ class Store:
     statistics: Mapping[str, Statistic]
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+
+    @classmethod
+    def of(cls, needs: Needs, dtype: torch.dtype, device: torch.device | str | None) -> "Store":
+        """The store for what a method needs.
+
+        Raises:
+            ValueError: If it cannot be kept in that type.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"`score_dtype` must be torch.float32 or torch.bfloat16. Got {dtype!r}."
+            )
+        if needs.over_the_run and dtype is not torch.float32:
+            raise ValueError(
+                f"Scores are added up over the whole run, which {dtype} cannot hold. Leave "
+                "`score_dtype` out."
+            )
+        return cls(needs.statistics, dtype, None if device is None else torch.device(device))
 
     def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """A sum of nothing; ``device`` is that of the weights."""
@@ -73,6 +92,10 @@ class Evidence:
             here = [i for i, flag in hits.items() if flag.device == device]
             reached[here] = torch.stack([hits[i] for i in here]).cpu()
         return reached
+
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """How many observations of each task there are, and how many were discarded."""
+        return {"observations": dict(self.counts), "discarded": dict(self.discarded)}
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """As plain containers, with layers under their ``names``."""

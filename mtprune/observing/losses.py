@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LossFunction", "check_devices", "compute", "given", "parse", "scalar"]
+__all__ = ["LossFunction", "check_devices", "check_graphs", "compute", "given", "parse", "scalars"]
 
 LossFunction = Callable[[Any, Any], Any]
 """``loss(outputs, batch)`` -> a scalar tensor, or a list of them, which is summed."""
@@ -116,6 +116,31 @@ def scalar(name: str, loss: object) -> Tensor | None:
     if not loss.requires_grad:
         return None
     return loss.reshape(())
+
+
+def scalars(losses: Mapping[str, object]) -> dict[str, Tensor]:
+    """The losses that carry a gradient, each as one scalar.
+
+    Raises:
+        TypeError: If one is neither a tensor nor a list of tensors.
+        ValueError: If one is not a scalar.
+    """
+    found = {name: scalar(name, loss) for name, loss in losses.items()}
+    return {name: loss for name, loss in found.items() if loss is not None}
+
+
+def check_graphs(losses: Collection[str], present: Collection[str]) -> None:
+    """Refuse losses that carry no gradient.
+
+    Raises:
+        ValueError: If one of them is not present.
+    """
+    for name in losses:
+        if name not in present:
+            raise ValueError(
+                f"Loss of task '{name}' carries no gradient. Was it computed from detached "
+                "outputs, or under torch.no_grad()?"
+            )
 
 
 def check_devices(losses: Mapping[str, Tensor], devices: Collection[torch.device]) -> None:

@@ -111,6 +111,37 @@ class Round(Generic[D]):
         if self._automatic and not self.missing_tasks():
             self._stability.enough(*self._question(step))
 
+    def check_seen(self, step: int) -> None:
+        """Refuse an update for which nothing has been observed.
+
+        Raises:
+            RuntimeError: If so.
+        """
+        if not (self.evidence.counts or self.evidence.discarded):
+            raise RuntimeError(
+                f"Step {step} is due but nothing has been observed. Call "
+                "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
+            )
+
+    def check_late(self, step: int, since: int) -> None:
+        """Refuse to wait any longer for tasks that nobody has observed.
+
+        Args:
+            step: The step of the update.
+            since: The step of the update before it.
+
+        Raises:
+            RuntimeError: If there are such tasks.
+        """
+        unseen = self.unseen()
+        if unseen:
+            names = ", ".join(f"'{task}'" for task in unseen)
+            who = f"task {names} has" if len(unseen) == 1 else f"tasks {names} have"
+            raise RuntimeError(
+                f"Step {step} is due but {who} not been observed since step {max(since, 0)}. Call "
+                f"pruner.observe(..., tasks={unseen})."
+            )
+
     def missing_tasks(self) -> list[str]:
         """The tasks that must be observed again before anything can be decided."""
         wanted = self._needs.observations

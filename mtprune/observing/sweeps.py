@@ -1,18 +1,36 @@
 """Sweeps: one pass of gradients over the graph of a loss, each handed on as it arrives."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtprune import distributed
 from mtprune.bits import zeroed
+from mtprune.holding import Hold
 from mtprune.model.graph import advised
 
-__all__ = ["backward", "fold", "gather", "stream"]
+__all__ = ["backward", "check_fold", "fold", "gather", "stream"]
 
 Sink = Callable[[int, Tensor], None]
 """Takes the number of a layer and its dense gradient."""
+
+
+def check_fold(hold: Hold[Any]) -> None:
+    """Refuse to let the scoring be the training's backward where it cannot be.
+
+    Raises:
+        ValueError: If the weights are held in a way that needs a backward of their own.
+        RuntimeError: If there are several processes.
+    """
+    if hold.no_fold:
+        raise ValueError(hold.no_fold)
+    if distributed.world() > 1:
+        raise RuntimeError(
+            "fold=True works in one process only: in several, gradients are averaged by hooks "
+            "that allow one backward per forward. Call observe() without it, then backward()."
+        )
 
 
 def stream(loss: Tensor, targets: Sequence[int], parameters: Sequence[Tensor], sink: Sink) -> None:
