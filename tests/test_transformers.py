@@ -193,7 +193,7 @@ def test_a_checkpoint_without_the_pruner_says_where_to_look(tmp_path):
 
 def test_losses_may_be_attributes():
     _, callback = pruned()
-    assert callback._found(SimpleNamespace(losses={"a": 1}), {}) == {"a": 1}
+    assert callback._task_losses(SimpleNamespace(losses={"a": 1}), {}) == {"a": 1}
 
 
 def test_an_output_without_losses_names_what_it_has(tmp_path):

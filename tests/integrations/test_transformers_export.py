@@ -283,6 +283,21 @@ def test_a_new_process(order, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_integration_registers_at_once():
+    code = (
+        "import sys, mtprune\n"
+        "def waits():\n"
+        "    return any('mtprune' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "assert waits() and 'transformers' not in sys.modules\n"
+        "import mtprune.integrations.transformers\n"
+        "assert not waits()\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping\n"
+        "assert mapping['mtprune'].__name__ == 'PlanQuantizer'\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_mtprune_it_fails_loudly_or_is_right(tmp_path):
     for kind in KINDS:
         encoder, fast = compressed("Bert", kind)
