@@ -16,7 +16,7 @@ from mtprune.components import unwrap
 from mtprune.compression.forms import Form
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled
-from mtprune.macs import Multiplied
+from mtprune.macs import MacCounter
 
 __all__ = ["Sizes", "measure", "sizes_of"]
 
@@ -240,7 +240,7 @@ def _counted(model: nn.Module, batches: Sequence[Any]) -> Sizes:
 
 def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
     """Multiply-adds of a model, and multiply-adds in which no weight is zero."""
-    counter = Multiplied(model.parameters())
+    counter = MacCounter(model.parameters())
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:
