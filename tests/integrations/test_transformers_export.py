@@ -16,7 +16,7 @@ from mtprune.compression.forms import Form
 from mtprune.integrations.pretrained import PlanConfig, save_pretrained
 from mtprune.patterns import heads, neurons
 from tests import encoders
-from tests.compression.fakes import Says, prefer, zero_
+from tests.compression.fakes import FakeTimes, prefer, zero_
 from tests.encoders import PRETRAINED
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 KINDS = ["zeros", "heads", "neurons", "both", "csr", "thin", "rank", "everything"]
-DENSE = Says(dense=1.0)
+DENSE = FakeTimes(dense=1.0)
 
 
 def lower(model, rank=2):
