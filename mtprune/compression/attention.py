@@ -167,7 +167,7 @@ class NarrowAttention(_Attending, nn.MultiheadAttention):
 def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
     """Turn an attention into a `NarrowAttention`, in place: the object gets another class.
 
-    Whoever holds the object still does, and its parameters stay the same objects.
+    References to the attention and to its parameters stay valid.
 
     Raises:
         ValueError: If keys and values have sizes, or a token, of their own.

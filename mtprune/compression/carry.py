@@ -1,12 +1,13 @@
 """Carry: an optimizer goes on with the smaller model after removal."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtprune.compression.compress import plan_of
-from mtprune.compression.plan import Cut
+from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.removal import cut_out
 from mtprune.model.names import unwrap
 
@@ -50,31 +51,7 @@ def carry_optimizer(
     model, compressed = unwrap(model), unwrap(compressed)
     names = {id(p): name for name, p in model.named_parameters()}
     counterparts = dict(compressed.named_parameters())
-    moves: list[_Move] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            if name not in counterparts:
-                raise ValueError(
-                    f"'{name}' has no counterpart in the compressed model, where its layer takes "
-                    "another form and is not trained. Compress with plan.replace('*', 'dense')."
-                )
-            cut, new = plan.removal[name], counterparts[name]
-            shapes = (parameter.shape, parameter.shape) if cut is None else (cut.shape, cut.after)
-            if shapes != (parameter.shape, new.shape):
-                raise ValueError(
-                    f"'{name}' has shape {tuple(parameter.shape)} in `model` and "
-                    f"{tuple(new.shape)} in `compressed`, which was made of another model."
-                )
-            state = optimizer.state.get(parameter, {})
-            state = {key: _cut_state(value, cut, f"{name}: {key}") for key, value in state.items()}
-            moves.append(_Move(parameter, new, state))
-    if not moves:
-        raise ValueError(
-            "The optimizer holds no parameter of `model`. Give the one it was made of."
-        )
+    moves = _moves(optimizer, names, counterparts, plan.removal)
     for move in moves:
         if optimizer.state.pop(move.old, None) is not None:
             optimizer.state[move.new] = move.state
@@ -94,6 +71,51 @@ class _Move(NamedTuple):
     old: nn.Parameter
     new: nn.Parameter
     state: dict[str, Any]
+
+
+def _moves(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    counterparts: Mapping[str, nn.Parameter],
+    removal: Removal,
+) -> list[_Move]:
+    """The moves of all parameters of the model that the optimizer holds.
+
+    Args:
+        optimizer: The optimizer.
+        names: The names of the model's parameters by id.
+        counterparts: The parameters of the compressed model by name.
+        removal: The cuts between the two.
+
+    Raises:
+        ValueError: If a parameter has no counterpart of the right shape, or there is no move.
+    """
+    moves = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is None:
+                continue
+            if name not in counterparts:
+                raise ValueError(
+                    f"'{name}' has no counterpart in the compressed model, where its layer takes "
+                    "another form and is not trained. Compress with plan.replace('*', 'dense')."
+                )
+            cut, new = removal[name], counterparts[name]
+            shapes = (parameter.shape, parameter.shape) if cut is None else (cut.shape, cut.after)
+            if shapes != (parameter.shape, new.shape):
+                raise ValueError(
+                    f"'{name}' has shape {tuple(parameter.shape)} in `model` and "
+                    f"{tuple(new.shape)} in `compressed`, which was made of another model."
+                )
+            state = optimizer.state.get(parameter, {})
+            state = {key: _cut_state(value, cut, f"{name}: {key}") for key, value in state.items()}
+            moves.append(_Move(parameter, new, state))
+    if not moves:
+        raise ValueError(
+            "The optimizer holds no parameter of `model`. Give the one it was made of."
+        )
+    return moves
 
 
 def _cut_state(value: Any, cut: Cut | None, name: str) -> Any:

@@ -70,7 +70,7 @@ def compress(
 
     Args:
         model: A model with zeros in its weights: after ``pruner.finalize()``, or from elsewhere.
-        example_inputs: What the model will be run on: a tensor, a tuple of arguments, a dict of
+        example_inputs: Inputs like those to come: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these, several batch sizes for instance.
         groups: The units that can be removed: the granularity that the model was pruned with,
             ``Channel(example_inputs)`` for instance, or groups (`mtprune.structure.Group`), or

@@ -15,7 +15,7 @@ from mtprune import checks
 from mtprune.compression.forms import Form
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled
-from mtprune.model.macs import Multiplied
+from mtprune.model.macs import MacCounter
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
 
@@ -240,7 +240,7 @@ def _counted(model: nn.Module, batches: Sequence[Any]) -> Sizes:
 
 def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
     """Multiply-adds of a model, and multiply-adds in which no weight is zero."""
-    counter = Multiplied(model.parameters())
+    counter = MacCounter(model.parameters())
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:

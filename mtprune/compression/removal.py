@@ -250,11 +250,11 @@ def _declared(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
             layer = model.get_submodule(_layer(member.tensor))
             if member.role == "in" and isinstance(layer, (nn.Linear, _ConvNd)):
                 index = member.index(value.device)
-                mine = torch.where(index == NOBODY, torch.nan, value[index.clamp_min(0)])
-                mine = _movable(layer, mine)
+                read = torch.where(index == NOBODY, torch.nan, value[index.clamp_min(0)])
+                read = _movable(layer, read)
                 others = inputs.get(_layer(member.tensor))
                 inputs[_layer(member.tensor)] = (
-                    mine if others is None else torch.where(index == NOBODY, others, mine)
+                    read if others is None else torch.where(index == NOBODY, others, read)
                 )
     return inputs
 
@@ -466,17 +466,17 @@ def removal_of(model: nn.Module, groups: Sequence[Group], dead: Sequence[Tensor]
             continue
         for member in group.members:
             dims = stays.setdefault(first_names[id(tensors[member.tensor])], {})
-            mine = _stays(member, units)
-            dims[member.dim] = dims[member.dim] & mine if member.dim in dims else mine
+            kept = _stays(member, units)
+            dims[member.dim] = dims[member.dim] & kept if member.dim in dims else kept
         counts.update(_counts(model, group, int((~units).sum())))
     cuts = []
     for name, dims in stays.items():
-        kept = tuple(
+        indices = tuple(
             tuple(dims[d].nonzero().flatten().tolist()) if d in dims and not dims[d].all() else None
             for d in range(tensors[name].dim())
         )
-        if any(k is not None for k in kept):
-            cuts.append(Cut(name, tuple(tensors[name].shape), kept))
+        if any(i is not None for i in indices):
+            cuts.append(Cut(name, tuple(tensors[name].shape), indices))
     return Removal(tuple(cuts), tuple(counts.items()))
 
 

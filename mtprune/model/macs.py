@@ -1,4 +1,4 @@
-"""Multiply-adds: what every weight costs when the model runs."""
+"""Multiply-adds of a model: of each weight, and of all products together."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing_extensions import override
 from mtprune.model.layers import Layer
 from mtprune.model.running import untouched
 
-__all__ = ["Multiplied", "macs_per_weight"]
+__all__ = ["MacCounter", "macs_per_weight"]
 
 
 def macs_per_weight(
@@ -24,9 +24,9 @@ def macs_per_weight(
 ) -> list[Fraction]:
     """The multiply-adds that each weight of a layer takes part in.
 
-    Counted where weights are used, not where modules are called, so that functional use, tied
-    weights, attention and several calls come out right. The model runs once, in eval mode; its
-    buffers and the random state are left as they were.
+    Products are counted, not calls of modules, so that functional use, tied weights, attention and
+    several calls are counted right. The model runs once, in eval mode; its buffers and the random
+    state are left as they were.
 
     Args:
         model: The model.
@@ -34,7 +34,7 @@ def macs_per_weight(
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments.
 
     Raises:
-        ValueError: If a layer takes part in nothing that is counted.
+        ValueError: If a layer takes part in no product.
 
     Example:
         >>> from mtprune.model.layers import find_layers
@@ -42,7 +42,7 @@ def macs_per_weight(
         >>> macs_per_weight(conv, find_layers(conv), torch.zeros(1, 3, 4, 4))
         [Fraction(16, 1)]
     """
-    counter = _Counter(layers)
+    counter = _FlopsPerLayer(layers)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -57,10 +57,10 @@ def macs_per_weight(
     finally:
         for module, training in modes.items():
             module.training = training
-    silent = [layer.name for layer in layers if not counter.flops.get(layer.name)]
-    if silent:
+    unused = [layer.name for layer in layers if not counter.flops.get(layer.name)]
+    if unused:
         raise ValueError(
-            f"No multiply-adds of {silent} were seen with these `example_inputs`. Give inputs that "
+            f"No multiply-adds of {unused} were seen with these `example_inputs`. Give inputs that "
             "run the whole model, or exclude these layers."
         )
     return [Fraction(counter.flops[x.name], 2 * prod(x.shape)) for x in layers]
@@ -84,13 +84,13 @@ _COUNTS = {
 _RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the floating-point operations of every product that reads a layer's memory."""
+class _FlopsPerLayer(TorchDispatchMode):
+    """Adds up, for each layer, the floating-point operations of products that read its memory."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: dict[str, int] = {}
-        self._owners = [(layer.parameter.data_ptr(), layer) for layer in layers]
+        self._starts = [(layer.parameter.data_ptr(), layer) for layer in layers]
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,47 +98,47 @@ class _Counter(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in _RECURRENT:  # each weight is used once for every row of every step
             rows = args[0].numel() // args[0].shape[-1]
-            for owner in self._read(args[1:]):
-                self._add(owner, 2 * rows * prod(owner.shape))
+            for layer in self._layers_in(args[1:]):
+                self._add(layer, 2 * rows * prod(layer.shape))
         elif packet in _COUNTS:
-            for owner in self._read(args):
-                self._add(owner, int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)))
+            for layer in self._layers_in(args):
+                self._add(layer, int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)))
         return out
 
-    def _read(self, args: Any) -> list[Layer]:
+    def _layers_in(self, args: Any) -> list[Layer]:
         """The layers whose memory is among the arguments, whole or in part."""
-        places = [arg.data_ptr() for arg in tree_leaves(args) if isinstance(arg, Tensor)]
+        addresses = [arg.data_ptr() for arg in tree_leaves(args) if isinstance(arg, Tensor)]
         return [
-            owner
-            for start, owner in self._owners
-            if any(start <= place < start + owner.parameter.nbytes for place in places)
+            layer
+            for start, layer in self._starts
+            if any(start <= address < start + layer.parameter.nbytes for address in addresses)
         ]
 
-    def _add(self, owner: Layer, flops: int) -> None:
-        self.flops[owner.name] = self.flops.get(owner.name, 0) + flops
+    def _add(self, layer: Layer, flops: int) -> None:
+        self.flops[layer.name] = self.flops.get(layer.name, 0) + flops
 
 
-class Multiplied(TorchDispatchMode):
-    """Counts multiply-adds of whatever runs inside, and those with a weight that is not zero.
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-adds of all code in its context.
 
-    Products of two activations count in full, and so do those with a weight that was copied or cast
-    on the way.
+    Products of two activations count as kept in full, and so do products with a weight that was
+    copied or cast before.
 
     Attributes:
         macs: Multiply-adds.
-        kept: Those in which no weight is zero.
-        paused: Count nothing for now.
+        kept: Multiply-adds in which no weight is zero.
+        paused: Whether nothing is counted at the moment.
 
     Args:
-        parameters: What is a weight.
+        parameters: The weights.
 
     Example:
         >>> layer = nn.Linear(4, 2)
         >>> with torch.no_grad():
         ...     _ = layer.weight[0].zero_()
-        >>> with Multiplied(layer.parameters()) as counted:
+        >>> with MacCounter(layer.parameters()) as counter:
         ...     _ = layer(torch.ones(3, 4))
-        >>> counted.macs, counted.kept
+        >>> counter.macs, counter.kept
         (24, 12)
     """
 
@@ -170,10 +170,10 @@ class Multiplied(TorchDispatchMode):
 
     def _weights(self, args: Any) -> list[Tensor]:
         """The matrices among the arguments that lie in a parameter's memory."""
-        found = []
+        weights = []
         for leaf in tree_leaves(args):
             if isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.layout is torch.strided:
-                place = bisect_right(self._spans, leaf.data_ptr(), key=lambda span: span[0]) - 1
-                if place >= 0 and leaf.data_ptr() < self._spans[place][1]:
-                    found.append(leaf)
-        return found
+                span = bisect_right(self._spans, leaf.data_ptr(), key=lambda span: span[0]) - 1
+                if span >= 0 and leaf.data_ptr() < self._spans[span][1]:
+                    weights.append(leaf)
+        return weights

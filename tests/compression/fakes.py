@@ -1,4 +1,4 @@
-"""What the tests of compression share: a clock that says what it is told, and random masks."""
+"""Shared by the tests of compression: a clock with given times, and random zeros."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from mtprune.compression.forms import Form
 from mtprune.model.layers import find_layers
 
 
-class Says:
-    """A measure for which every form takes the time it is told; the first that is not: 1 ms."""
+class FakeTimes:
+    """A measure with a given time for each form, 10 ms for all others, and for the whole model."""
 
     def __init__(self, whole: tuple[float, float] = (2.0, 1.0), **ms: float) -> None:
         self.ms = {name.replace("two_four", "2:4"): value for name, value in ms.items()}
@@ -33,8 +33,8 @@ class Says:
         ]
 
 
-def prefer(choice: str) -> Says:
-    return Says(**{choice: 0.1, "dense": 1.0})
+def prefer(choice: str) -> FakeTimes:
+    return FakeTimes(**{choice: 0.1, "dense": 1.0})
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from mtprune.compression.choose import _best
 from mtprune.compression.forms import Csr, Form, Rows
 from mtprune.compression.plan import Measured
 from tests import nets
-from tests.compression.fakes import Says, leaves, prefer, zero_
+from tests.compression.fakes import FakeTimes, leaves, prefer, zero_
 
 
 def mlp():
@@ -55,8 +55,8 @@ def test_the_fastest_form_wins_and_the_smallest_on_a_tie(measured, chosen):
 
 
 def test_each_layer_takes_its_own_form():
-    says = Says(dense=1.0, csr=0.5, rows=0.2)
-    fast = mtprune.compress(mlp(), torch.randn(3, 6), measure=says)
+    times = FakeTimes(dense=1.0, csr=0.5, rows=0.2)
+    fast = mtprune.compress(mlp(), torch.randn(3, 6), measure=times)
     assert isinstance(fast[0], (Csr, Rows))
     assert type(fast[2]) is Rows  # CSR is not tried below half zeros
     plan = mtprune.plan_of(fast)
@@ -76,8 +76,8 @@ def test_times_add_up_over_calls_and_batches():
 
 
 def test_never_slower_as_a_whole():
-    says = Says(whole=(1.0, 1.5), csr=0.5, dense=1.0)
-    fast = mtprune.compress(mlp(), torch.randn(3, 6), measure=says)
+    times = FakeTimes(whole=(1.0, 1.5), csr=0.5, dense=1.0)
+    fast = mtprune.compress(mlp(), torch.randn(3, 6), measure=times)
     assert not any(isinstance(m, Form) for m in fast.modules())
     assert "All layers stay dense" in str(mtprune.plan_of(fast))
 
@@ -86,9 +86,9 @@ def test_a_plan_is_replayed_without_timing():
     model, x = mlp(), torch.randn(3, 6)
     first = mtprune.compress(model, x, measure=prefer("csr"))
     plan = mtprune.Plan.from_dict(mtprune.plan_of(first).to_dict())
-    says = Says()
-    second = mtprune.compress(model, x, plan=plan, measure=says)
-    assert says.timed == 0
+    times = FakeTimes()
+    second = mtprune.compress(model, x, plan=plan, measure=times)
+    assert times.timed == 0
     assert torch.equal(first(x), second(x))
     assert mtprune.plan_of(second) == plan
     third = mtprune.compress(model, x, plan=plan.replace("0", "dense"))

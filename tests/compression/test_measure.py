@@ -8,7 +8,7 @@ from torch import nn
 
 import mtprune
 from mtprune.compression.measure import sizes_of
-from mtprune.model.macs import Multiplied
+from mtprune.model.macs import MacCounter
 from tests import nets
 from tests.compression.fakes import prefer, zero_
 
@@ -56,7 +56,7 @@ def test_convolutions_and_attention_count_what_they_multiply():
 
 def test_a_product_without_weights_counts_in_full():
     a = torch.zeros(3, 4)
-    with Multiplied([]) as counter:
+    with MacCounter([]) as counter:
         a @ a.t()
     assert (counter.macs, counter.kept) == (36, 36)
 

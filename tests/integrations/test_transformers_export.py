@@ -16,7 +16,7 @@ from mtprune.integrations.pretrained import PlanConfig, save_pretrained
 from mtprune.model.layers import find_layers
 from mtprune.patterns import heads, neurons
 from tests import encoders
-from tests.compression.fakes import Says, prefer, zero_
+from tests.compression.fakes import FakeTimes, prefer, zero_
 from tests.encoders import PRETRAINED
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 KINDS = ["zeros", "heads", "neurons", "both", "csr", "thin", "rank", "everything"]
-DENSE = Says(dense=1.0)
+DENSE = FakeTimes(dense=1.0)
 
 
 def lower(model, rank=2):
@@ -280,6 +280,21 @@ def test_a_new_process(order, tmp_path):
         "assert not any('mtprune' in type(finder).__module__ for finder in sys.meta_path)\n"
     )
     done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_integration_registers_at_once():
+    code = (
+        "import sys, mtprune\n"
+        "def waits():\n"
+        "    return any('mtprune' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "assert waits() and 'transformers' not in sys.modules\n"
+        "import mtprune.integrations.transformers\n"
+        "assert not waits()\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping\n"
+        "assert mapping['mtprune'].__name__ == 'PlanQuantizer'\n"
+    )
+    done = run(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -31,7 +31,7 @@ ALL: tuple[type[Form], ...] = (Rows, Thin, Sparse, Csr, SemiStructured, Rank)
 """All forms but the dense layer itself, in the order in which a plan lists them."""
 
 FORMS: dict[str, type[Form]] = {form.choice: form for form in ALL}
-"""The same by name."""
+"""The forms by name."""
 
 CHOICES: tuple[str, ...] = ("dense", *FORMS)
 """The names that a plan may give to the form of a layer; ``"dense"`` is the layer as it is."""

@@ -26,12 +26,12 @@ class Form(nn.Module, ABC):
     A form stores parts under names of its own, so that a checkpoint of it cannot be loaded into a
     dense layer unnoticed. Forms are for inference: their parts do not require gradients.
 
-    A subclass sets ``choice``, and defines `parts`, `weight` and ``forward``. What is saved of a
-    form is its parts, and it is loaded by calling the class with them.
+    A subclass sets ``choice``, and defines `parts`, `weight` and ``forward``. A form is saved as
+    its parts, and loaded by calling its class with them.
 
     Args:
         layer: The layer whose place it takes. Its sizes are read, its weight is not.
-        parts: What the form stores, as `parts` returned it or as it was saved.
+        parts: The tensors that the form stores, as `parts` returned them or as they were saved.
     """
 
     choice: ClassVar[str]
@@ -48,7 +48,7 @@ class Form(nn.Module, ABC):
     the product of the form has no gradient, and does not say so itself."""
 
     site = ""
-    """The name of the layer in its model, once it is there."""
+    """The name of the layer in its model, set when the model is complete."""
 
     def __init__(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Form(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def parts(cls, layer: Dense) -> Parts | None:
-        """What this form stores of the layer, or None if the layer has no such form."""
+        """The tensors that this form stores of a layer, or None if the layer has no such form."""
 
     @staticmethod
     def why_not(weight: Tensor) -> str:

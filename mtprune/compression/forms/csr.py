@@ -15,7 +15,7 @@ from mtprune.compression.forms.base import Dense, Form, Parts, bias_part
 __all__ = ["Csr"]
 
 TILE = 64
-"""Columns that are multiplied at once: what a tile reads, writes and transposes stays in cache."""
+"""Columns that are multiplied at once: few enough for a tile to stay in cache."""
 
 
 class Csr(Form):
@@ -130,7 +130,7 @@ class Csr(Form):
 
 @cache
 def _no_beta_warning() -> None:
-    """Trigger torch's warning that its CSR tensors are in beta, once, where nobody sees it."""
+    """Use up torch's warning that its CSR tensors are in beta, which it gives once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zero = torch.zeros(1, dtype=torch.int32)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from mtprune.integrations.arrival import when_imported
+from mtprune.integrations.import_hook import when_imported
 
 
 @pytest.fixture
