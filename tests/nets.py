@@ -678,6 +678,11 @@ class Run:
         return self
 
 
+def start(name: str, method: str, backend: str, device: torch.device) -> Run:
+    """The run of a net by a method that others may look at too (`tests.runs`)."""
+    return Run(build(name, device), METHODS[method](), backend)
+
+
 @contextmanager
 def expected(net: Net) -> Iterator[None]:
     """Let the one warning pass that this net is due."""

@@ -12,6 +12,9 @@ from mtprune.collect import reachable
 from tests import nets
 from tests.checkpoints import discarded, observed, scores, shapes, steps
 from tests.nets import Run, Scaled, build, expected, same, sgd, weights
+from tests.runs import record
+from tests.test_fold import gradually
+from tests.test_resume import load
 
 EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 GRADUALLY = Vote(0.7, schedule=Cubic(1, 90, 1))  # an update is always near
@@ -120,7 +123,8 @@ def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, 
 
 @EVERY_NET
 def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend, device):
-    run = Run(build(name, device), Vote(0.7, schedule=Cubic(1, 12, 1)), backend).train(8)
+    state = record(gradually, name, backend, device).at(8).checkpoint
+    run = load(gradually(name, backend, device), state)
     twin = build(name, device)
     twin.model.load_state_dict(weights(run))
     named = dict(twin.model.named_parameters())

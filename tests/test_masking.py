@@ -13,6 +13,7 @@ from mtprune.masking import pack, unpack, zeroed
 from tests import checkpoints, nets
 from tests.elsewhere import elsewhere
 from tests.nets import Run, build, evaluate, read, same, sgd, weights
+from tests.runs import record
 
 FEW_NETS = pytest.mark.parametrize(
     "name", ["plain", "called_twice", "tied", "attention", "lstm", "conv_bn", "read_not_called"]
@@ -116,14 +117,11 @@ def test_dynamic_masks_grow_as_well_as_shrink(backend, device):
 
 @pytest.mark.parametrize("name", nets.SHELF)
 def test_what_is_read_between_steps_is_never_stale(name, backend, device):
-    run = Run(build(name, device), nets.dynamic(), backend)
-    for _ in range(4):
-        run.step()
-        parameters = dict(run.model.named_parameters(remove_duplicate=False))
-        for layer, mask in run.pruner.masks.items():
-            for alias in run.named[layer]:
-                held = parameters.get(alias, parameters.get(alias + "_orig"))
-                assert torch.equal(read(run.model, alias), held * mask)
+    run = record(nets.start, name, "dynamic", backend, device)
+    for moment in run.until(4):
+        for layer, mask in moment.masks.items():
+            for alias in run.names[layer]:
+                assert torch.equal(moment.read[alias], moment.weights[alias] * mask)
 
 
 def test_what_is_read_after_functional_call_is_the_weight_again(backend, device):
