@@ -12,7 +12,6 @@ from tests.nets import Run, build, same
 from tests.runs import record
 from tests.test_resume import load
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 GRADUALLY = Vote(0.7, schedule=Cubic(1, 12, 1))
 
 
@@ -46,10 +45,12 @@ def gradually(name, backend, device):
 
 @pytest.mark.parametrize(
     ("name", "steps", "backend"),
-    [
-        *((name, 0, "prune") for name in nets.SHELF),  # no masks yet: back-ends are the same
-        *itertools.product(nets.SHELF, [8], ["prune", "inplace"]),
-    ],
+    nets.each(
+        [
+            *((name, 0, "prune") for name in nets.SHELF),  # no masks yet: back-ends are the same
+            *itertools.product(nets.SHELF, [8], ["prune", "inplace"]),
+        ]
+    ),
 )
 def test_gradients_and_scores_are_those_of_an_ordinary_pass(name, steps, backend, device):
     """Also of a net that is pruned already, and with gradients accumulated over two batches."""

@@ -32,7 +32,7 @@ from mtprune import (
     votes,
 )
 from mtprune.structure import NOBODY, Group, Member, pool, spread
-from tests.nets import SHELF, Run, build, same, size, zeros
+from tests.nets import Run, build, each, same, size, zeros
 from tests.runs import record
 from tests.test_resume import assert_ends_like, load, through_a_file
 
@@ -573,7 +573,7 @@ GRANULARITIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", GRANULARITIES)
-@pytest.mark.parametrize("net", SHELF)
+@pytest.mark.parametrize("net", each())
 def test_masks_are_whole_units_and_the_budget_holds(net, name, device):
     method = Vote(0.5, granularity=GRANULARITIES[name], min_keep=0)
     run = Run(build(net, device), method)

@@ -227,6 +227,7 @@ def test_duplicated_neurons_are_the_first_to_go():
 # Budgets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["saliency", "learned"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.75, 0.9])
 def test_a_short_run_meets_its_budget(sparsity, gates, backend):
@@ -305,6 +306,7 @@ def spans(loop):
     return [layer.weight.detach().clone() for layer in (loop.model.trunk[0], loop.model.trunk[2])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["saliency", "learned"])
 def test_the_order_of_tasks_does_not_matter(gates):
     found = []
@@ -565,6 +567,7 @@ def test_gates_start_open_and_change_nothing():
     assert loop.pruner.sparsity == 0.0
 
 
+@pytest.mark.slow
 def test_gates_close_until_the_constraint_is_met():
     loop = Loop(
         LowRank(0.6, "learned", schedule=Hold(Linear(0, 100, 1), until=300, every=1), floor=0.0)

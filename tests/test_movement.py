@@ -267,7 +267,7 @@ def test_a_checkpoint_from_before_the_end_opens_masks_again(backend, device):
     assert same(weights(run), held)
 
 
-@pytest.mark.parametrize("name", sorted(set(nets.SHELF) - {"read_not_called"}))
+@pytest.mark.parametrize("name", nets.each(sorted(set(nets.SHELF) - {"read_not_called"})))
 def test_every_net_lands_exactly_and_finalizes_to_what_it_was(name, backend, device):
     for steps in (5, 12):  # while masks may open, and after
         net = build(name, device)

@@ -10,7 +10,6 @@ from tests.checkpoints import users
 from tests.nets import Run, build, read, same, size, zeros
 from tests.runs import Moment, Record, record
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 BACKENDS = ("prune", "inplace")
 EVERY_METHOD = pytest.mark.parametrize("method", nets.METHODS)
 
@@ -41,7 +40,7 @@ def assert_masks_hold(moment: Moment, names: Mapping[str, list[str]]) -> None:
             assert bool(torch.isfinite(weight).all()), alias
 
 
-@EVERY_NET
+@nets.EVERY_NET
 @EVERY_METHOD
 def test_zeros_are_exact_and_hold_after_every_step(name, method, backend, device):
     run = recorded(name, method, backend, device)
@@ -64,7 +63,7 @@ def test_zeros_are_exact_and_hold_after_every_step(name, method, backend, device
     assert updates >= {"static": 1, "gradual": 2, "dynamic": 2}[method]
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_no_parameter_is_replaced_or_moved(name, backend, device):
     run = start(name, "dynamic", backend, device)
     before = [(n, id(p)) for n, p in build_names(run)]
@@ -79,7 +78,7 @@ def build_names(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
     return list(run.model.named_parameters(remove_duplicate=False))
 
 
-@EVERY_NET
+@nets.EVERY_NET
 @EVERY_METHOD
 def test_both_backends_take_the_same_path(name, method, device):
     prune, inplace = (recorded(name, method, b, device).until(12) for b in BACKENDS)
@@ -111,7 +110,7 @@ def test_sparse_training_with_momentum_keeps_every_layer_on_its_count(name, back
     assert moved
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_who_uses_what_is_observed(name, backend, device):
     run = start(name, "static", backend, device).train(3)
     named = users(run.pruner)

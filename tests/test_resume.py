@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(kind, order, backend, device):
     assert_ends_like(resumed, straight.at(14))
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 @pytest.mark.parametrize(("kind", "backend"), [("gradual", "inplace"), ("dynamic", "prune")])
 def test_every_net_resumes(kind, name, backend, device):
     straight = record(nets.start, name, kind, backend, device)
@@ -138,6 +138,7 @@ torch.save({"weights": nets.weights(run), "masks": run.pruner.masks}, out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "accumulating"])
 def test_a_new_process_goes_on_where_this_one_stopped(kind, backend, device, tmp_path):
     straight = recorded(kind, backend, device)
@@ -210,7 +211,7 @@ def test_checkpoints_move_between_backends(kind, name, source, target, device):
             torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 def test_a_model_accepts_keys_from_before_during_and_after_pruning(name, backend, device):
     run = Run(build(name, device), backend=backend)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}

@@ -25,7 +25,6 @@ from tests.runs import record
 from tests.test_resume import assert_ends_like, assert_same_end, load, save, through_a_file
 
 SCHEDULE = Cubic(begin=1, end=7, every=2)
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 OPTIMIZERS = {
     "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
     "adam": lambda p, lr: torch.optim.Adam(p, lr=lr),
@@ -96,6 +95,7 @@ class Loop:
 # The number one asks for is the number one gets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5])
@@ -108,6 +108,7 @@ def test_the_sparsity_is_exact_whatever_trains(tasks, lr, optimizer, device):
         assert loop.zeros() == round(target * loop.size())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_masks_stay_for_a_thousand_steps(optimizer, backend, device):
     method = SoftThreshold(0.9, schedule=SCHEDULE)
@@ -155,7 +156,7 @@ OPTIONS = {"plain": {}, "learning": LEARNING}
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "backend"), pairs(nets.SHELF, OPTIONS, ["prune", "inplace"])
+    ("name", "options", "backend"), nets.each(pairs(nets.SHELF, OPTIONS, ["prune", "inplace"]))
 )
 def test_every_net_ends_on_the_exact_sparsity(name, options, backend, device):
     method = SoftThreshold(0.7, schedule=SCHEDULE, **OPTIONS[options])
@@ -471,7 +472,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(at, control, backend, device):
         assert_ends_like(resumed, straight.at(11))
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_every_net_resumes(name, backend, device):
     def fresh(seed):
         net = build(name, device, seed=seed)

@@ -16,7 +16,7 @@ from tests.pairs import pairs
 
 @pytest.mark.parametrize(
     ("name", "choice", "sparsity"),
-    pairs(nets.SHELF, ["sparse", "csr", "rows", "thin"], [0.0, 0.8, 1.0]),
+    nets.each(pairs(nets.SHELF, ["sparse", "csr", "rows", "thin"], [0.0, 0.8, 1.0])),
 )
 def test_compressed_is_what_it_was(name, choice, sparsity):
     net = nets.build(name)
