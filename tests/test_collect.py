@@ -12,8 +12,10 @@ from mtprune.model.graph import reachable
 from tests import nets
 from tests.checkpoints import discarded, observed, scores, shapes, steps
 from tests.nets import Run, Scaled, build, expected, same, sgd, weights
+from tests.runs import record
+from tests.test_fold import gradually
+from tests.test_resume import load
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 GRADUALLY = Vote(0.7, schedule=Cubic(1, 90, 1))  # an update is always near
 
 
@@ -24,7 +26,7 @@ def gradients(model):
 # Observing leaves no trace.
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_observe_leaves_gradients_randomness_and_buffers_alone(name, backend, device):
     run = Run(build(name, device), GRADUALLY, backend).train(4)
     before = None
@@ -48,7 +50,7 @@ def test_observe_leaves_gradients_randomness_and_buffers_alone(name, backend, de
     assert not any(p._backward_hooks for p in run.model.parameters())
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_training_with_observation_is_bit_identical_to_training_without(name, device):
     """The pruner collects at every step, and never prunes."""
     plain = build(name, device)
@@ -94,7 +96,7 @@ def test_without_a_graph_losses_are_computed_and_nothing_is_collected(backend, d
 # What is collected is exact.
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, device):
     run = Run(build(name, device), Vote(0.7, observations=2), backend)
     twin = build(name, device)
@@ -118,9 +120,10 @@ def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, 
             torch.testing.assert_close(found[task][layer], want, rtol=1e-5, atol=1e-7)
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend, device):
-    run = Run(build(name, device), Vote(0.7, schedule=Cubic(1, 12, 1)), backend).train(8)
+    state = record(gradually, name, backend, device).at(8).checkpoint
+    run = load(gradually(name, backend, device), state)
     twin = build(name, device)
     twin.model.load_state_dict(weights(run))
     named = dict(twin.model.named_parameters())
@@ -141,7 +144,7 @@ def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend
             torch.testing.assert_close(found[task][layer], want, rtol=1e-4, atol=1e-6)
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_one_forward_and_k_sweeps_are_k_forwards_and_k_backwards(name, backend, device):
     def masks(at_once):
         run = Run(build(name, device), Vote(0.7, observations=2), backend)
@@ -251,7 +254,7 @@ def scored(net, method, backend):
     return run.pruner.masks
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_the_scale_of_a_loss_does_not_matter(name, device):
     plain = scored(build(name, device), Vote(0.7, observations=2), "prune")
     for factor in (1e-6, 1e6):

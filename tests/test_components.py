@@ -443,6 +443,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["trunk", "module.trunk", "_orig_mod.trunk", "auto"])
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_model_is_looked_into(wrap, shared, device):

@@ -13,6 +13,8 @@ from mtprune import Block, Cubic, LowRank, SoftThreshold, Vote, recipes
 from tests import checkpoints, nets
 from tests.nets import Run, build, same, sgd, weights
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STEPS = 10
 

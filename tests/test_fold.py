@@ -1,5 +1,7 @@
 """Scoring folded into the training backward, and scores in other places and precisions."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from mtprune import Cubic, MultitaskPruner, OneShot, Vote, saliency
 from tests import nets
 from tests.checkpoints import scores as scored
 from tests.nets import Run, build, same
+from tests.runs import record
+from tests.test_resume import load
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 GRADUALLY = Vote(0.7, schedule=Cubic(1, 12, 1))
 
 
@@ -36,12 +39,25 @@ def assert_alike(found, plain):
         torch.testing.assert_close(found[name], value, rtol=rounding, atol=rounding * size + 1e-5)
 
 
-@EVERY_NET
-@pytest.mark.parametrize("steps", [0, 8])
+def gradually(name, backend, device):
+    return Run(build(name, device), GRADUALLY, backend)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "backend"),
+    nets.each(
+        [
+            *((name, 0, "prune") for name in nets.SHELF),  # no masks yet: back-ends are the same
+            *itertools.product(nets.SHELF, [8], ["prune", "inplace"]),
+        ]
+    ),
+)
 def test_gradients_and_scores_are_those_of_an_ordinary_pass(name, steps, backend, device):
     """Also of a net that is pruned already, and with gradients accumulated over two batches."""
-    plain = Run(build(name, device), GRADUALLY, backend).train(steps)
-    folded = Run(build(name, device), GRADUALLY, backend).train(steps)
+    plain, folded = (gradually(name, backend, device) for _ in range(2))
+    if steps:
+        state = record(gradually, name, backend, device).at(steps).checkpoint
+        load(plain, state), load(folded, state)
     want, expected = gather(plain, fold=False)
     found, scores = gather(folded, fold=True)
     if backend == "prune":

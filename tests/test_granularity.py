@@ -32,7 +32,9 @@ from mtprune import (
     votes,
 )
 from mtprune.structure import NOBODY, Group, Member, pool, spread
-from tests.nets import SHELF, Run, build, same, size, zeros
+from tests.nets import Run, build, each, same, size, zeros
+from tests.runs import record
+from tests.test_resume import assert_ends_like, load, through_a_file
 
 # --- Values --------------------------------------------------------------------------------------
 
@@ -579,7 +581,7 @@ GRANULARITIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", GRANULARITIES)
-@pytest.mark.parametrize("net", SHELF)
+@pytest.mark.parametrize("net", each())
 def test_masks_are_whole_units_and_the_budget_holds(net, name, device):
     method = Vote(0.5, granularity=GRANULARITIES[name], min_keep=0)
     run = Run(build(net, device), method)
@@ -725,24 +727,17 @@ def test_per_task_keep_merges_the_tasks_own_units():
     assert pruner.masks["up.weight"][:, 0].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6]
 
 
+def grouped(name, kind):
+    return Run(build("plain"), METHODS[name](GRANULARITIES[kind]))
+
+
 @pytest.mark.parametrize("kind", ["block", "both"])
 @pytest.mark.parametrize("name", ["cubic", "movement"])
 def test_training_resumes_to_the_same_masks(name, kind):
-    def run():
-        return Run(build("plain"), METHODS[name](GRANULARITIES[kind]))
-
-    straight = run().train(10)
-    first = run().train(4)
-    state = [first.model.state_dict(), first.optimizer.state_dict(), first.pruner.state_dict()]
-    second = run()
-    second.model.load_state_dict(state[0])
-    second.optimizer.load_state_dict(state[1])
-    second.pruner.load_state_dict(state[2])
-    assert second.pruner.report().groups == first.pruner.report().groups
-    second.at = 4
-    second.train(6)
-    assert same(straight.pruner.masks, second.pruner.masks)
-    assert straight.pruner.report() == second.pruner.report()
+    straight = record(grouped, name, kind)
+    second = load(grouped(name, kind), through_a_file(straight.at(4).checkpoint))
+    assert second.pruner.report().groups == straight.at(4).report.groups
+    assert_ends_like(second.train(6), straight.at(10))
 
 
 def test_units_of_ones_own_have_the_same_name_in_every_process():

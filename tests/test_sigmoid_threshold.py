@@ -48,6 +48,7 @@ def logits(pruner):
     return memory(pruner)["s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [1e-2, 1e-4])
 def test_under_adam_thresholds_follow_the_learning_rate_alone(weight_decay):
     method = SigmoidThreshold(0.9, end=400, init=-15.0, lr=1e-3, weight_decay=weight_decay)
@@ -120,6 +121,7 @@ def test_it_rests_while_the_target_is_reached_and_is_not_exact():
     assert zeros == sum(int((~mask).sum()) for mask in pruner.masks.values())
 
 
+@pytest.mark.slow
 def test_a_start_far_below_zero_is_dense_for_good_where_ours_is_on_target():
     model, optimizer, pruner = start(recipes.adapmtl_published(0.9, 50, init=-1000.0))
     for _ in range(52):

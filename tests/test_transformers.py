@@ -17,7 +17,10 @@ STEPS = 8
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 pytest.importorskip("accelerate")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 class Multitask(nn.Module):

@@ -68,6 +68,7 @@ def test_noise_does_not_see_the_scale_of_a_loss():
     assert scaled == plain
 
 
+@pytest.mark.slow
 def test_noise_is_the_coefficient_of_variation_of_stationary_losses():
     torch.manual_seed(0)
     spread = torch.tensor([0.02, 0.05, 0.10])
