@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Allocation, Marks, Shape
 from mtprune.selection import Ranking
 from mtprune.units import Units
 from mtprune.votes import Vote
@@ -69,7 +69,7 @@ def pack(
     worth: Sequence[Tensor],
     units: Units,
     budget: Fraction | int,
-    allocation: str | Erk | Floor,
+    allocation: Allocation,
     *,
     eligible: Sequence[Tensor],
     min_keep: int = 1,
@@ -87,20 +87,8 @@ def pack(
     Returns:
         For each group a bool tensor ``[n]``, True = keep.
     """
-    queue = _Queue(worth, units, eligible)
-    if allocation == "floor":
-        allocation = Floor()
-    sure = queue.rank < min_keep
-    if isinstance(allocation, Floor):
-        layerwise = queue.masks(
-            queue.fitting((queue.levels(allocation.of), ~sure), budget, units.weigh)
-        )
-        share = Fraction(str(allocation.fraction))
-        floors = np.array([int(share * int(mask.sum())) for mask in layerwise])
-        sure |= queue.rank < floors[queue.group]
-    elif allocation != "global":
-        return queue.masks(queue.fitting((queue.levels(allocation), ~sure), budget, units.weigh))
-    return queue.masks(queue.fitting((-queue.worth, ~sure), budget, units.weigh))
+    queue = _Queue(worth, units, eligible, budget, units.weigh)
+    return queue.masks(allocation.units(queue, queue.best([min_keep] * len(worth))))
 
 
 def least(units: Units, min_keep: int) -> Fraction:
@@ -133,13 +121,12 @@ def fitting(
     every = units.everything()
     shown = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(every)]
     able = [mask & (group in worth) for group, mask in enumerate(every)]
-    queue = _Queue(shown, units, able)
 
     def weigh(masks: Sequence[Tensor]) -> Fraction:
         return units.weigh([m if g in worth else every[g] for g, m in enumerate(masks)], places)
 
-    budget = keep(units.weigh(every, places))
-    kept = queue.masks(queue.fitting((-queue.worth,), budget, weigh))
+    queue = _Queue(shown, units, able, keep(units.weigh(every, places)), weigh)
+    kept = queue.masks(queue.by_worth(queue.best([0] * len(shown))))
     return {group: kept[group] for group in worth}
 
 
@@ -158,60 +145,88 @@ def _below(pieces: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Queue:
-    """Eligible units of all groups, one after the other, in order of position."""
+    """Eligible units of all groups, one after the other, in order of position.
 
-    def __init__(self, worth: Sequence[Tensor], units: Units, eligible: Sequence[Tensor]) -> None:
+    Args:
+        worth: Of the units, for each group float64 ``[n]``.
+        units: What they cost one by one.
+        eligible: The units that may stay, for each group bool ``[n]``.
+        budget: What may stay.
+        weigh: What units cost together.
+    """
+
+    def __init__(
+        self,
+        worth: Sequence[Tensor],
+        units: Units,
+        eligible: Sequence[Tensor],
+        budget: Fraction | int,
+        weigh: Weigh,
+    ) -> None:
         self._sizes = [len(values) for values in worth]
         self._units = units
+        self._budget = budget
+        self._weigh = weigh
         groups = np.repeat(np.arange(len(worth)), self._sizes)
-        self._able = torch.cat(list(eligible)).cpu().numpy().nonzero()[0]
-        self.worth = torch.cat(list(worth)).double().cpu().numpy()[self._able]
-        self._cost = torch.cat(units.costs).numpy()[self._able]
-        self.group = groups[self._able]
+        self._eligible = torch.cat(list(eligible)).cpu().numpy().nonzero()[0]
+        self._worth = torch.cat(list(worth)).double().cpu().numpy()[self._eligible]
+        self._cost = torch.cat(units.costs).numpy()[self._eligible]
+        self._group = groups[self._eligible]
         # Group by group, the best first, earlier ones first among equals.
-        self._best = np.lexsort((-self.worth, self.group))
-        starts = np.searchsorted(self.group, np.arange(len(worth)))
-        self.rank = np.empty(len(self._best), dtype=np.int64)
-        self.rank[self._best] = np.arange(len(self._best)) - starts[self.group[self._best]]
+        self._best = np.lexsort((-self._worth, self._group))
+        self._starts = np.searchsorted(self._group, np.arange(len(worth)))
+        self._rank = np.empty(len(self._best), dtype=np.int64)
+        self._rank[self._best] = np.arange(len(self._best)) - self._starts[self._group[self._best]]
 
-    def levels(self, of: str | Erk) -> npt.NDArray[np.float64]:
-        """At what density of its group each unit comes, in units of the group's raw density."""
+    def best(self, counts: Sequence[int]) -> Marks:
+        """See `Queue`."""
+        return np.asarray(self._rank < np.asarray(counts)[self._group])
+
+    def count(self, marks: Marks) -> list[int]:
+        """See `Queue`."""
+        found: list[int] = np.bincount(self._group[marks], minlength=len(self._sizes)).tolist()
+        return found
+
+    def by_worth(self, sure: Marks) -> Marks:
+        """See `Queue`."""
+        return self._fitting(np.lexsort((-self._worth, ~sure)))
+
+    def by_density(self, raw: Callable[[Shape], float], sure: Marks) -> Marks:
+        """See `Queue`."""
         costs = [float(cost.sum()) for cost in self._units.costs]
         before = np.concatenate([[0.0], np.cumsum(self._cost[self._best])])
-        starts = np.searchsorted(self.group, np.arange(len(self._sizes)))
         until = np.empty_like(self._cost)
-        until[self._best] = before[1:] - before[starts][self.group[self._best]]
-        power = 0.0 if of == "uniform" else of.power if isinstance(of, Erk) else 1.0
-        raw = [self._raw(group, power) for group in range(len(costs))]
-        scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, raw, strict=True)])
-        return np.asarray(until / scale[self.group])
+        until[self._best] = before[1:] - before[self._starts][self._group[self._best]]
+        rates = [self._raw(group, raw) for group in range(len(costs))]
+        scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, rates, strict=True)])
+        return self._fitting(np.lexsort((until / scale[self._group], ~sure)))
 
-    def _raw(self, group: int, power: float) -> float:
-        """The mean over the weights of its layers of what `Erk` gives to each layer."""
+    def masks(self, marks: Marks) -> list[Tensor]:
+        """The marked units, for each group bool ``[n]``."""
+        whole = torch.zeros(sum(self._sizes), dtype=torch.bool)
+        whole[torch.from_numpy(self._eligible[marks])] = True
+        return list(whole.split(self._sizes))
+
+    def _raw(self, group: int, raw: Callable[[Shape], float]) -> float:
+        """The mean over the weights of a group's layers of the raw density of each layer."""
         shapes = [self._units.layers[place].shape for place in self._units.holding(group)]
         sizes = [prod(shape) for shape in shapes]
-        parts = [n * (sum(shape) / n) ** power for n, shape in zip(sizes, shapes, strict=True)]
+        parts = [n * raw(shape) for n, shape in zip(sizes, shapes, strict=True)]
         return float(sum(parts) / sum(sizes))
 
-    def fitting(
-        self, keys: tuple[npt.NDArray[np.generic], ...], budget: Fraction | int, weigh: Weigh
-    ) -> npt.NDArray[np.int64]:
-        """The longest beginning that fits, of the order by the last key, then the one before.
-
-        Earlier ones come first among equals.
-        """
-        order = np.lexsort(keys)
+    def _fitting(self, order: npt.NDArray[np.int64]) -> Marks:
+        """The longest beginning of an order that fits into the budget."""
         fits, fails = 0, len(order) + 1
         while fails - fits > 1:
             middle = (fits + fails) // 2
-            if weigh(self.masks(order[:middle])) <= budget:
+            if self._weigh(self.masks(_marks(order[:middle], len(order)))) <= self._budget:
                 fits = middle
             else:
                 fails = middle
-        return np.asarray(order[:fits])
+        return _marks(order[:fits], len(order))
 
-    def masks(self, chosen: npt.NDArray[np.int64]) -> list[Tensor]:
-        """The chosen ones as masks of the groups' units."""
-        whole = torch.zeros(sum(self._sizes), dtype=torch.bool)
-        whole[torch.from_numpy(self._able[chosen])] = True
-        return list(whole.split(self._sizes))
+
+def _marks(places: npt.NDArray[np.int64], length: int) -> Marks:
+    marks = np.zeros(length, dtype=np.bool_)
+    marks[places] = True
+    return marks

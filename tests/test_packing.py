@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtprune import votes
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Erk, Floor, Global, parse_allocation
 from mtprune.components import find_layers
 from mtprune.granularity import Block, Grouped
 from mtprune.packing import fitting, pack, worths
@@ -33,7 +33,7 @@ def chosen(worth, units, budget, allocation="global", eligible=None, **options):
         [torch.tensor(w, dtype=torch.float64) for w in worth],
         units,
         budget,
-        allocation,
+        parse_allocation(allocation),
         eligible=eligible,
         **options,
     )
@@ -107,7 +107,7 @@ def test_what_is_left_over_is_less_than_the_next_unit(allocation, density):
     worth = [torch.rand(len(cost), dtype=torch.float64) for cost in units.costs]
     total = units.weigh(units.everything())
     budget = round(density * total)
-    masks = pack(worth, units, budget, allocation, eligible=units.everything())
+    masks = pack(worth, units, budget, parse_allocation(allocation), eligible=units.everything())
     kept = units.weigh(masks)
     assert kept <= budget
     assert budget - kept < max(float(cost.max()) for cost in units.costs) or kept == total
@@ -132,7 +132,7 @@ def test_where_units_cross_what_is_left_over_is_still_less_than_one():
     worth = [torch.rand(12, dtype=torch.float64) for _ in range(3)]
     for density in (0.1, 0.25, 0.5, 0.9):
         budget = round(density * 4 * 144)
-        masks = pack(worth, units, budget, "global", eligible=units.everything())
+        masks = pack(worth, units, budget, Global(), eligible=units.everything())
         zeros = sum(int((~mask).sum()) for mask in units.spread(masks))
         assert 576 - zeros == units.weigh(masks)
         assert 0 <= budget - units.weigh(masks) < 24
@@ -154,7 +154,7 @@ def test_units_of_one_weight_are_what_selection_selects(vote, floors):
         expected = select(scores, vote, [Quota((0, 1, 2), keep, floors)], rankings=rankings)
         worth = worths(scores, vote, rankings)
         every = units.everything()
-        masks = pack(worth, units, keep, "global", eligible=every, min_keep=floors[0])
+        masks = pack(worth, units, keep, Global(), eligible=every, min_keep=floors[0])
         assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
 
 

@@ -3,7 +3,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from mtprune import allocation, selection, votes
+from mtprune import selection, votes
+from mtprune.allocation import Budget, Floor, Global, parse_allocation
 from mtprune.selection import Quota, Ranking, select
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
@@ -22,7 +23,8 @@ def count(masks):
 
 
 def everything(net, keep, min_keep=1):
-    return allocation.quotas("global", net.shapes, net.components, keep, net.sizes, min_keep)
+    budget = Budget(net.shapes, net.components, keep, net.sizes, min_keep)
+    return Global().quotas(budget)
 
 
 def on(device, *values):
@@ -125,7 +127,8 @@ def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
         if 0 < sparsity < 0.9:
             allocations.append({"trunk": sparsity / 2, "b": sparsity})
         for spread in allocations:
-            plan = allocation.quotas(spread, net.shapes, net.components, keep, net.sizes)
+            budget = Budget(net.shapes, net.components, keep, net.sizes)
+            plan = parse_allocation(spread).quotas(budget)
             expected = set().union(
                 *(oracles.keep_best(order, q.layers, q.keep, q.floors) for q in plan)
             )
@@ -174,7 +177,7 @@ def test_percentiles_are_the_oracles_and_inside_their_bounds(kind, device):
 @pytest.mark.parametrize("kind", ["random", "80 % zero", "crowded"])
 def test_the_size_of_chunks_changes_nothing(name, kind, device, monkeypatch):
     scores = EXACT.scores(sampler(kind, device))
-    plan = allocation.quotas("floor", EXACT.shapes, EXACT.components, 333, EXACT.sizes)
+    plan = Floor().quotas(Budget(EXACT.shapes, EXACT.components, 333, EXACT.sizes))
     whole = select(scores, VOTES[name], plan)
     monkeypatch.setattr(selection, "_CHUNK", 64)
     assert listed(select(scores, VOTES[name], plan)) == listed(whole)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from mtprune import checks
-from mtprune.allocation import quotas
+from mtprune.allocation import Budget, ByComponent
 from mtprune.granularity import Element, Granularity
 from mtprune.methods.base import Ballot, Decision, Softly
 from mtprune.saliency import Saliency
 from mtprune.schedule import Cubic, Regrow, Schedule
-from mtprune.selection import Quota
 from mtprune.softening import EDGE, Watch
 from mtprune.thresholds import between, follow, shrinkage, waterline
 from mtprune.weighting import PruningSensitivity, parse_weighting
@@ -279,12 +278,14 @@ class SoftThreshold:
         zeros = round(self.sparsity * progress * sum(sizes))
         if not isinstance(self.budget_unit, Mapping):
             return [(everything, zeros, [1] * len(sizes))]
-        due = {name: s * progress for name, s in self.budget_unit.items()}
-        plan: Sequence[Quota] = quotas(
-            due, ballot.shapes, ballot.components, sum(sizes) - zeros, sizes
+        quotas = (
+            ByComponent(self.budget_unit)
+            .at(progress)
+            .quotas(Budget(ballot.shapes, ballot.components, sum(sizes) - zeros, sizes))
         )
         return [
-            (q.layers, sum(sizes[i] for i in q.layers) - q.keep, [1] * len(q.layers)) for q in plan
+            (q.layers, sum(sizes[i] for i in q.layers) - q.keep, [1] * len(q.layers))
+            for q in quotas
         ]
 
     def _protected(

@@ -12,7 +12,16 @@ from typing_extensions import override
 
 from mtprune import checks, votes
 from mtprune import saliency as saliencies
-from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
+from mtprune.allocation import (
+    NAMES,
+    Allocation,
+    AllocationLike,
+    Budget,
+    ByComponent,
+    Floor,
+    Uniform,
+    parse_allocation,
+)
 from mtprune.granularity import (
     NM,
     Element,
@@ -88,7 +97,7 @@ class Vote:
     vote: votes.Vote = votes.unanimous
     schedule: Schedule = field(default_factory=OneShot)
     granularity: Granularity = field(default_factory=Element)
-    allocation: Allocation = "floor"
+    allocation: AllocationLike = "floor"
     priority: Mapping[str, float] = field(default_factory=dict)
     observations: int | Literal["auto"] = 1
     disentangled: bool = True
@@ -110,7 +119,7 @@ class Vote:
         saliencies.uses_gradient(self.saliency)
         must = "must be a schedule such as OneShot() or Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
-        _check_allocation(self.allocation)
+        layerwise = self._allocation.layerwise
         checks.mapping("priority", self.priority, "task -> factor")
         for task, factor in self.priority.items():
             of = f" of task '{task}'"
@@ -126,7 +135,7 @@ class Vote:
             must = "must be at least 1, or 'auto'"
             checks.whole("observations", self.observations, least=1, must=must)
         checks.whole("min_keep", self.min_keep, least=0, must="must be a whole number")
-        if self.regrows and (self.allocation == "global" or isinstance(self.target, PerTaskKeep)):
+        if self.regrows and (layerwise is None or isinstance(self.target, PerTaskKeep)):
             raise ValueError(
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
                 "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
@@ -189,13 +198,13 @@ class Vote:
                 f"Regrow exchanges single weights; {what} prunes what it prunes as one. Use "
                 "OneShot(), Linear(...) or Cubic(...)."
             )
-        if isinstance(self.allocation, Mapping):
+        if isinstance(self._allocation, ByComponent):
             raise ValueError(
                 f"An allocation by component counts single weights, and a unit of {what} may lie "
                 f"in two components. Use one of {NAMES}."
             )
         if isinstance(self.granularity, NM) and (
-            isinstance(self.target, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+            isinstance(self.target, PerTaskKeep) or self._allocation not in (Floor(), Uniform())
         ):
             raise ValueError(
                 f"{what} keeps the same share of every layer: leave `allocation` out, and "
@@ -213,6 +222,11 @@ class Vote:
         if self.example_inputs is None and self._by_macs:
             return example_inputs_of(self.granularity)
         return self.example_inputs
+
+    @property
+    def _allocation(self) -> Allocation:
+        """How the budget is spread."""
+        return parse_allocation(self.allocation)
 
     @property
     def target(self) -> float | PerTaskKeep | None:
@@ -320,12 +334,11 @@ class Vote:
             return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
         self.check_units(units, ballot.costs, ballot.whole)
         rankings = rank(ballot.scores, self.priority)
-        assert not isinstance(self.allocation, Mapping)
         masks = pack(
             worths(ballot.scores, self.vote, rankings),
             units,
             self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-            self.allocation,
+            self._allocation,
             eligible=ballot.masks,
             min_keep=self.min_keep,
         )
@@ -359,15 +372,14 @@ class Vote:
     def _shrink(
         self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
     ) -> list[Tensor]:
-        allocation = self.allocation
-        if isinstance(allocation, Mapping):
-            allocation = {name: s * progress for name, s in allocation.items()}
         upper = [int(mask.sum()) for mask in ballot.masks]
-        plan = quotas(
-            allocation, ballot.shapes, ballot.components, keep, upper, min_keep=self.min_keep
-        )
+        budget = Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
         return select(
-            ballot.scores, self.vote, plan, eligible=_unless_all(ballot.masks), rankings=rankings
+            ballot.scores,
+            self.vote,
+            self._allocation.at(progress).quotas(budget),
+            eligible=_unless_all(ballot.masks),
+            rankings=rankings,
         )
 
     def _exchange(
@@ -407,22 +419,12 @@ class Vote:
 
     def _layer_counts(self, ballot: Ballot, keep: int) -> list[int]:
         """How many weights each layer keeps for the whole of sparse training."""
-        of = self.allocation
+        layerwise = self._allocation.layerwise
+        assert layerwise is not None
         upper = [prod(shape) for shape in ballot.shapes]
-        if isinstance(of, Mapping):
-            plan = quotas(of, ballot.shapes, ballot.components, keep, upper, self.min_keep)
-            counts = [0] * len(upper)
-            for quota in plan:
-                inside = [ballot.shapes[i] for i in quota.layers]
-                most = [upper[i] for i in quota.layers]
-                spread = layer_counts("uniform", inside, quota.keep, most, self.min_keep)
-                for layer, count in zip(quota.layers, spread, strict=True):
-                    counts[layer] = count
-            return counts
-        if of == "floor":
-            of = Floor()
-        of = of.of if isinstance(of, Floor) else of
-        return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
+        return layerwise.counts(
+            Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
+        )
 
     def _per_task(self, ballot: Ballot, alone: Mapping[str, Mapping[int, Tensor]]) -> Decision:
         masks = []
@@ -494,19 +496,6 @@ def _per_cost(
         {voter: values / cost.clamp_min(1e-30).float() for voter, values in voters.items()}
         for voters, cost in zip(scores, costs, strict=True)
     ]
-
-
-def _check_allocation(allocation: object) -> None:
-    if isinstance(allocation, Mapping):
-        for component, sparsity in allocation.items():
-            checks.sparsity(f"allocation[{component!r}]", sparsity)
-    elif isinstance(allocation, str):
-        checks.one_of("allocation", allocation, NAMES)
-    elif not isinstance(allocation, (Erk, Floor)):
-        raise TypeError(
-            f"`allocation` must be one of {NAMES}, Erk(...), Floor(...) or a mapping "
-            f"component -> sparsity. Got {allocation!r}."
-        )
 
 
 def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:
