@@ -7,6 +7,7 @@ from typing import Any
 from mtprune import checks
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.sizes import Sizes
+from mtprune.text import columns
 
 __all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
@@ -262,17 +263,9 @@ class Plan:
     def __str__(self) -> str:
         """A table, and what was measured of the whole."""
         head = ("layer", "shape", "choice", "dense ms", "chosen ms", "dense bytes", "bytes")
-        lines = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        printed = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
+        lines = columns([head, *(_cells(row) for row in self.rows)], left=3)
         notes = [*("", *(row.note for row in self.rows))]
-        printed = [f"{line}  {note}".rstrip() for line, note in zip(printed, notes, strict=True)]
+        printed = [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
         if self.dense_ms is not None and self.ms is not None:
             printed.append(
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
