@@ -26,7 +26,7 @@ from typing import Any as _Any
 from mtprune import recipes, saliency, votes, weighting
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
-from mtprune.integrations.arrival import when_imported as _when_imported
+from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods import LowRank, PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report

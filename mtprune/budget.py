@@ -1,7 +1,7 @@
-"""Budget: what counts as a parameter, and the best ensemble the same number would buy.
+"""Budget: the parameters of a model, and the best ensemble of single-task models of equal size.
 
-Whether one multitask model beats several small ones depends on what is counted. A count here says
-which rule it follows, and always shows the others beside it.
+Whether one multitask model beats several small ones depends on which parameters are counted. A
+count names its rule, and always shows the other rules beside it.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from typing import Literal
 from torch import nn
 
 from mtprune import checks
-from mtprune.components import Spec, prunable, unwrap
+from mtprune.model.layers import prunable
+from mtprune.model.names import unwrap
+from mtprune.model.selectors import Spec
 
 __all__ = ["RULES", "Ensemble", "Size", "best_ensemble", "count", "equal_split"]
 
@@ -20,17 +22,17 @@ Rule = Literal["encoder_linear", "encoder", "total"]
 Curves = Mapping[str, Mapping[int, float]]
 
 RULES: tuple[Rule, ...] = ("encoder_linear", "encoder", "total")
-"""What can be counted, from the narrowest to the widest."""
+"""The rules of counting, from the narrowest to the widest."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many parameters there are, before and after pruning. Prints both, by every rule known.
+    """The number of parameters of a model, before and after pruning. Prints both, by all rules.
 
     Attributes:
         what: The rule that counts.
         dense: Parameters before pruning.
-        kept: Parameters that are left.
+        kept: Parameters after pruning.
         by_rule: ``{rule: (dense, kept)}``.
 
     Example:
@@ -61,18 +63,18 @@ def count(
     encoder: nn.Module | str | None = None,
     include: Spec = (),
 ) -> Size:
-    """How many parameters a model has and keeps.
+    """The number of parameters that a model has and keeps.
 
     ``"encoder_linear"`` counts the weights of the encoder's linear layers and attention,
     ``"encoder"`` everything in the encoder, ``"total"`` the heads too. A tied parameter counts
-    once. Of prunable weights those that are masked, or exactly zero, are not kept; of all others,
-    such as biases, norms and embeddings, everything is.
+    once. Prunable weights that are masked, or exactly zero, are not kept. All other parameters are
+    kept, biases, norms and embeddings for instance.
 
     Args:
         model: The model, while it is pruned or after `finalize`.
         what: The rule that counts.
-        encoder: Which part of the model is the encoder: the module, or its name.
-        include: What else was pruned; as for `MultitaskPruner`.
+        encoder: The encoder: a module of the model, or its name.
+        include: Other layers that were pruned, as for `MultitaskPruner`.
 
     Example:
         >>> import torch
@@ -94,23 +96,22 @@ def count(
     kept = {id(p): p.numel() for p in model.parameters()}
     dense = dict(kept)
     for parameter, mask in prunable(model, include):
-        held = parameter.detach() if mask is None else mask
-        kept[id(parameter)] = int(held.count_nonzero())
-    chosen: dict[Rule, set[int]] = {}
+        kept[id(parameter)] = int((parameter.detach() if mask is None else mask).count_nonzero())
+    counted: dict[Rule, set[int]] = {}
     if encoder is not None:
         part = _part(model, encoder)
-        chosen["encoder_linear"] = {
+        counted["encoder_linear"] = {
             id(parameter)
             for module in part.modules()
             if isinstance(module, (nn.Linear, nn.MultiheadAttention))
             for name, parameter in module.named_parameters(recurse=False)
             if name.removesuffix("_orig").endswith("weight")
         }
-        chosen["encoder"] = {id(parameter) for parameter in part.parameters()}
-    chosen["total"] = set(dense)
+        counted["encoder"] = {id(parameter) for parameter in part.parameters()}
+    counted["total"] = set(dense)
     by_rule = {
-        rule: (sum(dense[i] for i in found), sum(kept[i] for i in found))
-        for rule, found in chosen.items()
+        rule: (sum(dense[i] for i in ids), sum(kept[i] for i in ids))
+        for rule, ids in counted.items()
     }
     return Size(what, *by_rule[what], by_rule)
 
@@ -142,7 +143,7 @@ class Ensemble:
     Attributes:
         sizes: The size of each task's model.
         scores: Its score.
-        budget: What they were to fit in.
+        budget: The most that all models may take together.
 
     Example:
         >>> ensemble = Ensemble({"sst2": 10, "trec": 30}, {"sst2": 0.5, "trec": 1.0}, budget=50)
@@ -156,12 +157,12 @@ class Ensemble:
 
     @property
     def size(self) -> int:
-        """What they take together."""
+        """The size of all models together."""
         return sum(self.sizes.values())
 
     @property
     def score(self) -> float:
-        """Their mean score."""
+        """The mean score of the tasks."""
         return float(sum(map(Fraction, self.scores.values())) / len(self.scores))
 
     def __str__(self) -> str:
@@ -199,16 +200,16 @@ def best_ensemble(curves: Curves, budget: int) -> Ensemble:
             f"{least:,} together."
         )
     order = sorted(curves)
-    # What is undominated: ever larger, ever better. Each with the sizes chosen so far.
+    # Undominated pairs of size and score, both increasing, each with the sizes chosen so far.
     front: list[tuple[int, Fraction, tuple[int, ...]]] = [(0, Fraction(0), ())]
-    spare = least
+    reserve = least
     for task in order:
-        spare -= min(curves[task])
+        reserve -= min(curves[task])
         offers = [
             (size + more, score + Fraction(value), (*chosen, more))
             for size, score, chosen in front
             for more, value in curves[task].items()
-            if size + more + spare <= budget
+            if size + more + reserve <= budget
         ]
         offers.sort(key=lambda offer: (offer[0], -offer[1], offer[2]))
         front = []
@@ -220,7 +221,7 @@ def best_ensemble(curves: Curves, budget: int) -> Ensemble:
 
 
 def equal_split(curves: Curves, budget: int) -> Ensemble:
-    """The best single-task models of which none takes more than its equal part of the budget.
+    """The best single-task models, each within an equal part of the budget.
 
     Args:
         curves: See `best_ensemble`.

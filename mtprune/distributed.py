@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["any_rank", "check_equal", "first_", "gather", "mean_", "world"]
+__all__ = ["any_rank", "check_equal", "first_", "gather", "mean_", "sum_", "world"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,13 @@ def mean_(tensor: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(tensor)
         tensor /= world()
+    return tensor
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
     return tensor
 
 

@@ -16,34 +16,21 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["GAMMA", "ZETA", "mean", "open_probability", "sample"]
+__all__ = ["GAMMA", "ZETA", "mean", "open_probability"]
 
 GAMMA, ZETA = -0.1, 1.1
+"""The ends to which a gate is stretched."""
 
 _SHIFT = math.log(-ZETA / GAMMA)  # log 11: how far from a coin toss a gate is at log alpha = 0
 _MIDDLE = 83 / 432  # the slope of the mean at log alpha = 0
 _NEAR = 1e-3  # where the closed form of the mean divides zero by zero, its series is exact enough
 
 
-def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
-    """The gates that uniform draws stand for.
-
-    Args:
-        log_alpha: Any shape.
-        u: In (0, 1), same shape.
-
-    Example:
-        >>> sample(torch.zeros(3), torch.tensor([0.01, 0.5, 0.99]))
-        tensor([0.0000, 0.5000, 1.0000])
-    """
-    return (torch.sigmoid(torch.logit(u) + log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
-
-
 def open_probability(log_alpha: Tensor) -> Tensor:
-    r"""How likely a gate is not shut, :math:`P(z > 0) = \sigma(\log\alpha + \log 11)`.
+    r"""The probability that a gate is not zero, :math:`P(z > 0) = \sigma(\log\alpha + \log 11)`.
 
-    Its sum over gates is their expected L0 norm. How likely a gate is all open is the same seen
-    from the other side, :math:`P(z = 1) = 1 - P(z > 0)` at :math:`-\log\alpha`.
+    Its sum over gates is their expected L0 norm. By symmetry, the probability that a gate is one is
+    :math:`P(z = 1) = 1 - P(z > 0)` at :math:`-\log\alpha`.
 
     Example:
         >>> open_probability(torch.tensor(0.0))  # 11 / 12
@@ -75,5 +62,5 @@ def mean(log_alpha: Tensor) -> Tensor:
     top, rest = ZETA * a - GAMMA, 1.0 - a
     near = rest.abs() < _NEAR
     rest = torch.where(near, _NEAR, rest)
-    found = a * ((ZETA + top / rest) / rest * torch.log1p(rest / top) - 1.0 / rest)
-    return torch.where(near, 0.5 + _MIDDLE * log_alpha, found).to(log_alpha.dtype)
+    exact = a * ((ZETA + top / rest) / rest * torch.log1p(rest / top) - 1.0 / rest)
+    return torch.where(near, 0.5 + _MIDDLE * log_alpha, exact).to(log_alpha.dtype)

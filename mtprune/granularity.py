@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtprune import checks
-from mtprune.components import Layer
+from mtprune.model.layers import Layer
 from mtprune.structure import Group
 
 __all__ = [

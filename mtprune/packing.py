@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mtprune.allocation import Allocation, Marks, Shape
+from mtprune.model.units import Units
 from mtprune.selection import Ranking
-from mtprune.units import Units
 from mtprune.votes import Vote
 
 __all__ = ["fitting", "least", "pack", "worths"]

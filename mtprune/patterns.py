@@ -1,8 +1,9 @@
 """Patterns: where transformers keep their attention heads and feed-forward neurons.
 
 A pattern is data: the paths of the weights of one block, seen from the block. A block is any
-module in which all of a pattern's paths lead to weights that fit together, wherever it sits in a
-model. The same path more than once: weights packed into one, in that order and equal parts.
+module of a model in which all paths of a pattern lead to weights whose shapes fit one another. A
+path that is named more than once leads to several weights packed into one tensor, in that order
+and in equal parts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +22,17 @@ class Attention:
     """A block of multi-head attention.
 
     Heads lie one after the other: along the rows of query, key and value, and the columns of the
-    output. Where queries share keys and values, a unit is a head of these with all its queries.
+    output. If several query heads share keys and values, a unit is a key head with all its queries.
 
     Attributes:
-        name: What errors call it.
-        query: Path of the weight of the queries.
-        key: Of the keys.
-        value: Of the values.
-        out: Of the weight that reads all heads.
-        head_size: Path of the number of dimensions of one head.
-        counts: Paths of the numbers that are smaller with fewer heads, as many times as heads are.
-        only: Paths, and what must be found there.
+        name: The name in errors.
+        query: The path of the weight of the queries.
+        key: The path of the weight of the keys.
+        value: The path of the weight of the values.
+        out: The path of the weight that reads all heads.
+        head_size: The path of the number of dimensions of one head.
+        counts: Paths of numbers that shrink with the number of heads, in proportion.
+        only: Paths with the values that a block must have there to fit.
 
     Example:
         >>> class Plain(nn.Module):
@@ -62,15 +63,14 @@ class Attention:
 class FeedForward:
     """A block of two layers with an activation between them.
 
-    A gated one has several weights that make the neurons, and the products of what they make are
-    read.
+    In a gated block several weights make the neurons, and the products of their outputs are read.
 
     Attributes:
-        name: What errors call it.
-        up: Paths of the weights that make the neurons.
-        down: Of the weight that reads them.
-        activation: Of the module or function between them; None in a gated block.
-        only: Paths, and what must be found there.
+        name: The name in errors.
+        up: The paths of the weights that make the neurons.
+        down: The path of the weight that reads the neurons.
+        activation: The path of the module or function between them; None in a gated block.
+        only: Paths with the values that a block must have there to fit.
 
     Example:
         >>> class Block(nn.Module):
@@ -126,7 +126,7 @@ PATTERNS: tuple[Pattern, ...] = (
         out="out_proj.weight",
         head_size="head_dim",
         counts=("num_heads",),
-        # A key of its own or of zeros takes part in every head: values are then no longer averages.
+        # An added key takes part in every head, so that outputs are no averages of the values.
         only=(("bias_k", None), ("add_zero_attn", False)),
     ),
     FeedForward(
@@ -144,7 +144,7 @@ PATTERNS: tuple[Pattern, ...] = (
         activation="activation",
     ),
 )
-"""What is known: BERT with RoBERTa, ELECTRA, MiniLM and all that name their layers like it,
+"""All patterns known: BERT with RoBERTa, ELECTRA, MiniLM and others that name their layers alike,
 DistilBERT, ModernBERT, and torch's own layers."""
 
 
@@ -152,8 +152,8 @@ def heads(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Grou
     """The attention heads of a model: one group for each block of attention.
 
     Args:
-        model: Any model, before or after its masks were put on.
-        patterns: Where to look; of those that fit a block, the first counts.
+        model: Any model, with masks or without.
+        patterns: The patterns to look for; the first that fits a block counts.
 
     Raises:
         ValueError: If no block of the model fits a pattern.
@@ -163,16 +163,16 @@ def heads(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Grou
         >>> [(group.name, group.size) for group in heads(encoder)]
         [('layers.0.self_attn.heads', 4), ('layers.1.self_attn.heads', 4)]
     """
-    found = [p for p in patterns if isinstance(p, Attention)]
-    return _groups(model, found, _heads, "attention heads")
+    attentions = [p for p in patterns if isinstance(p, Attention)]
+    return _groups(model, attentions, _heads, "attention heads")
 
 
 def neurons(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Group]:
     """The neurons between the two layers of feed-forward blocks: one group for each block.
 
     Args:
-        model: Any model, before or after its masks were put on.
-        patterns: Where to look; of those that fit a block, the first counts.
+        model: Any model, with masks or without.
+        patterns: The patterns to look for; the first that fits a block counts.
 
     Raises:
         ValueError: If no block of the model fits a pattern.
@@ -182,8 +182,8 @@ def neurons(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Gr
         >>> group.size, [(member.tensor, member.role) for member in group.members]
         (32, [('linear1.weight', 'out'), ('linear1.bias', 'out'), ('linear2.weight', 'in')])
     """
-    found = [p for p in patterns if isinstance(p, FeedForward)]
-    return _groups(model, found, _neurons, "feed-forward neurons")
+    feed_forwards = [p for p in patterns if isinstance(p, FeedForward)]
+    return _groups(model, feed_forwards, _neurons, "feed-forward neurons")
 
 
 P = TypeVar("P", Attention, FeedForward)
@@ -192,23 +192,31 @@ P = TypeVar("P", Attention, FeedForward)
 def _groups(
     model: nn.Module,
     patterns: Sequence[P],
-    group: Callable[[str, nn.Module, P], Group | None],
-    what: str,
+    match: Callable[[str, nn.Module, P], Group | None],
+    units: str,
 ) -> list[Group]:
-    """The group of every block, by the first pattern that fits it."""
+    """The group of every block, by the first pattern that fits it.
+
+    Args:
+        model: The model.
+        patterns: The patterns.
+        match: From the prefix of a module's names, the module and a pattern to the group of the
+            module, or None if the pattern does not fit.
+        units: The name of the units in errors.
+    """
     groups: list[Group] = []
     taken: set[str] = set()
     for name, module in model.named_modules():
         for pattern in patterns:
-            found = group(f"{name}." if name else "", module, pattern)
-            tensors = set() if found is None else {member.tensor for member in found.members}
-            if found is not None and not tensors & taken:
-                groups.append(found)
+            group = match(f"{name}." if name else "", module, pattern)
+            tensors = set() if group is None else {member.tensor for member in group.members}
+            if group is not None and not tensors & taken:
+                groups.append(group)
                 taken |= tensors
     if not groups:
         tried = ", ".join(f"'{pattern.name}'" for pattern in patterns) or "none"
         raise ValueError(
-            f"{type(model).__name__} has no {what} where the patterns look. Tried: {tried}. The "
+            f"{type(model).__name__} has no {units} where the patterns look. Tried: {tried}. The "
             f"model has {_contents(model)}. Say where they are with a pattern of your own: see "
             "mtprune.patterns."
         )
@@ -216,16 +224,17 @@ def _groups(
 
 
 def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
+    """The heads of a module, or None if the pattern does not fit."""
     paths = (pattern.query, pattern.key, pattern.value)
-    rows, columns = _lengths(module, paths), _width(module, pattern.out)
+    rows, columns = _row_counts(module, paths), _width(module, pattern.out)
     size = _at(module, pattern.head_size)
     if rows is None or columns is None or not isinstance(size, int) or size < 1:
         return None
     count = rows[2] // size
-    # The output reads what the queries asked for, each of the values' dimensions in turn.
+    # The output has a column for each row of the queries.
     if count == 0 or rows[2] % size or columns != rows[0] or any(n % count for n in rows):
         return None
-    if not _is_as(module, pattern.only):
+    if not _has_values(module, pattern.only):
         return None
     members = _makers(block, module, paths, rows, count, ("with", "with", "out"))
     reader = Member(block + pattern.out, 1, _runs(columns, count), "in")
@@ -234,11 +243,14 @@ def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
 
 
 def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | None:
-    rows, columns = _lengths(module, pattern.up), _width(module, pattern.down)
+    """The neurons of a module, or None if the pattern does not fit."""
+    rows, columns = _row_counts(module, pattern.up), _width(module, pattern.down)
     if rows is None or not columns or any(n != columns for n in rows):
         return None
     act = pattern.activation
-    if not (act is None or callable(_at(module, act))) or not _is_as(module, pattern.only):
+    if not (act is None or callable(_at(module, act))):
+        return None
+    if not _has_values(module, pattern.only):
         return None
     roles: list[Role] = ["out" for _ in rows]
     members = _makers(block, module, pattern.up, rows, columns, roles)
@@ -258,7 +270,16 @@ def _makers(
     count: int,
     roles: Sequence[Role],
 ) -> Iterator[Member]:
-    """The members of the weights that make units, and those of their biases."""
+    """The members of the weights that make units, and of their biases.
+
+    Args:
+        block: The prefix of the block's names.
+        module: The block.
+        paths: The paths of the weights.
+        rows: The number of rows of each weight.
+        count: The number of units.
+        roles: The role of each weight.
+    """
     for i, path in enumerate(paths):
         before = sum(rows[j] for j in range(i) if paths[j] == path)
         after = sum(rows[j] for j in range(i + 1, len(paths)) if paths[j] == path)
@@ -270,22 +291,23 @@ def _makers(
 
 
 def _runs(length: int, count: int) -> tuple[int, ...]:
-    """Units one after the other, all equally long."""
+    """The unit of each index if units lie one after the other and are equally long."""
     return tuple(i * count // length for i in range(length))
 
 
-def _lengths(module: nn.Module, paths: Sequence[str]) -> list[int] | None:
-    """How many rows each has, where weights may be packed; None if they are not all there."""
-    found = []
+def _row_counts(module: nn.Module, paths: Sequence[str]) -> list[int] | None:
+    """The number of rows of each weight, which may be packed; None if a weight is missing."""
+    counts = []
     for path in paths:
         weight, parts = _weight(module, path), paths.count(path)
         if weight is None or len(weight) % parts:
             return None
-        found.append(len(weight) // parts)
-    return found
+        counts.append(len(weight) // parts)
+    return counts
 
 
 def _width(module: nn.Module, path: str) -> int | None:
+    """The number of columns of a weight; None if the weight is missing."""
     weight = _weight(module, path)
     return None if weight is None else weight.shape[1]
 
@@ -293,23 +315,24 @@ def _width(module: nn.Module, path: str) -> int | None:
 def _weight(module: nn.Module, path: str) -> Tensor | None:
     """The weight ``[outputs, inputs]`` at a path: of a Linear, or the block's own."""
     owner = path.rpartition(".")[0]
-    # Elsewhere rows may not be outputs, or be more than that.
+    # In other modules, rows may not be outputs.
     if owner and not isinstance(_at(module, owner), nn.Linear):
         return None
     weight = _at(module, path)
     return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
-def _is_as(module: nn.Module, only: Sequence[tuple[str, Any]]) -> bool:
-    return all(_at(module, path) == wanted for path, wanted in only)
+def _has_values(module: nn.Module, only: Sequence[tuple[str, Any]]) -> bool:
+    """Whether a module has these values at these paths."""
+    return all(_at(module, path) == value for path, value in only)
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """What is at a path, or None."""
-    found: Any = module
+    """The attribute at a path, or None."""
+    value: Any = module
     for attribute in path.split("."):
-        found = getattr(found, attribute, None)
-    return found
+        value = getattr(value, attribute, None)
+    return value
 
 
 def _contents(model: nn.Module) -> str:

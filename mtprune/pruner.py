@@ -2,47 +2,45 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtprune import distributed
-from mtprune.bits import pack_bits, unpack_bits
-from mtprune.clock import Clock
-from mtprune.collect import JOINT, backward, untouched
-from mtprune.components import Layer, Spec, declare, find_layers, unwrap
-from mtprune.loosening import LooseMasking
-from mtprune.lowering import RankMasking
-from mtprune.masking import accept_pruned_keys, make_masking
-from mtprune.methods import Decision, Method, Vote
-from mtprune.methods.base import Ranks, describe
-from mtprune.optimizers import follow, raw, restart_
-from mtprune.report import (
-    Count,
-    Facts,
-    GroupRow,
-    Report,
-    count,
-    count_rank,
-    make_report,
-    moment,
-    remember,
+from mtprune import checkpoint, distributed
+from mtprune.facts import Facts, GroupRow
+from mtprune.holding import make_masking
+from mtprune.holding.prune import accept_pruned_keys
+from mtprune.methods import Method, Vote
+from mtprune.methods.base import check_method, describe
+from mtprune.methods.stock import Selection, take_inventory
+from mtprune.model.layers import Layer
+from mtprune.model.names import unwrap
+from mtprune.model.owner import check_free, claim, free
+from mtprune.model.running import untouched
+from mtprune.model.selectors import Spec
+from mtprune.model.task_masks import PackedTaskMasks, remember_task_masks
+from mtprune.observing.clock import Clock
+from mtprune.observing.collector import Losses
+from mtprune.observing.evidence import Store
+from mtprune.observing.losses import (
+    LossFunction,
+    check_devices,
+    check_graphs,
+    compute,
+    given,
+    parse,
+    scalars,
 )
-from mtprune.round import Round, scale_of
-from mtprune.softening import SoftMasking
-from mtprune.tasks import LossFunction, check_devices, compute, given, parse, scalar
-from mtprune.units import cover
-from mtprune.usage import Usage
+from mtprune.observing.optimizers import follow, raw
+from mtprune.observing.reach import Reach
+from mtprune.observing.round import Round, scale_of
+from mtprune.observing.sweeps import backward, check_fold
+from mtprune.progress import bar
+from mtprune.report import Report, make_report
 from mtprune.weighting import Weigher, parse_weighting
-from mtprune.wishes import remember_task_masks
 
 __all__ = ["MultitaskPruner"]
-
-_LIVE: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[MultitaskPruner]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class MultitaskPruner:
@@ -86,7 +84,7 @@ class MultitaskPruner:
         task_losses: Mapping[str, LossFunction] | Sequence[str],
         shared_modules: Spec = "auto",
         *,
-        method: Method | None = None,
+        method: Method[Any] | None = None,
         optimizer: Any = None,
         include: Spec = (),
         exclude: Spec = (),
@@ -98,87 +96,42 @@ class MultitaskPruner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
         self._model = unwrap(model)
-        alive = _LIVE.get(self._model)
-        if alive is not None and alive() is not None:
-            raise ValueError(
-                "This model already has a live pruner. Call its finalize() before building another."
-            )
-        self._method: Method = Vote(sparsity=0.9) if method is None else method
-        if isinstance(method, type) or not hasattr(self._method, "decide"):
-            raise TypeError(
-                f"`method` must be a method such as Vote(sparsity=0.9), or a recipe that has been "
-                f"called. Got {method!r}."
-            )
+        check_free(self._model)
+        self._method: Method[Any] = Vote(sparsity=0.9) if method is None else method
+        check_method(self._method)
         self._losses = parse(task_losses)
-        prunable = find_layers(self._model, include, exclude)
-        if not prunable:
-            raise ValueError("The model has nothing prunable.")
-        declared = declare(self._model, prunable, shared_modules)
-        fit, self._unfit = _sorted_out(self._method, prunable)
-        declared = [d for d in declared if not self._unfit.keys() >= set(d.names)]
-        self._covered = cover(self._method.granularity, self._model, fit)
-        self._layers = self._covered.layers
-        self._usage = Usage(self._layers, self._losses, declared)
-        self._usage.check_names(self._method)
-        self._optimizer = None if optimizer is None else raw(optimizer, self._layers)
-        if self._method.regrows and self._optimizer is None:
-            raise ValueError(
-                "Regrowth resets the optimizer's state of weights that come back. "
-                "Pass optimizer=... to the pruner."
-            )
-        if score_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"`score_dtype` must be torch.float32 or torch.bfloat16. Got {score_dtype!r}."
-            )
-        check = getattr(self._method, "check_reach", None)
-        if check is not None:
-            check(*self._usage.sizes())
-        self._weigher = Weigher(
-            parse_weighting(getattr(self._method, "weighting", "uniform")), list(self._losses)
+        inventory, needs = take_inventory(
+            self._model,
+            list(self._losses),
+            Selection(shared_modules, include, exclude),
+            self._method,
         )
-        self._costs = _measured(self._method, self._model, prunable)
-        self._whole = sum((self._cost_of(x) for x in prunable), Fraction(0))
-        check = getattr(self._method, "check_units", None)
-        if check is not None and self._covered.units is not None:
-            costs = [self._costs[layer.name] for layer in self._layers] if self._costs else []
-            check(self._covered.units, costs, self._whole)
-        self._masking = make_masking(backend, self._model)
-        if self._method.straight_through:
-            if score_dtype is not torch.float32:
-                raise ValueError(
-                    f"straight_through=True adds scores up over the whole run, which {score_dtype} "
-                    "cannot hold. Leave `score_dtype` out."
-                )
-            self._masking = LooseMasking(self._masking, self._model)
-        if getattr(self._method, "lowers", False):
-            self._masking = RankMasking()
-        if self._method.softens:
-            self._masking = SoftMasking(self._masking, self._model, self._method.watch)
+        self._inventory = inventory
+        self._optimizer = None if optimizer is None else raw(optimizer, inventory.layers)
+        self._hold = self._method.hold(make_masking(backend, self._model), self._optimizer)
+        self._weigher = Weigher(parse_weighting(self._method.weighting), list(self._losses))
         self._clock = Clock(self._method.schedule, opening=self._method.regrows)
         self._generator = torch.Generator().manual_seed(seed)
-        self._round = Round(
+        self._reach = Reach(inventory)
+        self._round: Round[Any] = Round(
             self._model,
-            self._layers,
-            self._losses,
+            inventory,
             self._method,
-            self._masking,
-            self._usage,
+            needs,
+            self._hold,
+            self._reach,
+            Store.of(needs, score_dtype, score_device),
             self._generator,
-            self._costs,
-            score_dtype,
-            None if score_device is None else torch.device(score_device),
-            self._covered.units,
-            self._whole,
         )
-        self._alone: dict[str, dict[str, Tensor]] | None = {}
-        self._facts = Facts()
-        self._final: dict[str, Tensor] | None = None
-        self._final_sparsity = 0.0
-        handles = accept_pruned_keys(self._layers)
+        self._task_masks: PackedTaskMasks | None = None
+        self._facts = Facts.before(inventory.layers)
+        self._finalized = False
+        handles = accept_pruned_keys(inventory.layers)
         if self._optimizer is not None:
             handles.append(follow(self._optimizer, self))
         self._release = weakref.finalize(self, _remove, handles)
-        _LIVE[self._model] = weakref.ref(self)
+        claim(self._model, self)
+        self._round.listen(self._clock.near)
 
     # What a training loop calls.
 
@@ -246,21 +199,11 @@ class MultitaskPruner:
         """
         self._check_alive("step")
         if self._optimizer is None:
-            self._clock.step += 1
-            self._masking.enforce()
+            self._after_optimizer_step()
         update = self._clock.due()
-        if update is None:
-            return False
-        evidence = self._round.evidence
-        if not (evidence.counts or evidence.discarded or self._facts.observations):
-            raise RuntimeError(
-                f"Step {update} is due but nothing has been observed. Call "
-                "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
-            )
-        if self._round.lacking():
-            self._raise_if_late(update)
-            return False
-        return self._round.is_enough(update) and self._update(update)
+        changed = update is not None and self._make(update)
+        self._round.listen(self._clock.near)
+        return changed
 
     def prune(
         self,
@@ -281,23 +224,23 @@ class MultitaskPruner:
         self._check_alive("prune")
         if self._method.regrows:
             raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
-        final = self._clock.next
-        while final is not None and (later := self._method.schedule.next_update(final)) is not None:
-            final = later
+        final = self._clock.final
         if final is None:
             raise RuntimeError("All updates of the schedule have been made already.")
-        run = forward if forward is not None else _call
+        run = forward if forward is not None else nn.Module.__call__
         with untouched(self._model), torch.enable_grad():
-            for batch in _bar(batches, progress):
+            self._round.listen(lambda lead: True)
+            for batch in bar(batches, progress, "observing"):
                 losses = compute(self._losses, run(self._model, batch), batch, None)
                 self._collect(losses, None, strict=True, final=final)
-                if not self._round.lacking() and self._round.is_enough(final):
+                if not self._round.missing_tasks() and self._round.is_enough(final):
                     break
         if unseen := self._round.unseen():
             raise RuntimeError(
                 f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
             )
         self._update(final)
+        self._round.listen(self._clock.near)
         return self.report()
 
     def weigh(self, losses: Any) -> Tensor:
@@ -309,38 +252,32 @@ class MultitaskPruner:
             losses: In any form that `observe_losses` takes.
         """
         chosen = given(self._losses, losses) if losses else {}
-        parts = {name: scalar(name, loss) for name, loss in chosen.items()}
-        found = {name: part for name, part in parts.items() if part is not None}
-        if not found:
+        present = scalars(chosen)
+        if not present:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
-        return self._weigher.weigh(found)
+        return self._weigher.weigh(present)
 
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
 
         Masks, sparsity and report stay readable.
         """
-        if self._final is None:
-            self._final, self._final_sparsity = self.masks, self.sparsity
-            if self._alone:
-                remember_task_masks(
-                    self._model, self._alone, {x.name: x.shape for x in self._layers}
-                )
-            self._masking.remove()
+        if not self._finalized:
+            if self._task_masks is not None:
+                remember_task_masks(self._model, self._task_masks)
+            self._hold.release()
             self._round.forget()
+            self._round.listen(lambda lead: False)
             self._release()
-            _LIVE.pop(self._model, None)
+            self._finalized = True
+            free(self._model)
 
     # What there is to read.
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """``{parameter name: mask}``, True = keep; names as before pruning."""
-        if self._final is not None:
-            return dict(self._final)
-        return {
-            layer.name: self._masking.current(layer).clone() for _, layer in self._usage.active()
-        }
+        return {layer.name: self._hold.mask(layer).clone() for layer in self._active}
 
     @property
     def task_masks(self) -> dict[str, dict[str, Tensor]]:
@@ -351,20 +288,14 @@ class MultitaskPruner:
         Raises:
             RuntimeError: After loading a checkpoint, which does not hold them, until an update.
         """
-        if self._alone is None:
+        if self._task_masks is not None:
+            return self._task_masks.unpack()
+        if self._clock.done >= 0:
             raise RuntimeError(
                 "Checkpoints do not hold task masks; they are there again after the next update."
             )
-        shapes = {layer.name: layer.shape for layer in self._layers}
-        if not self._alone:
-            everything = {
-                layer.name: torch.ones_like(self._masking.current(layer)) for layer in self._layers
-            }
-            return {task: dict(everything) for task in self._losses}
-        return {
-            task: {name: unpack_bits(bits, shapes[name]) for name, bits in masks.items()}
-            for task, masks in self._alone.items()
-        }
+        masks = {x.name: torch.ones_like(self._hold.mask(x)) for x in self._inventory.layers}
+        return {task: dict(masks) for task in self._losses}
 
     @property
     def sparsity(self) -> float:
@@ -372,50 +303,33 @@ class MultitaskPruner:
 
         Where ranks are pruned, of the parameters that are saved.
         """
-        if self._final is not None:
-            return self._final_sparsity
-        layers = [layer for _, layer in self._usage.active()]
-        total = sum(layer.parameter.numel() for layer in layers)
-        kept = sum(self._masking.kept(layer) for layer in layers)
+        total = sum(layer.parameter.numel() for layer in self._active)
+        kept = sum(self._hold.kept(layer) for layer in self._active)
         return (total - kept) / total if total else 0.0
 
     def report(self) -> Report:
         """What was pruned at the last update, and for whom."""
-        facts = self._facts
+        inventory = self._inventory
         return make_report(
-            facts.counts or [self._untold(layer) for layer in self._layers],
-            step=self._clock.done if facts.counts else None,
+            self._facts,
+            step=self._clock.done if self._clock.done >= 0 else None,
             tasks=list(self._losses),
-            observations=facts.observations,
-            stable=facts.stable,
-            discarded=facts.discarded,
-            left_alone={**self._covered.dense, **self._usage.left_alone(), **self._unfit},
+            left_alone={**inventory.left_dense, **self._reach.left_alone(), **inventory.unfit},
             method=describe(self._method, defaults=False),
-            groups=facts.groups,
-            macs=float(self._whole) if self._costs else None,
             weights={} if self._weigher.is_plain else self._weigher.weights,
-            history=facts.history,
+            macs=float(inventory.total_macs) if inventory.costs else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in a new process: tensors, numbers, strings, containers."""
-        active = [layer for _, layer in self._usage.active()]
-        held: dict[str, Tensor | None] = {x.name: self._masking.mask(x) for x in active}
-        if self._final is not None and self._facts.counts:
-            held.update(self._final)
+        settled = self._reach.settled
         return {
-            "version": 1,
-            "tasks": sorted(self._losses),
-            "method": describe(self._method),
-            "shapes": {layer.name: list(layer.shape) for layer in self._layers},
+            **self._identity(),
             "step": self._clock.step,
             "done": self._clock.done,
-            "users": None if self._usage.settled is None else dict(self._usage.settled),
-            "masks": {name: pack_bits(mask) for name, mask in held.items() if mask is not None},
+            "users": None if settled is None else dict(settled),
             "facts": self._facts.state_dict(),
-            "soft": self._soft_state(active),
-            "loose": isinstance(self._masking, LooseMasking) and self._masking.is_loose,
-            "ranks": self._masking.rank_state() if isinstance(self._masking, RankMasking) else {},
+            "hold": self._hold.state_dict(),
             "weigher": self._weigher.state_dict(),
             **self._round.state_dict(),
             "generator": self._generator.get_state(),
@@ -428,49 +342,42 @@ class MultitaskPruner:
             ValueError: If it belongs to other tasks, layers or another method; nothing is changed.
         """
         self._check_alive("load_state_dict")
-        if not isinstance(state, Mapping) or not set(self.state_dict()) <= set(state):
+        if not isinstance(state, Mapping) or not {"version", "method", "evidence"} <= set(state):
             raise ValueError("This is not a state_dict of a MultitaskPruner.")
-        shapes = {layer.name: list(layer.shape) for layer in self._layers}
-        for key, mine in (
-            ("version", 1),
-            ("tasks", sorted(self._losses)),
-            ("shapes", shapes),
-            ("method", describe(self._method)),
-        ):
-            if state[key] != mine:
-                difference = _difference(state[key], mine)
-                raise ValueError(f"This checkpoint is of a pruner with other {key}: {difference}")
+        state = checkpoint.upgraded(state, describe(self._method))
+        checkpoint.check_same(state, self._identity())
         users = state["users"]
         settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
-        self._usage.settled = settled
+        self._reach.settled = settled
         self._clock.step, self._clock.done = state["step"], state["done"]
-        self._facts = Facts.from_state_dict(state["facts"])
+        facts = Facts.from_state_dict(state["facts"])
+        self._facts = facts if facts.counts else Facts.before(self._inventory.layers)
         self._round.load_state_dict(state)
         self._weigher.load_state_dict(state["weigher"])
         self._generator.set_state(state["generator"].cpu())
-        self._alone = None if state["masks"] else {}
-        active = [layer for _, layer in self._usage.active() if layer.name in state["masks"]]
-        masks = [
-            unpack_bits(state["masks"][x.name].to(x.parameter.device), x.shape) for x in active
-        ]
-        if state["soft"]:
-            assert isinstance(self._masking, SoftMasking)
-            self._masking.restore(active, masks, state["soft"])
-        elif state["loose"]:
-            assert isinstance(self._masking, LooseMasking)
-            self._masking.loosen(active, masks)
-        elif isinstance(self._masking, RankMasking):
-            self._masking.restore([layer for _, layer in self._usage.active()], state["ranks"])
-        elif active:
-            self._masking.install(active, masks)
-        else:
-            self._masking.lift()
+        self._task_masks = None
+        self._hold.load_state_dict(state["hold"], self._active)
+        self._round.listen(self._clock.near)
 
     # How an update comes about.
 
+    @property
+    def _active(self) -> list[Layer]:
+        """The layers that are pruned."""
+        return [layer for _, layer in self._reach.active()]
+
+    def _identity(self) -> dict[str, Any]:
+        """The entries of a checkpoint in which it must agree with the pruner that loads it."""
+        return {
+            "version": checkpoint.VERSION,
+            "tasks": sorted(self._losses),
+            "shapes": {x.name: list(x.shape) for x in self._inventory.layers},
+            "method": describe(self._method),
+        }
+
     def _after_optimizer_step(self) -> None:
         self._clock.step += 1
-        self._masking.enforce()
+        self._hold.enforce()
 
     def _collect(
         self,
@@ -481,210 +388,65 @@ class MultitaskPruner:
         final: int | None = None,
         fold: bool = False,
     ) -> None:
-        """Check the losses, and let the collector see those that are wanted now."""
-        if fold and self._method.softens:
-            raise ValueError(
-                "fold=True cannot train thresholds. Call observe() without it, then "
-                "pruner.weigh(losses).backward()."
-            )
-        if fold and distributed.world() > 1:
-            raise RuntimeError(
-                "fold=True works in one process only: in several, gradients are averaged by hooks "
-                "that allow one backward per forward. Call observe() without it, then backward()."
-            )
-        scalars = {name: scalar(name, loss) for name, loss in losses.items()}
+        """Check the losses, and let the round see those that are wanted now."""
+        if fold:
+            check_fold(self._hold)
+        present = scalars(losses)
         if not torch.is_grad_enabled():
             return
-        present = {name: loss for name, loss in scalars.items() if loss is not None}
         lead = self._round.lead(losses if strict else present)
         near = self._clock.next if self._clock.near(lead) else None
-        update = near if final is None else final
+        update, scale = near if final is None else final, scale_of(scaler)
         if update is None:
             if fold and present:
-                backward(list(present.values()), scale_of(scaler))
+                backward(list(present.values()), scale)
             return
-        check_devices(present, {layer.parameter.device for layer in self._layers})
-        for name in losses:
-            if strict and name not in present:
-                raise ValueError(
-                    f"Loss of task '{name}' carries no gradient. Was it computed from detached "
-                    "outputs, or under torch.no_grad()?"
-                )
-        self._round.observe(present, scaler, update, fold)
-
-    def _update(self, step: int) -> bool:
-        """Make the update of ``step`` from the evidence; whether masks changed."""
-        layers, decision = self._round.decide(step)
-        masks = [
-            mask.view(layer.shape).to(layer.parameter.device)
-            for layer, mask in zip(layers, decision.masks, strict=True)
-        ]
-        distributed.check_equal(masks)
-        before = [self._masking.current(layer).clone() for layer in layers]
-        if self._optimizer is not None and self._method.regrows:
-            for layer, old, new in zip(layers, before, masks, strict=True):
-                restart_(self._optimizer, layer, new & ~old)
-        if decision.softly is not None:
-            assert isinstance(self._masking, SoftMasking)
-            softly = decision.softly
-            self._masking.soften(layers, softly.thresholds, masks, softly.leak, softly.gains)
-        lowered = False
-        if decision.ranks is not None:
-            lowered = self._lower(layers, decision.ranks)
-        elif decision.provisional:
-            assert isinstance(self._masking, LooseMasking)
-            self._masking.loosen(layers, masks)
-        elif decision.softly is None or decision.softly.settled:
-            self._masking.install(layers, masks)
-        self._round.memory = decision.memory
-        self._weigher.note(decision.memory.get("slopes", {}))
-        self._record(layers, decision, step)
-        self._round.next()
-        self._clock.done = step
-        changed = any(not torch.equal(old, new) for old, new in zip(before, masks, strict=True))
-        return changed or lowered
-
-    def _lower(self, layers: Sequence[Layer], decided: Ranks) -> bool:
-        """Let ranks, or gates, take hold; whether a rank changed."""
-        assert isinstance(self._masking, RankMasking)
-        kept = zip(decided.kept, layers, strict=True)
-        distributed.check_equal(mask.to(layer.parameter.device) for mask, layer in kept)
-        before = [self._masking.rank(layer) for layer in layers]
-        self._masking.lower(layers, decided.kept, decided.gates)
-        return before != [self._masking.rank(layer) for layer in layers]
-
-    def _record(self, layers: Sequence[Layer], decision: Decision, step: int) -> None:
-        """Keep what the report needs after the evidence is gone."""
-        evidence = self._round.evidence
-        components = self._usage.components(self._usage.now(evidence))
-        counts = []
-        alone: dict[str, dict[str, Tensor]] = {task: {} for task in self._losses}
-        voters = {task: JOINT if JOINT in decision.alone else task for task in self._losses}
-        softly = decision.softly
-        for place, layer in enumerate(layers):
-            mask = decision.masks[place]
-            using = [task for task in self._losses if self._usage.uses(task, layer)]
-            asked = {voters[task] for task in using} if decision.alone else set()
-            known = {voter: decision.alone[voter][place] for voter in asked}
-            wishes = {task: known[voters[task]] for task in using if asked}
-            for task in using:
-                alone[task][layer.name] = pack_bits(wishes.get(task, mask))
-            tau = None if softly is None else float(softly.thresholds[place])
-            cost = self._costs.get(layer.name)
-            component = components[layer.name]
-            if decision.ranks is not None:
-                counts.append(_count_rank(layer, component, place, using, decision.ranks))
-            else:
-                counts.append(
-                    count(
-                        layer.name,
-                        component,
-                        mask,
-                        wishes,
-                        using=using,
-                        threshold=tau,
-                        cost=None if cost is None else float(cost),
-                    )
-                )
-        self._alone = alone
-        self._facts = Facts(
-            counts=tuple(counts),
-            observations=dict(evidence.counts),
-            stable=self._round.stable,
-            discarded=dict(evidence.discarded),
-            history=remember(self._facts.history, moment(counts, step, self._weigher.weights)),
-            groups=tuple(
-                GroupRow(name, mask.numel(), int(mask.count_nonzero()))
-                for name, mask in decision.units.items()
-            ),
+        check_devices(present, {layer.parameter.device for layer in self._inventory.layers})
+        if strict:
+            check_graphs(losses, present)
+        self._round.observe(
+            Losses(present, [] if fold else None, scale, guarded=scaler is not None), update
         )
 
-    def _untold(self, layer: Layer) -> Count:
-        """A layer before the first update."""
-        size = layer.parameter.numel()
-        return Count(layer.name, "", size, size, {}, size)
+    def _make(self, update: int) -> bool:
+        """Make an update that is due, if there is enough evidence; whether masks changed."""
+        if self._clock.done < 0:
+            self._round.check_seen(update)
+        if self._round.missing_tasks():
+            if self._clock.overdue():
+                self._round.check_late(update, self._clock.done)
+            return False
+        return self._round.is_enough(update) and self._update(update)
 
-    def _cost_of(self, layer: Layer) -> Fraction:
-        """The multiply-adds of a layer, 0 unless measured."""
-        return self._costs.get(layer.name, Fraction(0)) * layer.parameter.numel()
-
-    def _soft_state(self, active: Sequence[Layer]) -> dict[str, Any]:
-        """The thresholds, while they are not yet fixed."""
-        masking = self._masking
-        return masking.soft_state(active) if isinstance(masking, SoftMasking) else {}
+    def _update(self, step: int) -> bool:
+        """Make the update of ``step`` from the evidence; whether anything changed."""
+        layers, subjects, decision = self._round.decide(step)
+        device = layers[0].parameter.device
+        distributed.check_equal(tensor.to(device) for tensor in decision.tensors())
+        changed = self._hold.take(layers, decision)
+        self._round.memory = decision.memory
+        self._weigher.note(decision.slopes)
+        self._task_masks = PackedTaskMasks.pack(
+            self._losses, layers, [decision.wishes(x.tasks, i) for i, x in enumerate(subjects)]
+        )
+        self._facts = Facts(
+            tuple(decision.count(subject, place) for place, subject in enumerate(subjects)),
+            stable=self._round.stable,
+            groups=tuple(GroupRow.of(name, kept) for name, kept in decision.units.items()),
+            history=self._facts.history,
+            **self._round.evidence.numbers(),
+        ).remembering(step, self._weigher.weights)
+        self._round.next()
+        self._clock.done = step
+        return changed
 
     def _check_alive(self, call: str) -> None:
-        if self._final is not None:
+        if self._finalized:
             raise RuntimeError(
                 f"{call}() was called after finalize(). Build a new MultitaskPruner to go on."
             )
-
-    def _raise_if_late(self, update: int) -> None:
-        unseen = self._round.unseen()
-        if unseen and self._clock.overdue():
-            names = ", ".join(f"'{task}'" for task in unseen)
-            who = f"task {names} has" if len(unseen) == 1 else f"tasks {names} have"
-            raise RuntimeError(
-                f"Step {update} is due but {who} not been observed since step "
-                f"{max(self._clock.done, 0)}. Call pruner.observe(..., tasks={unseen})."
-            )
-
-
-def _sorted_out(method: Method, layers: Sequence[Layer]) -> tuple[list[Layer], Mapping[str, str]]:
-    """The layers a method can prune, and why not the others."""
-    unfit = getattr(method, "unfit", None)
-    reasons = {} if unfit is None else {layer.name: unfit(layer) for layer in layers}
-    reasons = {name: reason for name, reason in reasons.items() if reason}
-    if len(reasons) == len(layers):
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(
-            f"{type(method).__name__} can prune none of these layers: '{name}' and "
-            f"{len(layers) - 1} more are left dense ({reason})."
-        )
-    return [layer for layer in layers if layer.name not in reasons], reasons
-
-
-def _count_rank(
-    layer: Layer, component: str, place: int, using: Sequence[str], decided: Ranks
-) -> Count:
-    """What an update decided about a layer's rank."""
-    voters = {task: JOINT if JOINT in decided.alone else task for task in using}
-    wishes = {task: decided.alone[v][place] for task, v in voters.items() if v in decided.alone}
-    return count_rank(layer.name, component, layer.shape, decided.kept[place], wishes, using)
-
-
-def _measured(method: Method, model: nn.Module, layers: Sequence[Layer]) -> Mapping[str, Fraction]:
-    """What a weight of each layer costs, if the method asks."""
-    if not method.needs_costs:
-        return {}
-    from mtprune.macs import macs_per_weight  # most runs do without
-
-    found = macs_per_weight(model, layers, getattr(method, "inputs_to_measure", None))
-    return {layer.name: cost for layer, cost in zip(layers, found, strict=True)}
-
-
-def _difference(theirs: object, mine: object) -> str:
-    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
-        theirs = {k: v for k, v in theirs.items() if mine.get(k) != v} or sorted(theirs)
-        mine = {k: mine.get(k) for k in theirs} if isinstance(theirs, dict) else sorted(mine)
-    return f"it has {theirs}, this one {mine}."
 
 
 def _remove(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, desc="observing", leave=False)
-    return bar

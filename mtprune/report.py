@@ -1,225 +1,13 @@
 """Reports: frozen facts after the fact. They print as a table and are data."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from mtprune import ranks
+from mtprune.facts import Count, Facts, GroupRow, Moment, mean, share, total
 from mtprune.text import columns
 
-__all__ = [
-    "Count",
-    "Facts",
-    "GroupRow",
-    "Moment",
-    "Report",
-    "Row",
-    "count",
-    "count_rank",
-    "make_report",
-    "moment",
-    "remember",
-]
-
-_MOMENTS = 512
-
-
-@dataclass(frozen=True)
-class Count:
-    """What an update decided about one layer.
-
-    Attributes:
-        name: The layer.
-        component: Its component.
-        parameters: How many weights it has.
-        kept: How many of them are kept.
-        wanted: For each task that uses it, how many of the kept ones that task alone would keep.
-        unanimous: How many of the kept ones each of these tasks alone would keep.
-        tasks: The tasks that use it.
-        threshold: Its threshold, if it has one.
-        cost: Multiply-adds of each of its weights, if that was measured.
-        rank: How many components it keeps, if ranks are pruned.
-        full_rank: How many it had.
-    """
-
-    name: str
-    component: str
-    parameters: int
-    kept: int
-    wanted: Mapping[str, int]
-    unanimous: int
-    tasks: tuple[str, ...] = ()
-    threshold: float | None = None
-    cost: float | None = None
-    rank: int | None = None
-    full_rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where pruning stood after one update.
-
-    Attributes:
-        step: The step of the update.
-        sparsity: Share pruned.
-        components: For each component its ``"sparsity"``, its ``"share"`` of all kept weights, and
-            its ``"threshold"``, if it has one: the mean over its weights.
-        weights: What each task's loss counted.
-    """
-
-    step: int
-    sparsity: float
-    components: Mapping[str, Mapping[str, float]]
-    weights: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """What an update decided about a group of units.
-
-    Attributes:
-        name: The group.
-        units: How many there are.
-        kept: How many of them are kept.
-    """
-
-    name: str
-    units: int
-    kept: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is remembered of an update after its evidence is gone.
-
-    Attributes:
-        counts: One for each pruned layer.
-        observations: Observations of each task behind it.
-        stable: See `Report`.
-        discarded: See `Report`.
-        history: See `Report`.
-        groups: See `Report`.
-    """
-
-    counts: tuple[Count, ...] = ()
-    observations: Mapping[str, int] = field(default_factory=dict)
-    stable: bool | None = None
-    discarded: Mapping[str, int] = field(default_factory=dict)
-    history: tuple[Moment, ...] = ()
-    groups: tuple[GroupRow, ...] = ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As plain containers."""
-        return {
-            **asdict(self),
-            "counts": [asdict(c) for c in self.counts],
-            "history": [asdict(m) for m in self.history],
-            "groups": [asdict(g) for g in self.groups],
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "Facts":
-        """The inverse of `state_dict`."""
-        counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
-        history = tuple(Moment(**m) for m in state["history"])
-        groups = tuple(GroupRow(**g) for g in state["groups"])
-        return cls(**{**state, "counts": counts, "history": history, "groups": groups})
-
-
-def count(
-    name: str,
-    component: str,
-    mask: Tensor,
-    alone: Mapping[str, Tensor],
-    *,
-    using: Sequence[str] | None = None,
-    threshold: float | None = None,
-    cost: float | None = None,
-) -> Count:
-    """Count one layer.
-
-    Args:
-        name: The layer.
-        component: Its component.
-        mask: What is kept, flat bool.
-        alone: For each task that has a say, what that task alone would keep, flat bool.
-        using: The tasks that use it; those who have a say unless given.
-        threshold: Its threshold, if it has one.
-        cost: Multiply-adds of each of its weights, if that was measured.
-    """
-    every = mask
-    for wish in alone.values():
-        every = every & wish
-    return Count(
-        name=name,
-        component=component,
-        parameters=mask.numel(),
-        kept=int(mask.count_nonzero()),
-        wanted={task: int((mask & wish).count_nonzero()) for task, wish in alone.items()},
-        unanimous=int(every.count_nonzero()),
-        tasks=tuple(alone if using is None else using),
-        threshold=threshold,
-        cost=cost,
-    )
-
-
-def count_rank(
-    name: str,
-    component: str,
-    shape: tuple[int, ...],
-    kept: Tensor,
-    alone: Mapping[str, Tensor],
-    using: Sequence[str],
-) -> Count:
-    """Count one layer whose rank is pruned.
-
-    Its weights count as kept as far as its factors have parameters. For one row of input a
-    parameter is a multiply-add, before and after.
-
-    Args:
-        name: The layer.
-        component: Its component.
-        shape: Its shape.
-        kept: The components of the weight that are kept, bool ``[m]``.
-        alone: For each task that has a say, what that task alone would keep, bool ``[m]``.
-        using: The tasks that use it.
-    """
-    told = count(name, component, kept, alone, using=using, cost=1.0)
-    size = ranks.parameters(shape, told.kept)
-
-    def share(number: int) -> int:
-        return round(size * number / max(1, told.kept))
-
-    return replace(
-        told,
-        parameters=shape[0] * shape[1],
-        kept=size,
-        wanted={task: share(number) for task, number in told.wanted.items()},
-        unanimous=share(told.unanimous),
-        rank=told.kept,
-        full_rank=told.parameters,
-    )
-
-
-def moment(counts: Sequence[Count], step: int, weights: Mapping[str, float]) -> Moment:
-    """Where the counts of an update stand."""
-    kept = sum(c.kept for c in counts)
-    components: dict[str, Mapping[str, float]] = {}
-    for name in dict.fromkeys(c.component for c in counts):
-        row = _row(name, [c for c in counts if c.component == name], ())
-        numbers = {"sparsity": row.sparsity, "share": _share(row.kept, kept)}
-        tau = {} if row.threshold is None else {"threshold": row.threshold}
-        components[name] = {**numbers, **tau}
-    total = sum(c.parameters for c in counts)
-    return Moment(step, _share(total - kept, total), components, dict(weights))
-
-
-def remember(history: tuple[Moment, ...], latest: Moment) -> tuple[Moment, ...]:
-    """The history with one more moment; when there are too many, every second one goes."""
-    longer = (*history, latest)
-    return longer if len(longer) <= _MOMENTS else longer[len(longer) % 2 - 1 :: 2]
+__all__ = ["Count", "Facts", "GroupRow", "Moment", "Report", "Row", "make_report"]
 
 
 @dataclass(frozen=True)
@@ -368,21 +156,27 @@ class Report:
 
 
 def make_report(
-    counts: Sequence[Count],
+    facts: Facts,
     *,
     step: int | None,
     tasks: Sequence[str],
-    observations: Mapping[str, int],
-    stable: bool | None,
-    discarded: Mapping[str, int],
     left_alone: Mapping[str, str],
     method: str = "",
     weights: Mapping[str, float] | None = None,
-    history: tuple[Moment, ...] = (),
-    groups: tuple[GroupRow, ...] = (),
     macs: float | None = None,
 ) -> Report:
-    """The report behind an update's counts, layer by layer in order of position."""
+    """The report of an update.
+
+    Args:
+        facts: The update, its counts in order of position.
+        step: Its step; None if there was none.
+        tasks: All tasks.
+        left_alone: See `Report`.
+        method: See `Report`.
+        weights: See `Report`.
+        macs: See `Report`.
+    """
+    counts = facts.counts
     parameters = sum(c.parameters for c in counts)
     kept = sum(c.kept for c in counts)
     names = list(dict.fromkeys(c.component for c in counts))
@@ -393,20 +187,20 @@ def make_report(
         tasks=tuple(tasks),
         parameters=parameters,
         kept=kept,
-        sparsity=_share(parameters - kept, parameters),
+        sparsity=share(parameters - kept, parameters),
         components=tuple(
             _row(name, [c for c in counts if c.component == name], tasks) for name in names
         ),
         layers=tuple(_row(c.name, [c], tasks) for c in counts),
-        head_share=_share(private, parameters),
-        observations=dict(observations),
-        stable=stable,
-        discarded=dict(discarded),
+        head_share=share(private, parameters),
+        observations=dict(facts.observations),
+        stable=facts.stable,
+        discarded=dict(facts.discarded),
         left_alone=dict(left_alone),
         method=method,
         weights=dict(weights or {}),
-        history=history,
-        groups=groups,
+        history=facts.history,
+        groups=facts.groups,
         macs=macs,
     )
 
@@ -420,18 +214,18 @@ def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
         seen = [c for c in counts if task in c.wanted]
         if not seen:
             continue
-        want[task] = _share(sum(c.wanted[task] for c in seen), sum(c.kept for c in seen))
+        want[task] = share(sum(c.wanted[task] for c in seen), sum(c.kept for c in seen))
     return Row(
         name=name,
         parameters=parameters,
         kept=kept,
-        sparsity=_share(parameters - kept, parameters),
+        sparsity=share(parameters - kept, parameters),
         tasks=using,
         want=want,
-        unanimity=_share(sum(c.unanimous for c in counts), kept),
-        threshold=_mean([(c.threshold, c.parameters) for c in counts]),
-        macs=_total([(c.cost, c.parameters) for c in counts]),
-        macs_kept=_total([(c.cost, c.kept) for c in counts]),
+        unanimity=share(sum(c.unanimous for c in counts), kept),
+        threshold=mean([(c.threshold, c.parameters) for c in counts]),
+        macs=total([(c.cost, c.parameters) for c in counts]),
+        macs_kept=total([(c.cost, c.kept) for c in counts]),
         rank=_whole([c.rank for c in counts]),
         full_rank=_whole([c.full_rank for c in counts]),
     )
@@ -443,25 +237,10 @@ def _whole(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _total(pairs: Sequence[tuple[float | None, int]]) -> float | None:
-    """What weights cost together; None if that is not known of all."""
-    known = [cost * number for cost, number in pairs if cost is not None]
-    return sum(known) if len(known) == len(pairs) else None
-
-
-def _mean(pairs: Sequence[tuple[float | None, int]]) -> float | None:
-    total = _total(pairs)
-    return None if total is None else total / max(1, sum(number for _, number in pairs))
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
 
 
 def _cells(row: Row, tasks: Sequence[str], soft: bool) -> list[str]:

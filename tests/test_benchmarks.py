@@ -10,6 +10,7 @@ from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.harness import TOY, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_runs_and_its_rows_print(name, tmp_path, capsys):
     rows = import_module(f"tests.benchmarks.{name}").run(TOY)

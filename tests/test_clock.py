@@ -1,7 +1,7 @@
 import pytest
 
 from mtprune import Cubic, Linear, OneShot, Regrow
-from mtprune.clock import Clock
+from mtprune.observing.clock import Clock
 
 
 def clock(schedule, step, done=-1, opening=False):

@@ -8,16 +8,15 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote, recipes, saliency
-from mtprune.collect import reachable
+from mtprune.model.graph import reachable
 from tests import nets
+from tests.checkpoints import discarded, observed, scores, shapes, steps
 from tests.nets import Run, Scaled, build, expected, same, sgd, weights
+from tests.runs import record
+from tests.test_fold import gradually
+from tests.test_resume import load
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 GRADUALLY = Vote(0.7, schedule=Cubic(1, 90, 1))  # an update is always near
-
-
-def scores(pruner):
-    return pruner.state_dict()["evidence"]["scores"]
 
 
 def gradients(model):
@@ -27,7 +26,7 @@ def gradients(model):
 # Observing leaves no trace.
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_observe_leaves_gradients_randomness_and_buffers_alone(name, backend, device):
     run = Run(build(name, device), GRADUALLY, backend).train(4)
     before = None
@@ -51,7 +50,7 @@ def test_observe_leaves_gradients_randomness_and_buffers_alone(name, backend, de
     assert not any(p._backward_hooks for p in run.model.parameters())
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_training_with_observation_is_bit_identical_to_training_without(name, device):
     """The pruner collects at every step, and never prunes."""
     plain = build(name, device)
@@ -70,7 +69,7 @@ def test_training_with_observation_is_bit_identical_to_training_without(name, de
         optimizer.zero_grad()
         torch.stack([f(outputs, batch) for f in plain.task_losses.values()]).sum().backward()
         optimizer.step()
-    assert set(watched.pruner.state_dict()["evidence"]["counts"].values()) == {5}
+    assert set(observed(watched.pruner).values()) == {5}
     assert same(weights(watched), plain.model.state_dict())
 
 
@@ -79,7 +78,7 @@ def test_far_from_an_update_nothing_is_collected(backend, device):
     counts = []
     for _ in range(7):
         run.losses()
-        counts.append(run.pruner.state_dict()["evidence"]["counts"].get("a", 0))
+        counts.append(observed(run.pruner).get("a", 0))
         run.step()
     # Two observations before the update of step 6 are those of the steps that end as 5 and 6.
     assert counts[:4] == [0, 0, 0, 0]
@@ -97,7 +96,7 @@ def test_without_a_graph_losses_are_computed_and_nothing_is_collected(backend, d
 # What is collected is exact.
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, device):
     run = Run(build(name, device), Vote(0.7, observations=2), backend)
     twin = build(name, device)
@@ -112,7 +111,7 @@ def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, 
         torch.manual_seed(1000)
         loss(twin.model(batch["x"]), batch).backward()
         assert found[task]
-        for layer in run.pruner.state_dict()["shapes"]:
+        for layer in shapes(run.pruner):
             parameter = named[layer]
             if layer not in found[task]:
                 assert parameter.grad is None or not parameter.grad.any()
@@ -121,9 +120,10 @@ def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, 
             torch.testing.assert_close(found[task][layer], want, rtol=1e-5, atol=1e-7)
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend, device):
-    run = Run(build(name, device), Vote(0.7, schedule=Cubic(1, 12, 1)), backend).train(8)
+    state = record(gradually, name, backend, device).at(8).checkpoint
+    run = load(gradually(name, backend, device), state)
     twin = build(name, device)
     twin.model.load_state_dict(weights(run))
     named = dict(twin.model.named_parameters())
@@ -144,7 +144,7 @@ def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend
             torch.testing.assert_close(found[task][layer], want, rtol=1e-4, atol=1e-6)
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_one_forward_and_k_sweeps_are_k_forwards_and_k_backwards(name, backend, device):
     def masks(at_once):
         run = Run(build(name, device), Vote(0.7, observations=2), backend)
@@ -244,7 +244,7 @@ def test_the_order_of_tasks_does_not_matter(name, method, device):
     assert same(weights(one), weights(other))
 
 
-def observed(net, method, backend):
+def scored(net, method, backend):
     run = Run(net, method, backend)
     for at in range(2):
         outputs, batch = run.forward(at)
@@ -254,22 +254,22 @@ def observed(net, method, backend):
     return run.pruner.masks
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_the_scale_of_a_loss_does_not_matter(name, device):
-    plain = observed(build(name, device), Vote(0.7, observations=2), "prune")
+    plain = scored(build(name, device), Vote(0.7, observations=2), "prune")
     for factor in (1e-6, 1e6):
         net = build(name, device)
         first = next(iter(net.task_losses))
         net.task_losses[first] = Scaled(net.task_losses[first], factor)
-        assert same(observed(net, Vote(0.7, observations=2), "prune"), plain)
+        assert same(scored(net, Vote(0.7, observations=2), "prune"), plain)
 
 
 def test_joint_scores_do_depend_on_the_scale_of_a_loss(device):
     joint = Vote(0.7, observations=2, disentangled=False)
-    plain = observed(build("plain", device), joint, "prune")
+    plain = scored(build("plain", device), joint, "prune")
     net = build("plain", device)
     net.task_losses["a"] = Scaled(net.task_losses["a"], 1e3)
-    assert not same(observed(net, joint, "prune"), plain)
+    assert not same(scored(net, joint, "prune"), plain)
 
 
 def test_joint_scores_are_those_of_the_summed_losses(backend, device):
@@ -323,15 +323,15 @@ def test_an_overflow_is_discarded_and_no_step(backend, device):
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**120)
     seen = []
     while not nets.zeros(run.pruner.masks) and run.at < 40:
-        steps = run.pruner.state_dict()["step"]
+        before = steps(run.pruner)
         scale = scaler.get_scale()
         amp_step(run, scaler, factor=2.0**20)
         overflowed = scaler.get_scale() < scale
         seen.append(overflowed)
-        assert run.pruner.state_dict()["step"] == steps + (not overflowed)
+        assert steps(run.pruner) == before + (not overflowed)
     assert seen[0]
     assert not seen[-1]
-    assert run.pruner.state_dict()["step"] == 1
+    assert steps(run.pruner) == 1
     assert nets.zeros(run.pruner.masks) == round(0.7 * nets.size(run.pruner.masks))
     assert sum(run.pruner.report().discarded.values()) > 0
 
@@ -345,8 +345,8 @@ def test_an_overflow_in_an_observation_does_not_spoil_those_before(backend, devi
     outputs, batch = run.forward(1)
     losses = {t: loss(outputs, batch) * torch.inf for t, loss in run.net.task_losses.items()}
     run.pruner.observe_losses(losses, scaler=scaler)
-    assert run.pruner.state_dict()["evidence"]["counts"] == {"a": 1, "b": 1}
-    assert run.pruner.state_dict()["evidence"]["discarded"] == {"a": 1, "b": 1}
+    assert observed(run.pruner) == {"a": 1, "b": 1}
+    assert discarded(run.pruner) == {"a": 1, "b": 1}
     assert not run.pruner.step()
     assert all(same(scores(run.pruner)[t], before[t]) for t in before)
     outputs, batch = run.forward(2)
@@ -369,7 +369,7 @@ def test_without_a_scaler_what_is_not_finite_raises_and_names_the_task(backend, 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-100, 1e-30])
 def test_scores_do_not_depend_on_the_scaler_or_on_tiny_losses(factor, backend, device):
-    plain = observed(build("plain", device), Vote(0.7, observations=2), backend)
+    plain = scored(build("plain", device), Vote(0.7, observations=2), backend)
     run = Run(build("plain", device), Vote(0.7, observations=2), backend)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16)
     for at in range(2):
@@ -411,7 +411,7 @@ def test_micro_batches_of_one_optimizer_step_count_as_one(backend, device):
             run.optimizer.zero_grad()
         if run.pruner.step():
             changes.append(micro // 4 + 1)
-        assert run.pruner.state_dict()["step"] == (micro + 1) // 4
+        assert steps(run.pruner) == (micro + 1) // 4
     assert changes
     assert set(changes) <= {2, 4, 6, 8}
     assert nets.zeros(run.pruner.masks) == round(0.7 * nets.size(run.pruner.masks))
@@ -532,7 +532,7 @@ def test_a_sum_of_losses_that_overflows_is_discarded_for_every_task(device):
     pruner = MultitaskPruner(model, ["a", "b"], method=method)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
     pruner.observe_losses(losses, scaler=scaler)
-    assert pruner.state_dict()["evidence"]["discarded"] == {"a": 1, "b": 1}
+    assert discarded(pruner) == {"a": 1, "b": 1}
     assert not pruner.step()
 
 
@@ -544,7 +544,7 @@ def test_with_a_scaler_a_loss_that_is_not_finite_is_discarded_by_saliencies_with
     pruner.observe_losses(losses, scaler=scaler)
     pruner.step()
     pruner.observe_losses({task: loss * torch.nan for task, loss in losses.items()}, scaler=scaler)
-    assert pruner.state_dict()["evidence"]["discarded"] == {"a": 1, "b": 1}
+    assert discarded(pruner) == {"a": 1, "b": 1}
     assert not pruner.step()
     pruner.observe_losses(losses, scaler=scaler)
     assert pruner.step()

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, MultitaskPruner, SoftThreshold, recipes
-from mtprune.methods import Method
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 class Net(nn.Module):
@@ -29,7 +28,7 @@ LOSSES: dict[str, Any] = {
 
 
 # Two observations, because one from a compiled graph does not tell who uses what.
-METHODS: dict[str, Method] = {
+METHODS = {
     "dynamic": replace(recipes.disparse_dynamic(0.5, every=2, end=10), observations=2),
     "movement": replace(recipes.movement(0.5, 10), observations=2),
     "soft": SoftThreshold(

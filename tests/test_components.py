@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mtprune import MultitaskPruner, Vote
-from mtprune.components import Declared, assign, declare, find_layers, strip, unwrap
+from mtprune.model.components import Declared, assign, declare
+from mtprune.model.layers import find_layers
+from mtprune.model.names import strip, unwrap
 
 
 def names(model, **options):
@@ -441,6 +443,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["trunk", "module.trunk", "_orig_mod.trunk", "auto"])
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_model_is_looked_into(wrap, shared, device):

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mtprune import Block, Cubic, LowRank, SoftThreshold, Vote, recipes
-from tests import nets
+from tests import checkpoints, nets
 from tests.nets import Run, build, same, sgd, weights
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 STEPS = 10
@@ -72,7 +74,7 @@ def train(case, rank, world):
     for _ in range(STEPS):
         run.step()
         masks.append(run.pruner.masks)
-    memory = run.pruner.state_dict()["memory"]
+    memory = checkpoints.memory(run.pruner)
     return {
         "masks": masks,
         "weights": weights(run),

@@ -78,6 +78,7 @@ def blocks() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks())
 def test_code_block_runs(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 from mtprune import budget  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 KINDS = {
     "mood": {"kind": "classification", "labels": ["bad", "good"], "metric": "accuracy"},

@@ -9,6 +9,8 @@ import pytest
 from common import fixture, results
 from matplotlib.figure import Figure
 
+pytestmark = pytest.mark.slow
+
 TRAINER = ["--width", "0.02", "--batch", "8", "--observations", "2", "--save-every", "2"]
 FEW = ["--seeds", "2", "--steps", "4", "--tune-steps", "4", "--rounds", "2", "--sparsities", "0.8"]
 

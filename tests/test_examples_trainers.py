@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from mtprune import recipes
 
+pytestmark = pytest.mark.slow
+
 PROBLEMS = {m.PROBLEM.name: m.PROBLEM for m in (nyuv2, cityscapes, taskonomy, camvid, census)}
 METHODS = [
     "dense",

@@ -16,14 +16,9 @@ def double(x):
 
 
 def draws(x, count=400_000):
+    """The definition: a logistic, stretched and clipped."""
     u = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return gates.sample(torch.full_like(u, x), u)
-
-
-def test_a_draw_is_stretched_and_clipped():
-    u = torch.tensor([1 / 12, 0.25, 0.5, 0.75, 11 / 12])
-    z = gates.sample(torch.zeros(5), u)
-    assert torch.allclose(z, torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0]), atol=1e-6)
+    return (torch.sigmoid(torch.logit(u) + x) * 1.2 - 0.1).clamp(0.0, 1.0)
 
 
 def test_probabilities_are_eleven_twelfths_at_zero():
@@ -83,12 +78,6 @@ def test_the_slope_of_the_expected_norm_is_that_of_a_coin(x):
     p = gates.open_probability(x)
     p.backward()
     assert torch.allclose(x.grad, p.detach() * (1 - p.detach()))
-
-
-def test_a_saturated_draw_has_no_gradient():
-    x = torch.zeros(3, requires_grad=True)
-    gates.sample(x, torch.tensor([0.01, 0.5, 0.99])).sum().backward()
-    assert x.grad.tolist() == pytest.approx([0.0, 1.2 * 0.25, 0.0])
 
 
 def test_types_are_kept():

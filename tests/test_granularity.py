@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,10 +31,10 @@ from mtprune import (
     saliency,
     votes,
 )
-from mtprune.components import find_layers
-from mtprune.macs import macs_per_weight
-from mtprune.structure import NOBODY, Group, Member
-from tests.nets import SHELF, Run, build, same, size, zeros
+from mtprune.structure import NOBODY, Group, Member, pool, spread
+from tests.nets import Run, build, each, same, size, zeros
+from tests.runs import record
+from tests.test_resume import assert_ends_like, load, through_a_file
 
 # --- Values --------------------------------------------------------------------------------------
 
@@ -81,9 +82,10 @@ def test_what_no_pattern_fits_is_told_apart():
             "up": nn.ConvTranspose1d(8, 8, 3),
         }
     )
-    told = {layer.name: NM(2, 4).left_out(layer) for layer in find_layers(model)}
-    assert told == {
-        "fits.weight": "",
+    pruner = MultitaskPruner(model, ["a"], method=Vote(granularity=NM(2, 4)))
+    report = pruner.report()
+    assert [row.name for row in report.layers] == ["fits.weight"]
+    assert report.left_alone == {
         "depthwise.weight": "its 1 inputs are not a multiple of 4",
         "odd.weight": "its 6 inputs are not a multiple of 4",
         "up.weight": "2 of 4 inputs is not for ConvTranspose1d",
@@ -443,20 +445,16 @@ IMAGE = torch.randn(2, 2, 12, 12, generator=torch.Generator().manual_seed(0))
 def test_multiply_adds_stay_within_one_unit_of_the_budget(budget, allocation):
     torch.manual_seed(1)
     model = Convs()
-    layers = find_layers(model)
-    costs = macs_per_weight(model, layers, IMAGE)
-    whole = sum(cost * layer.parameter.numel() for cost, layer in zip(costs, layers, strict=True))
+    costs = {"early": 12 * 12, "late": 3 * 3, "a": 1, "b": 1}  # pixels that each weight meets
+    whole = sum(costs[name] * model.get_submodule(name).weight.numel() for name in costs)
     method = Vote(granularity=Grouped(CONVS), example_inputs=IMAGE, allocation=allocation, **budget)
     pruner = MultitaskPruner(model, LOSSES, ["early", "late"], method=method)
     report = pruner.prune([IMAGE], progress=False)
     stays = budget.get("macs", 1 / budget.get("speedup", 1))
-    kept = sum(
-        cost * int(pruner.masks[layer.name].sum())
-        for cost, layer in zip(costs, layers, strict=True)
-    )
+    kept = sum(cost * int(pruner.masks[f"{name}.weight"].sum()) for name, cost in costs.items())
     largest = max(
-        costs[0] * 18 + costs[1] * 72,  # a channel of `early`: its row, and what reads it
-        costs[1] * 72 + costs[2] + costs[3],
+        costs["early"] * 18 + costs["late"] * 72,  # a channel: its row, and what reads it
+        costs["late"] * 72 + costs["a"] + costs["b"],
     )
     assert kept <= stays * whole < kept + largest
     assert report.macs_sparsity == pytest.approx(1 - float(kept / whole))
@@ -549,6 +547,30 @@ class Halves:
         return [Group("halves", 2, tuple(units))]
 
 
+def in_units(granularity, masks):
+    """The masks that keep each unit of which anything is kept; the weights of the largest unit."""
+    if hasattr(granularity, "pool"):
+        kept = {
+            n: granularity.spread(granularity.pool(m.float()) > 0, m.shape)
+            for n, m in masks.items()
+        }
+        return kept, max(
+            float(granularity.pool(torch.ones_like(m).float()).max()) for m in masks.values()
+        )
+    layers = [SimpleNamespace(name=name, shape=tuple(mask.shape)) for name, mask in masks.items()]
+    kinds = granularity if isinstance(granularity, tuple) else (granularity,)
+    groups = [group for kind in kinds for group in kind.groups(None, layers)]
+    numbers = {name: mask.float() for name, mask in masks.items()}
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    whole = spread(groups, [pool(group, numbers) > 0 for group in groups], shapes)
+    alone = [
+        zeros(spread([group], [torch.arange(group.size) != unit], shapes))
+        for group in groups
+        for unit in range(group.size)
+    ]
+    return whole, max(alone)
+
+
 GRANULARITIES: dict[str, Any] = {
     "block": Block(2, 3),
     "rows": Rows(),
@@ -559,7 +581,7 @@ GRANULARITIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", GRANULARITIES)
-@pytest.mark.parametrize("net", SHELF)
+@pytest.mark.parametrize("net", each())
 def test_masks_are_whole_units_and_the_budget_holds(net, name, device):
     method = Vote(0.5, granularity=GRANULARITIES[name], min_keep=0)
     run = Run(build(net, device), method)
@@ -567,12 +589,10 @@ def test_masks_are_whole_units_and_the_budget_holds(net, name, device):
         assert run.at < 4
     pruner = run.pruner
     masks = {layer: mask.cpu() for layer, mask in pruner.masks.items()}
-    units = pruner._covered.units.among([i for i, _ in pruner._usage.active()])
-    standing = units.standing(list(masks.values()))
-    for whole, mask in zip(units.spread(standing), masks.values(), strict=True):
-        assert torch.equal(whole, mask)
+    whole, largest = in_units(method.granularity, masks)
+    assert same(whole, masks)
     wanted = round(0.5 * size(masks))
-    assert wanted <= zeros(masks) < wanted + max(float(cost.max()) for cost in units.costs)
+    assert wanted <= zeros(masks) < wanted + largest
     assert pruner.report().kept == size(masks) - zeros(masks)
     for task, wishes in pruner.task_masks.items():
         assert wishes, task
@@ -707,24 +727,17 @@ def test_per_task_keep_merges_the_tasks_own_units():
     assert pruner.masks["up.weight"][:, 0].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6]
 
 
+def grouped(name, kind):
+    return Run(build("plain"), METHODS[name](GRANULARITIES[kind]))
+
+
 @pytest.mark.parametrize("kind", ["block", "both"])
 @pytest.mark.parametrize("name", ["cubic", "movement"])
 def test_training_resumes_to_the_same_masks(name, kind):
-    def run():
-        return Run(build("plain"), METHODS[name](GRANULARITIES[kind]))
-
-    straight = run().train(10)
-    first = run().train(4)
-    state = [first.model.state_dict(), first.optimizer.state_dict(), first.pruner.state_dict()]
-    second = run()
-    second.model.load_state_dict(state[0])
-    second.optimizer.load_state_dict(state[1])
-    second.pruner.load_state_dict(state[2])
-    assert second.pruner.report().groups == first.pruner.report().groups
-    second.at = 4
-    second.train(6)
-    assert same(straight.pruner.masks, second.pruner.masks)
-    assert straight.pruner.report() == second.pruner.report()
+    straight = record(grouped, name, kind)
+    second = load(grouped(name, kind), through_a_file(straight.at(4).checkpoint))
+    assert second.pruner.report().groups == straight.at(4).report.groups
+    assert_ends_like(second.train(6), straight.at(10))
 
 
 def test_units_of_ones_own_have_the_same_name_in_every_process():

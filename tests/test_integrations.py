@@ -22,6 +22,7 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch):
         without.PruningCallback(pruner)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_unasked():
     code = "import sys, mtprune; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 
@@ -15,8 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 from mtprune import MultitaskPruner, Vote
 from tests import nets
 from tests.nets import Run, build, evaluate, read, same, sgd, weights
+from tests.pairs import pairs
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
+BACKENDS = ("prune", "inplace")
+# A tied weight, one that is read and not called, two kinds that keep weights elsewhere, buffers.
+COPIED = ("tied_embedding", "read_not_called", "attention", "lstm", "conv_bn")
+OTHERS = [name for name in nets.SHELF if name not in COPIED]
 FEW_NETS = pytest.mark.parametrize(
     "name", ["plain", "tied", "attention", "lstm", "conv_bn", "read_not_called", "tied_embedding"]
 )
@@ -59,8 +64,15 @@ def assert_independent_copy(run, twin):
         assert torch.equal(out, want)
 
 
-@EVERY_NET
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize(
+    ("name", "how", "backend"),
+    nets.each(
+        [
+            *itertools.product(COPIED, COPIES, BACKENDS),
+            *((name, "deepcopy", BACKENDS[i % 2]) for i, name in enumerate(OTHERS)),
+        ]
+    ),
+)
 def test_a_copy_made_at_any_time_is_a_copy(name, how, backend, device):
     run = Run(build(name, device), backend=backend)
     duplicate = COPIES[how]
@@ -131,8 +143,9 @@ def test_a_copy_trains_with_its_own_masks(name, backend, device):
 # finalize.
 
 
-@EVERY_NET
-@pytest.mark.parametrize("method", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("name", "method", "backend"), nets.each(pairs(nets.SHELF, ["static", "dynamic"], BACKENDS))
+)
 def test_finalize_gives_back_the_same_function_under_the_original_names(
     name, method, backend, device
 ):
@@ -189,7 +202,7 @@ def attributes(model):
     return [(path, sorted(vars(module))) for path, module in model.named_modules()]
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_finalize_leaves_nothing_of_ours_behind(name, backend, device):
     net = build(name, device)
     optimizer = nets.adamw(net.model)

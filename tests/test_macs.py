@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtprune.components import find_layers
-from mtprune.macs import macs_per_weight
+from mtprune.model.layers import find_layers
+from mtprune.model.macs import macs_per_weight
 
 
 class Twice(nn.Module):

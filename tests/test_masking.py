@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from mtprune import Cubic, Vote, saliency
-from tests import nets
+from tests import checkpoints, nets
 from tests.nets import Run, build, evaluate, read, same, sgd, weights
+from tests.runs import record
 
 FEW_NETS = pytest.mark.parametrize(
     "name", ["plain", "called_twice", "tied", "attention", "lstm", "conv_bn", "read_not_called"]
@@ -34,7 +35,7 @@ def disturb(run: Run, value: float) -> None:
 # torch.nn.utils.prune state is real.
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 def test_prune_says_the_model_is_pruned_and_finds_its_state(name, device):
     run = Run(build(name, device))
     assert not prune.is_pruned(run.model)
@@ -112,16 +113,13 @@ def test_dynamic_masks_grow_as_well_as_shrink(backend, device):
 # What is read is the masked weight.
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 def test_what_is_read_between_steps_is_never_stale(name, backend, device):
-    run = Run(build(name, device), nets.dynamic(), backend)
-    for _ in range(4):
-        run.step()
-        parameters = dict(run.model.named_parameters(remove_duplicate=False))
-        for layer, mask in run.pruner.masks.items():
-            for alias in run.named[layer]:
-                held = parameters.get(alias, parameters.get(alias + "_orig"))
-                assert torch.equal(read(run.model, alias), held * mask)
+    run = record(nets.start, name, "dynamic", backend, device)
+    for moment in run.until(4):
+        for layer, mask in moment.masks.items():
+            for alias in run.names[layer]:
+                assert torch.equal(moment.read[alias], moment.weights[alias] * mask)
 
 
 def test_what_is_read_after_functional_call_is_the_weight_again(backend, device):
@@ -156,7 +154,7 @@ def test_weights_loaded_by_assignment_are_the_ones_that_are_used(name, backend, 
 CALLED = [name for name in nets.SHELF if name != "read_not_called"]
 
 
-@pytest.mark.parametrize("name", CALLED)
+@pytest.mark.parametrize("name", nets.each(CALLED))
 def test_what_stands_at_pruned_places_of_weight_orig_does_not_matter(name, device):
     run = Run(build(name, device)).train(3)
     batch = run.net.make_batch(0)
@@ -238,6 +236,7 @@ def test_an_error_in_the_forward_leaves_a_usable_weight(backend, device):
 # Zeros stay zeros.
 
 
+@pytest.mark.slow
 @FEW_NETS
 @pytest.mark.parametrize("given", [False, True], ids=["step_alone", "optimizer_given"])
 def test_zeros_stay_for_fifty_steps_of_momentum_and_decay(name, given, backend, device):
@@ -406,7 +405,7 @@ def test_inplace_and_prune_see_the_same_dense_gradient(device):
         method = Vote(0.7, saliency=saliency.gradient, schedule=Cubic(0, 100, 1))
         run = Run(build("checkpointed", device), method, backend).train(40)
         run.losses()
-        return run.pruner.state_dict()["evidence"]["scores"]
+        return checkpoints.scores(run.pruner)
 
     one, other = scores("prune"), scores("inplace")
     assert list(one) == list(other)
@@ -467,6 +466,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @DYNAMO
 @pytest.mark.parametrize("name", ["attention", "conv_bn", "tied", "read_not_called", "adapters"])
 def test_a_compiled_model_is_pruned_as_a_plain_one(name, compiler, backend, device):
@@ -485,6 +485,7 @@ def test_a_compiled_model_is_pruned_as_a_plain_one(name, compiler, backend, devi
         torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @DYNAMO
 def test_a_graph_that_frees_its_buffers_is_refused_with_advice(device):
     torch._dynamo.reset()

@@ -23,8 +23,9 @@ from mtprune import (
     votes,
 )
 from mtprune.allocation import Budget, parse_allocation
-from mtprune.collect import JOINT
+from mtprune.facts import Subject
 from mtprune.methods import Ballot, describe
+from mtprune.statistics import JOINT
 from mtprune.structure import Group, Member
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
@@ -42,10 +43,10 @@ def ballot(net, device, kind="random", seed=0, masks=None, scores=None):
         (torch.randn(n, generator=generator) * 4).round().to(device) / 4 * mask
         for n, mask in zip(net.sizes, masks, strict=True)
     ]
+    places = zip(net.shapes, net.components, strict=True)
     return Ballot(
-        shapes=net.shapes,
-        components=net.components,
-        scores=scores or net.scores(sampler(kind, device, seed)),
+        subjects=[Subject(str(i), c, tuple(s), ()) for i, (s, c) in enumerate(places)],
+        statistics={"saliency": scores or net.scores(sampler(kind, device, seed))},
         masks=masks,
         weights=weights,
         generator=torch.Generator().manual_seed(seed),
@@ -74,13 +75,18 @@ def closed_form(device):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     return Ballot(
-        shapes=[(2, 2), (1, 1), (1, 1)],
-        components=["trunk", "one", "two"],
-        scores=[
-            {"one": tensor(4, 3, 2, 1), "two": tensor(1, 2, 3, 4)},
-            {"one": tensor(0.5)},
-            {"two": tensor(0.5)},
+        subjects=[
+            Subject("trunk.weight", "trunk", (2, 2), ("one", "two")),
+            Subject("one.weight", "one", (1, 1), ("one",)),
+            Subject("two.weight", "two", (1, 1), ("two",)),
         ],
+        statistics={
+            "saliency": [
+                {"one": tensor(4, 3, 2, 1), "two": tensor(1, 2, 3, 4)},
+                {"one": tensor(0.5)},
+                {"two": tensor(0.5)},
+            ]
+        },
         masks=[torch.ones(n, dtype=torch.bool, device=device) for n in (4, 1, 1)],
         weights=[torch.ones(n, device=device) for n in (4, 1, 1)],
         generator=torch.Generator(),

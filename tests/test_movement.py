@@ -11,7 +11,8 @@ from torch.func import functional_call
 from mtprune import Cubic, Hold, Linear, MultitaskPruner, OneShot, Regrow, Vote, recipes, saliency
 from tests import nets, oracles
 from tests.nets import Run, build, evaluate, same, size, weights, zeros
-from tests.test_resume import assert_same_end, load, save, through_a_file
+from tests.runs import record
+from tests.test_resume import assert_ends_like, load, save, through_a_file
 
 STEPS, RATE = 20, 0.1
 ORDERS = [("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")]
@@ -245,27 +246,28 @@ class _Named:
         self.model = model
 
 
+def moving(backend, device, seed=0):
+    return Run(build("plain", device, seed=seed), recipes.movement(0.7, 10), backend)
+
+
 @pytest.mark.parametrize("order", ORDERS, ids="_".join)
 @pytest.mark.parametrize("at", [0, 1, 4, 8, 11])
 def test_a_resumed_run_is_the_uninterrupted_run(at, order, backend, device):
-    def fresh(seed=0):
-        return Run(build("plain", device, seed=seed), recipes.movement(0.7, 10), backend)
-
-    straight = fresh().train(at)
-    state = through_a_file(save(straight))
-    straight.train(12 - at)
-    assert_same_end(load(fresh(seed=9), state, order).train(12 - at), straight)
+    straight = record(moving, backend, device)
+    state = through_a_file(straight.at(at).checkpoint)
+    resumed = load(moving(backend, device, seed=9), state, order).train(12 - at)
+    assert_ends_like(resumed, straight.at(12))
 
 
 def test_a_checkpoint_from_before_the_end_opens_masks_again(backend, device):
-    run = Run(build("plain", device), recipes.movement(0.7, 10), backend).train(6)
+    run = moving(backend, device).train(6)
     state, held = through_a_file(save(run)), weights(run)
     assert run.train(6).pruner.sparsity == pytest.approx(0.7, abs=0.01)
     load(run, state, ORDERS[1])
     assert same(weights(run), held)
 
 
-@pytest.mark.parametrize("name", sorted(set(nets.SHELF) - {"read_not_called"}))
+@pytest.mark.parametrize("name", nets.each(sorted(set(nets.SHELF) - {"read_not_called"})))
 def test_every_net_lands_exactly_and_finalizes_to_what_it_was(name, backend, device):
     for steps in (5, 12):  # while masks may open, and after
         net = build(name, device)

@@ -1,67 +1,69 @@
 """What must hold for every net on the shelf, under both back-ends and every kind of schedule."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from tests import nets
-from tests.nets import Run, build, read, same, size, weights, zeros
+from tests.checkpoints import users
+from tests.nets import Run, build, read, same, size, zeros
+from tests.runs import Moment, Record, record
 
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
+BACKENDS = ("prune", "inplace")
 EVERY_METHOD = pytest.mark.parametrize("method", nets.METHODS)
 
+
+def by_step_alone(name: str, method: str, backend: str, device: torch.device) -> Run:
+    method = nets.METHODS[method]()
+    return Run(build(name, device), method, backend, nets.sgd, given=False)
+
+
 # Static pruning is driven by step() alone, with momentum; the others follow AdamW's own steps.
-SETUPS = {
-    "static": {"optimizer": nets.sgd, "given": False},
-    "gradual": {"optimizer": nets.adamw, "given": True},
-    "dynamic": {"optimizer": nets.adamw, "given": True},
-}
+STARTS = {"static": by_step_alone, "gradual": nets.start, "dynamic": nets.start}
 
 
-def start(name: str, method: str, backend: str, device: torch.device, **options: object) -> Run:
-    setup = SETUPS[method] | options
-    return Run(build(name, device), nets.METHODS[method](), backend, **setup)
+def start(name: str, method: str, backend: str, device: torch.device) -> Run:
+    return STARTS[method](name, method, backend, device)
 
 
-def assert_masks_hold(run: Run) -> None:
+def recorded(name: str, method: str, backend: str, device: torch.device) -> Record:
+    return record(STARTS[method], name, method, backend, device)
+
+
+def assert_masks_hold(moment: Moment, names: Mapping[str, list[str]]) -> None:
     """Whoever reads a pruned weight, under any of its names, reads exactly zero."""
-    for name, mask in run.pruner.masks.items():
-        for alias in run.named[name]:
-            weight = read(run.model, alias)
+    for name, mask in moment.masks.items():
+        for alias in names[name]:
+            weight = moment.read[alias]
             assert bool((weight[~mask] == 0).all()), alias
             assert bool(torch.isfinite(weight).all()), alias
 
 
-def steps(run: Run, count: int) -> Iterator[bool]:
-    for _ in range(count):
-        yield run.step()
-
-
-@EVERY_NET
+@nets.EVERY_NET
 @EVERY_METHOD
 def test_zeros_are_exact_and_hold_after_every_step(name, method, backend, device):
-    run = start(name, method, backend, device)
+    run = recorded(name, method, backend, device)
     schedule = nets.METHODS[method]().schedule
     updates = 0
     counts = None
-    for changed in steps(run, 9):
-        assert_masks_hold(run)
-        masks = run.pruner.masks
-        done = run.pruner.report().step
+    for moment in run.until(9):
+        assert_masks_hold(moment, run.names)
+        masks = moment.masks
+        done = moment.report.step
         if done is not None:
             assert zeros(masks) == round(0.7 * schedule.progress(done) * size(masks))
             assert all(bool(mask.any()) for mask in masks.values())
-        if changed and method == "dynamic":
+        if moment.changed and method == "dynamic":
             now = [int(mask.sum()) for mask in masks.values()]
             counts = counts or now
             assert now == counts
-        updates += changed
-    assert zeros(run.pruner.masks) == round(0.7 * size(run.pruner.masks)) > 0
+        updates += moment.changed
+    assert zeros(masks) == round(0.7 * size(masks)) > 0
     assert updates >= {"static": 1, "gradual": 2, "dynamic": 2}[method]
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_no_parameter_is_replaced_or_moved(name, backend, device):
     run = start(name, "dynamic", backend, device)
     before = [(n, id(p)) for n, p in build_names(run)]
@@ -76,46 +78,42 @@ def build_names(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
     return list(run.model.named_parameters(remove_duplicate=False))
 
 
-@EVERY_NET
+@nets.EVERY_NET
 @EVERY_METHOD
 def test_both_backends_take_the_same_path(name, method, device):
-    prune = start(name, method, "prune", device)
-    inplace = start(name, method, "inplace", device)
+    prune, inplace = (recorded(name, method, b, device).until(12) for b in BACKENDS)
     tolerance = {"rtol": 0.05, "atol": 0.02} if name == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
-    for _ in range(12):
-        assert prune.step() == inplace.step()
-        assert same(prune.pruner.masks, inplace.pruner.masks)
-        one, other = weights(prune), weights(inplace)
-        assert list(one) == list(other)
-        for key in one:
+    for one, other in zip(prune, inplace, strict=True):
+        assert one.changed == other.changed
+        assert same(one.masks, other.masks)
+        assert list(one.weights) == list(other.weights)
+        for key, weight in one.weights.items():
             torch.testing.assert_close(
-                one[key], other[key], **tolerance, msg=lambda m, k=key: k + m
+                weight, other.weights[key], **tolerance, msg=lambda m, k=key: k + m
             )
+
+
+def with_momentum(name: str, backend: str, device: torch.device) -> Run:
+    return Run(build(name, device), nets.dynamic(), backend, nets.sgd)
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "conv_bn", "lstm", "attention", "adapters"])
 def test_sparse_training_with_momentum_keeps_every_layer_on_its_count(name, backend, device):
-    run = start(name, "dynamic", backend, device, optimizer=nets.sgd)
-    run.step()
-    first = run.pruner.masks
+    run = record(with_momentum, name, backend, device)
+    first = run.at(1).masks
     moved = False
-    for _ in range(11):
-        run.step()
-        assert_masks_hold(run)
-        now = run.pruner.masks
+    for moment in run.until(12)[1:]:
+        assert_masks_hold(moment, run.names)
+        now = moment.masks
         assert [int(m.sum()) for m in now.values()] == [int(m.sum()) for m in first.values()]
         moved = moved or not same(now, first)
     assert moved
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_who_uses_what_is_observed(name, backend, device):
     run = start(name, "static", backend, device).train(3)
-    users = run.pruner.state_dict()["users"]
-    named = {
-        n: {task for task, flags in users.items() if flags[i]}
-        for i, n in enumerate(run.pruner.state_dict()["shapes"])
-    }
+    named = users(run.pruner)
     for task, layers in run.net.private.items():
         for layer in layers:
             assert named[layer] == {task}

@@ -7,12 +7,12 @@ import torch
 
 from mtprune import votes
 from mtprune.allocation import Erk, Floor, Global, parse_allocation
-from mtprune.components import find_layers
 from mtprune.granularity import Block, Grouped
+from mtprune.model.layers import find_layers
+from mtprune.model.units import Units, cover
 from mtprune.packing import fitting, pack, worths
 from mtprune.selection import Quota, rank, select
 from mtprune.structure import Group, Member
-from mtprune.units import Units, cover
 
 
 def rows(*sizes: tuple[int, int]) -> Units:

@@ -6,7 +6,8 @@ from torch import nn
 
 from mtprune import MultitaskPruner, Vote
 from mtprune.patterns import PATTERNS, Attention, FeedForward, heads, neurons
-from mtprune.structure import NOBODY, Member, spread
+from mtprune.structure import NOBODY, Member
+from tests.oracles import unit_masks
 
 NO = NOBODY
 
@@ -162,7 +163,7 @@ def test_a_masked_head_is_one_that_nobody_reads():
     other.load_state_dict(one.state_dict())
     mask = torch.tensor([True, False, True, False])
     shapes = {name: tuple(p.shape) for name, p in one.named_parameters()}
-    for name, kept in spread(heads(one), [mask], shapes).items():
+    for name, kept in unit_masks(heads(one), [mask], shapes).items():
         one.get_parameter(name).mul_(kept)
     other.out_proj.weight[:, 2:4] = 0
     other.out_proj.weight[:, 6:8] = 0

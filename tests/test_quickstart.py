@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 TINY = ["--steps", "20", "--tune-steps", "4", "--seeds", "1", "--threads", "1"]
 OPTIONS = [

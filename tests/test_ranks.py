@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mtprune import ranks
+from mtprune.model import factors
 
 SHAPES = pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1)])
 
@@ -22,42 +22,42 @@ def of_rank(rank, *shape):
 
 @SHAPES
 def test_parameters_stop_at_those_of_the_matrix(shape):
-    counts = [ranks.parameters(shape, rank) for rank in range(min(shape) + 1)]
+    counts = [factors.parameters(shape, rank) for rank in range(min(shape) + 1)]
     assert counts == [
         min(r * (shape[0] + shape[1]), shape[0] * shape[1]) for r in range(len(counts))
     ]
-    below = ranks.most(shape)
+    below = factors.most(shape)
     assert below * sum(shape) < shape[0] * shape[1] <= (below + 1) * sum(shape)
 
 
 def test_break_even_of_an_encoder():
-    assert ranks.most((384, 384)) == 191
-    assert ranks.most((1536, 384)) == 307
+    assert factors.most((384, 384)) == 191
+    assert factors.most((1536, 384)) == 307
 
 
 @SHAPES
 def test_components_are_singular_triples(shape):
     weight = random(*shape)
-    values, vectors = ranks.components(weight)
+    values, vectors = factors.components(weight)
     expected = torch.linalg.svdvals(weight.double())
     assert torch.allclose(values, expected, atol=1e-7)
     assert torch.allclose(vectors.t() @ vectors, torch.eye(min(shape)).double(), atol=1e-12)
-    rotated = ranks.rotate(weight.double(), vectors)
-    assert torch.allclose(ranks.along(rotated.square()).sqrt(), expected, atol=1e-7)
-    assert torch.allclose(ranks.spread(rotated, vectors, shape), weight.double(), atol=1e-12)
+    rotated = factors.rotate(weight.double(), vectors)
+    assert torch.allclose(factors.along(rotated.square()).sqrt(), expected, atol=1e-7)
+    assert torch.allclose(factors.spread(rotated, vectors, shape), weight.double(), atol=1e-12)
 
 
 @SHAPES
 def test_the_first_components_are_the_best_approximation(shape):
     """Eckart-Young, for the basis that pruning uses and for the factors of the export."""
     weight = random(*shape).double()
-    values, vectors = ranks.components(weight)
+    values, vectors = factors.components(weight)
     for rank in range(min(shape) + 1):
         expected = values[rank:].norm()
         first = vectors[:, :rank]
-        near = ranks.spread(ranks.rotate(weight, first), first, shape)
+        near = factors.spread(factors.rotate(weight, first), first, shape)
         assert torch.allclose((weight - near).norm(), expected, atol=1e-7)
-        left, right = ranks.factors(weight, rank)
+        left, right = factors.factors(weight, rank)
         assert (left.shape, right.shape) == ((shape[0], rank), (rank, shape[1]))
         assert torch.allclose((weight - left @ right).norm(), expected, atol=1e-7)
         diagonal = values[:rank].diag()
@@ -67,7 +67,7 @@ def test_the_first_components_are_the_best_approximation(shape):
 
 def test_full_rank_factors_reproduce_the_matrix():
     weight = random(64, 48)
-    left, right = ranks.factors(weight, 48)
+    left, right = factors.factors(weight, 48)
     assert left.dtype == torch.float32
     assert float((left @ right - weight).norm() / weight.norm()) < 1e-6
 
@@ -76,17 +76,17 @@ def test_full_rank_factors_reproduce_the_matrix():
 @pytest.mark.parametrize("rank", [0, 1, 5, 24])
 def test_numerical_rank_sees_through_rounding(rank, dtype):
     weight = of_rank(rank, 48, 24).to(dtype)
-    assert ranks.numerical_rank(weight) == rank
+    assert factors.numerical_rank(weight) == rank
 
 
 def test_what_is_not_finite_has_no_components():
     with pytest.raises(ValueError, match="not finite"):
-        ranks.components(torch.tensor([[1.0, float("nan")]]))
+        factors.components(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_the_budget_goes_to_the_highest_worth():
     worths = [torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([0.8, 0.2, 0.7, 0.3])]
-    kept = ranks.select(worths, [(9, 4), (9, 4)], 39)
+    kept = factors.select(worths, [(9, 4), (9, 4)], 39)
     assert [mask.tolist() for mask in kept] == [
         [True, False, False, False],
         [True, False, True, False],
@@ -94,35 +94,35 @@ def test_the_budget_goes_to_the_highest_worth():
 
 
 def test_equals_go_to_earlier_layers_and_larger_singular_values():
-    kept = ranks.select([torch.zeros(4), torch.zeros(4)], [(9, 4), (9, 4)], 26)
+    kept = factors.select([torch.zeros(4), torch.zeros(4)], [(9, 4), (9, 4)], 26)
     assert [mask.tolist() for mask in kept] == [[True, True, False, False], [False] * 4]
 
 
 def test_above_break_even_the_matrix_is_whole():
     worth = torch.tensor([0.9, 0.8, 0.7, 0.1])
-    (kept,) = ranks.select([worth], [(4, 4)], 16)
+    (kept,) = factors.select([worth], [(4, 4)], 16)
     assert kept.all()
-    (kept,) = ranks.select([worth], [(4, 4)], 15)
+    (kept,) = factors.select([worth], [(4, 4)], 15)
     assert kept.tolist() == [True, False, False, False]
 
 
 def test_a_component_that_does_not_fit_leaves_room_for_a_cheaper_one():
     worths = [torch.tensor([0.9, 0.8, 0.7, 0.0]), torch.tensor([0.2, 0.1])]
-    kept = ranks.select(worths, [(20, 4), (5, 2)], 55)
+    kept = factors.select(worths, [(20, 4), (5, 2)], 55)
     assert [int(mask.sum()) for mask in kept] == [2, 1]
 
 
 def test_least_is_sure_if_the_budget_allows():
     worths = [torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.1, 0.2, 0.3, 0.0])]
     shapes = [(9, 4), (9, 4)]
-    kept = ranks.select(worths, shapes, 26, least=[1, 1])
+    kept = factors.select(worths, shapes, 26, least=[1, 1])
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], [2]]
-    kept = ranks.select(worths, shapes, 25, least=[1, 1])
+    kept = factors.select(worths, shapes, 25, least=[1, 1])
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], []]
 
 
 def test_what_is_gone_is_not_kept():
-    kept = ranks.select([torch.tensor([0.1, 0.2, 0.9, 0.9])], [(9, 4)], 1_000, alive=[2])
+    kept = factors.select([torch.tensor([0.1, 0.2, 0.9, 0.9])], [(9, 4)], 1_000, alive=[2])
     assert kept[0].tolist() == [True, True, False, False]
 
 
@@ -134,12 +134,12 @@ def test_budgets_are_met_to_less_than_a_component(seed):
     total = sum(a * b for a, b in shapes)
     before = None
     for budget in range(0, total + 1, 7):
-        kept = ranks.select(worths, shapes, budget)
+        kept = factors.select(worths, shapes, budget)
         counts = [int(mask.sum()) for mask in kept]
-        spent = sum(ranks.parameters(s, n) for s, n in zip(shapes, counts, strict=True))
+        spent = sum(factors.parameters(s, n) for s, n in zip(shapes, counts, strict=True))
         assert spent <= budget
         prices = [
-            ranks.parameters(s, n + 1) - ranks.parameters(s, n)
+            factors.parameters(s, n + 1) - factors.parameters(s, n)
             for s, n in zip(shapes, counts, strict=True)
             if n < min(s)
         ]
@@ -152,7 +152,7 @@ def test_selection_is_that_of_brute_force_where_costs_are_equal():
     shapes = [(9, 3), (9, 3)]
     worths = [torch.tensor([0.9, 0.3, 0.2]), torch.tensor([0.8, 0.5, 0.4])]
     for count in range(4):
-        kept = torch.cat(ranks.select(worths, shapes, count * 12))
+        kept = torch.cat(factors.select(worths, shapes, count * 12))
         flat = torch.cat(worths)
         best = max(itertools.combinations(range(6), count), key=lambda c: flat[list(c)].sum())
         assert kept.nonzero().flatten().tolist() == sorted(best)

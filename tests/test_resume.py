@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mtprune import MultitaskPruner, OneShot, Vote
-from tests import nets
+from tests import checkpoints, nets
 from tests.nets import Run, build, evaluate, read, same, sgd, weights
+from tests.runs import record
 
 ORDERS = list(itertools.permutations(("model", "optimizer", "pruner")))
 ORDER = pytest.mark.parametrize("order", ORDERS, ids="_".join)
@@ -33,6 +34,10 @@ def start(kind, backend, device, name="plain", seed=0):
     return Run(build(name, device, seed=seed), method, backend, **options)
 
 
+def recorded(kind, backend, device, name="plain"):
+    return record(start, kind, backend, device, name)
+
+
 def save(run):
     return {
         "model": run.model.state_dict(),
@@ -44,13 +49,13 @@ def save(run):
 
 def through_a_file(state):
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save(dict(state), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
 
 def load(run, state, order=ORDERS[0]):
-    state = copy.deepcopy(state)  # optimizers keep the tensors they are given
+    state = copy.deepcopy(dict(state))  # optimizers keep the tensors they are given
     for part in order:
         getattr(run, part).load_state_dict(state[part])
     run.at = state["at"]
@@ -75,35 +80,40 @@ def assert_same_end(one, other):
     assert equal(one.pruner.state_dict(), other.pruner.state_dict())
 
 
+def assert_ends_like(run, moment):
+    """`assert_same_end`, with a run that was trained before."""
+    assert same(weights(run), moment.weights)
+    assert same(run.pruner.masks, moment.masks)
+    assert run.pruner.report() == moment.report
+    assert equal(run.pruner.state_dict(), moment.checkpoint["pruner"])
+
+
 @ORDER
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_is_the_uninterrupted_run(kind, order, backend, device):
-    straight = start(kind, backend, device)
-    straight.train(5)
-    state = through_a_file(save(straight))
-    straight.train(9)
-    assert nets.zeros(straight.pruner.masks) > 0 or kind == "automatic"
-    assert_same_end(load(start(kind, backend, device, seed=9), state, order).train(9), straight)
+    straight = recorded(kind, backend, device)
+    state = through_a_file(straight.at(5).checkpoint)
+    assert nets.zeros(straight.at(14).masks) > 0 or kind == "automatic"
+    resumed = load(start(kind, backend, device, seed=9), state, order).train(9)
+    assert_ends_like(resumed, straight.at(14))
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 @pytest.mark.parametrize(("kind", "backend"), [("gradual", "inplace"), ("dynamic", "prune")])
 def test_every_net_resumes(kind, name, backend, device):
-    straight = start(kind, backend, device, name).train(3)
-    state = through_a_file(save(straight))
-    straight.train(6)
+    straight = record(nets.start, name, kind, backend, device)
+    state = through_a_file(straight.at(3).checkpoint)
     resumed = load(start(kind, backend, device, name, seed=9), state, ORDERS[-1])
-    assert_same_end(resumed.train(6), straight)
+    assert_ends_like(resumed.train(6), straight.at(9))
 
 
 @pytest.mark.parametrize("at", range(11))
 def test_a_run_of_single_task_batches_resumes_anywhere(at, backend, device):
-    straight = start("accumulating", backend, device, "skipped_layer").train(at)
-    state = through_a_file(save(straight))
-    straight.train(22 - at)
-    assert nets.zeros(straight.pruner.masks) > 0
+    straight = recorded("accumulating", backend, device, "skipped_layer")
+    state = through_a_file(straight.at(at).checkpoint)
+    assert nets.zeros(straight.at(22).masks) > 0
     fresh = start("accumulating", backend, device, "skipped_layer", seed=9)
-    assert_same_end(load(fresh, state).train(22 - at), straight)
+    assert_ends_like(load(fresh, state).train(22 - at), straight.at(22))
 
 
 @pytest.mark.parametrize("between", [1, 2, 3])
@@ -128,25 +138,24 @@ torch.save({"weights": nets.weights(run), "masks": run.pruner.masks}, out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "accumulating"])
 def test_a_new_process_goes_on_where_this_one_stopped(kind, backend, device, tmp_path):
-    straight = start(kind, backend, device).train(5)
+    straight = recorded(kind, backend, device)
     path, out = str(tmp_path / "checkpoint.pt"), str(tmp_path / "end.pt")
-    torch.save(save(straight), path)
-    straight.train(9)
+    torch.save(dict(straight.at(5).checkpoint), path)
     command = [sys.executable, "-W", "error", "-c", SCRIPT, kind, backend, str(device), path, out]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     end = torch.load(out, weights_only=True)
-    assert same(end["weights"], weights(straight))
-    assert same(end["masks"], straight.pruner.masks)
+    assert same(end["weights"], straight.at(14).weights)
+    assert same(end["masks"], straight.at(14).masks)
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_saving_and_loading_again_gives_the_same_state(kind, backend, device):
-    run = start(kind, backend, device).train(5)
-    first = through_a_file(save(run))
+    first = through_a_file(recorded(kind, backend, device).at(5).checkpoint)
     second = through_a_file(save(load(start(kind, backend, device, seed=9), first)))
     third = through_a_file(save(load(start(kind, backend, device, seed=8), second)))
     assert equal(first["pruner"], second["pruner"])
@@ -172,10 +181,8 @@ def test_loading_goes_back_in_time(backend, device):
     run = start("dynamic", backend, device).train(3)
     state = through_a_file(save(run))
     run.train(6)
-    end, masks = weights(run), run.pruner.masks
     load(run, state).train(6)
-    assert same(weights(run), end)
-    assert same(run.pruner.masks, masks)
+    assert_ends_like(run, recorded("dynamic", backend, device).at(9))
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], ORDERS[-1]], ids="_".join)
@@ -183,30 +190,28 @@ def test_loading_a_state_from_before_the_first_masks_lifts_them(order, backend, 
     run = start("gradual", backend, device).train(1)
     state = through_a_file(save(run))
     run.train(8)
-    end = weights(run)
     load(run, state, order)
     assert nets.zeros(run.pruner.masks) == 0
     run.train(8)
-    assert same(weights(run), end)
+    assert_ends_like(run, recorded("gradual", backend, device).at(9))
 
 
 @pytest.mark.parametrize("kind", ["gradual", "dynamic"])
 @pytest.mark.parametrize("name", ["plain", "attention", "lstm", "tied", "conv_bn"])
 @pytest.mark.parametrize(("source", "target"), [("prune", "inplace"), ("inplace", "prune")])
 def test_checkpoints_move_between_backends(kind, name, source, target, device):
-    straight = start(kind, source, device, name).train(5)
-    state = through_a_file(save(straight))
-    straight.train(6)
+    straight = record(nets.start, name, kind, source, device)
+    state, end = through_a_file(straight.at(5).checkpoint), straight.at(11)
     for order in ORDERS:
         resumed = load(start(kind, target, device, name, seed=9), state, order).train(6)
-        assert same(resumed.pruner.masks, straight.pruner.masks)
-        one, other = weights(resumed), weights(straight)
+        assert same(resumed.pruner.masks, end.masks)
+        one, other = weights(resumed), end.weights
         assert list(one) == list(other)
         for key in one:
             torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", nets.SHELF)
+@nets.EVERY_NET
 def test_a_model_accepts_keys_from_before_during_and_after_pruning(name, backend, device):
     run = Run(build(name, device), backend=backend)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
@@ -238,10 +243,9 @@ def test_a_dense_checkpoint_loaded_over_masks_is_masked_from_the_next_step(backe
 
 
 def test_observing_until_masks_are_stable_resumes_to_the_end(backend, device):
-    straight = start("automatic", backend, device).train(5)
-    state = through_a_file(save(straight))
-    straight.train(70)
+    straight = start("automatic", backend, device).train(75)
     assert nets.zeros(straight.pruner.masks) > 0
+    state = through_a_file(recorded("automatic", backend, device).at(5).checkpoint)
     assert_same_end(load(start("automatic", backend, device, seed=9), state).train(70), straight)
 
 
@@ -262,7 +266,7 @@ def test_missing_and_unexpected_keys_are_still_reported(backend, device):
 
 def test_a_compact_checkpoint_holds_masks_as_bits(device):
     run = start("gradual", "prune", device).train(5)
-    masks = run.pruner.state_dict()["masks"]
+    masks = checkpoints.bits(run.pruner)
     assert {name: bits.numel() for name, bits in masks.items()} == {
         name: -(-mask.numel() // 8) for name, mask in run.pruner.masks.items()
     }

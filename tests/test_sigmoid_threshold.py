@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mtprune import MultitaskPruner, SigmoidThreshold, SoftThreshold, recipes
-from mtprune.thresholds import soft_threshold
+from tests.checkpoints import memory
 
 
 class Net(nn.Module):
@@ -40,10 +40,15 @@ def step(model, optimizer, pruner, scale=1.0):
     pruner.step()
 
 
+def softened(weight, tau):
+    return weight.sign() * (weight.abs() - tau).relu()
+
+
 def logits(pruner):
-    return pruner.state_dict()["memory"]["s"]
+    return memory(pruner)["s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [1e-2, 1e-4])
 def test_under_adam_thresholds_follow_the_learning_rate_alone(weight_decay):
     method = SigmoidThreshold(0.9, end=400, init=-15.0, lr=1e-3, weight_decay=weight_decay)
@@ -82,7 +87,7 @@ def test_the_thresholds_are_what_autograd_and_adam_make_of_them():
         torch.manual_seed(100 + i)
         x = torch.randn(16, 6)
         soft = {
-            n: soft_threshold(getattr(twin, n).weight.detach(), torch.sigmoid(s[c]))
+            n: softened(getattr(twin, n).weight.detach(), torch.sigmoid(s[c]))
             for n, c in names.items()
         }
         hidden = nn.functional.linear(x, soft["trunk"], twin.trunk.bias).relu()
@@ -116,6 +121,7 @@ def test_it_rests_while_the_target_is_reached_and_is_not_exact():
     assert zeros == sum(int((~mask).sum()) for mask in pruner.masks.values())
 
 
+@pytest.mark.slow
 def test_a_start_far_below_zero_is_dense_for_good_where_ours_is_on_target():
     model, optimizer, pruner = start(recipes.adapmtl_published(0.9, 50, init=-1000.0))
     for _ in range(52):

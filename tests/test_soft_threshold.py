@@ -1,7 +1,6 @@
 """SoftThreshold in training: the exact sparsity, whatever the net, the optimizer or the scale."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -19,12 +18,13 @@ from mtprune import (
     SoftThreshold,
     recipes,
 )
-from mtprune.thresholds import soft_threshold
-from tests import nets
+from tests import checkpoints, nets
 from tests.nets import Run, build, evaluate, expected, read, same, size, zeros
+from tests.pairs import pairs
+from tests.runs import record
+from tests.test_resume import assert_ends_like, assert_same_end, load, save, through_a_file
 
 SCHEDULE = Cubic(begin=1, end=7, every=2)
-EVERY_NET = pytest.mark.parametrize("name", nets.SHELF)
 OPTIMIZERS = {
     "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
     "adam": lambda p, lr: torch.optim.Adam(p, lr=lr),
@@ -58,12 +58,13 @@ class Loop:
         self.model = Multitask(self.tasks, scale).to(device)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr)
         self.device = device
+        self.at = 0
         self.pruner = MultitaskPruner(
             self.model, self.tasks, "trunk", method=method, optimizer=self.optimizer, **more
         )
 
     def losses(self):
-        x = torch.randn(8, 10, device=self.device)
+        x = torch.randn(8, 10, generator=torch.Generator().manual_seed(self.at)).to(self.device)
         out = self.model(x)
         return {t: (out[t] - x[:, k : k + 1]).square().mean() for k, t in enumerate(self.tasks)}
 
@@ -72,6 +73,7 @@ class Loop:
         losses = self.pruner.observe_losses(self.losses())
         self.pruner.weigh(losses).backward()
         self.optimizer.step()
+        self.at += 1
         return self.pruner.step()
 
     def train(self, steps):
@@ -93,6 +95,7 @@ class Loop:
 # The number one asks for is the number one gets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5])
@@ -105,6 +108,7 @@ def test_the_sparsity_is_exact_whatever_trains(tasks, lr, optimizer, device):
         assert loop.zeros() == round(target * loop.size())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_masks_stay_for_a_thousand_steps(optimizer, backend, device):
     method = SoftThreshold(0.9, schedule=SCHEDULE)
@@ -148,10 +152,15 @@ def test_every_option_ends_on_the_exact_sparsity(options, backend, device):
     assert all(bool(mask.any()) for mask in loop.pruner.masks.values())
 
 
-@EVERY_NET
-@pytest.mark.parametrize("options", [{}, LEARNING], ids=["plain", "learning"])
+OPTIONS = {"plain": {}, "learning": LEARNING}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "backend"), nets.each(pairs(nets.SHELF, OPTIONS, ["prune", "inplace"]))
+)
 def test_every_net_ends_on_the_exact_sparsity(name, options, backend, device):
-    run = Run(build(name, device), SoftThreshold(0.7, schedule=SCHEDULE, **options), backend)
+    method = SoftThreshold(0.7, schedule=SCHEDULE, **OPTIONS[options])
+    run = Run(build(name, device), method, backend)
     names = [(n, id(p)) for n, p in run.model.named_parameters(remove_duplicate=False)]
     for _ in range(7):
         soft_step(run)
@@ -221,9 +230,8 @@ def test_the_model_sees_the_soft_weights(backend, device):
     hidden = x
     for place in ("trunk.0", "trunk.2"):
         module = loop.model.get_submodule(place)
-        weight = soft_threshold(
-            module.weight_orig, torch.tensor(taus[f"{place}.weight"], device=device)
-        )
+        weight = module.weight_orig
+        weight = weight.sign() * (weight.abs() - taus[f"{place}.weight"]).relu()
         hidden = nn.functional.linear(hidden, weight, module.bias).relu()
     torch.testing.assert_close(loop.model.trunk(x), hidden, rtol=0, atol=0)
     assert prune.is_pruned(loop.model)
@@ -321,7 +329,7 @@ def test_learned_offsets_leave_the_total_and_go_where_losses_mind_less(device):
         loop.optimizer.step()
         loop.pruner.step()
     assert loop.zeros() == round(0.8 * loop.size())
-    offsets = loop.pruner.state_dict()["memory"]["offsets"]
+    offsets = checkpoints.memory(loop.pruner)["offsets"]
     assert offsets["t0"] < offsets["t1"]
     assert all(abs(value) <= 2.5 for value in offsets.values())
     for moment in loop.pruner.report().history:
@@ -346,7 +354,7 @@ def test_the_scale_of_the_losses_does_not_move_offsets_or_weights(device):
             sum(losses.values()).backward()
             loop.optimizer.step()
             loop.pruner.step()
-        return loop.pruner.state_dict()["memory"]["offsets"], loop.pruner.report().weights
+        return checkpoints.memory(loop.pruner)["offsets"], loop.pruner.report().weights
 
     (one, weights), (other, scaled) = offsets(1.0), offsets(1024.0)
     assert one == pytest.approx(other, rel=1e-3)
@@ -449,36 +457,22 @@ def test_a_budget_of_multiply_adds(backend, device):
 # Life and travel.
 
 
-def save(loop):
-    file = io.BytesIO()
-    state = {n: getattr(loop, n).state_dict() for n in ("model", "optimizer", "pruner")}
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def learning(control, backend, device):
+    method = SoftThreshold(0.8, schedule=SCHEDULE, control=control, **LEARNING)
+    return Loop(method, backend=backend, device=device)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 6, 8, 9])
 @pytest.mark.parametrize("control", ["exact", "pi"])
 def test_a_resumed_run_is_the_uninterrupted_run(at, control, backend, device):
-    def fresh():
-        method = SoftThreshold(0.8, schedule=SCHEDULE, control=control, **LEARNING)
-        return Loop(method, backend=backend, device=device)
-
-    straight = fresh().train(at)
-    state, random = save(straight), torch.get_rng_state()
-    straight.train(11 - at)
+    straight = record(learning, control, backend, device)
     for order in (("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")):
-        resumed = fresh()
-        for part in order:
-            getattr(resumed, part).load_state_dict(copy.deepcopy(state[part]))
-        torch.set_rng_state(random)
-        resumed.train(11 - at)
-        assert same(resumed.weights(), straight.weights())
-        assert same(resumed.pruner.masks, straight.pruner.masks)
-        assert resumed.pruner.report() == straight.pruner.report()
+        state = through_a_file(straight.at(at).checkpoint)
+        resumed = load(learning(control, backend, device), state, order).train(11 - at)
+        assert_ends_like(resumed, straight.at(11))
 
 
-@EVERY_NET
+@nets.EVERY_NET
 def test_every_net_resumes(name, backend, device):
     def fresh(seed):
         net = build(name, device, seed=seed)
@@ -487,16 +481,12 @@ def test_every_net_resumes(name, backend, device):
     straight = fresh(0)
     for _ in range(4):
         soft_step(straight)
-    state = save(straight)
-    resumed = fresh(9)
-    for part in ("pruner", "model", "optimizer"):
-        getattr(resumed, part).load_state_dict(copy.deepcopy(state[part]))
-    resumed.at = straight.at
+    state = through_a_file(save(straight))
+    resumed = load(fresh(9), state, ("pruner", "model", "optimizer"))
     for run in (straight, resumed):
         for _ in range(5):
             soft_step(run)
-    assert same(nets.weights(straight), nets.weights(resumed))
-    assert same(straight.pruner.masks, resumed.pruner.masks)
+    assert_same_end(resumed, straight)
 
 
 @pytest.mark.parametrize("at", [3, 9])
@@ -584,12 +574,12 @@ def test_mixed_precision_with_a_scaler(backend, device):
 def test_an_overflow_does_not_spoil_what_was_noted(device):
     loop = Loop(SoftThreshold(0.9, schedule=SCHEDULE, allocation="learned"), device=device)
     loop.train(2)
-    masking = loop.pruner._masking
-    before = masking.seen().clone()
-    for threshold in masking.thresholds.values():
-        threshold.slack.grad = torch.tensor(float("inf"), device=device)
-    masking.enforce()
-    assert torch.equal(masking.seen(), before)
+    before = checkpoints.noted(loop.pruner)
+    assert bool(before.any())
+    (torch.stack(list(loop.losses().values())).sum() * float("inf")).backward()
+    loop.optimizer.zero_grad()
+    loop.optimizer.step()
+    assert torch.equal(checkpoints.noted(loop.pruner), before)
 
 
 def test_the_report_tells_thresholds_shares_and_their_history(device):
@@ -740,17 +730,14 @@ def test_what_is_left_can_be_made_as_large_as_before(at, backend, device):
         torch.testing.assert_close(out, before[task])
 
 
+def gaining(backend, device):
+    method = SoftThreshold(0.8, schedule=SCHEDULE, debias=True)
+    return Loop(method, backend=backend, device=device)
+
+
 @pytest.mark.parametrize("at", [2, 4, 8])
 def test_gains_travel_in_the_checkpoint(at, backend, device):
-    def fresh():
-        return Loop(SoftThreshold(0.8, schedule=SCHEDULE, debias=True), backend=backend)
-
-    straight = fresh().train(at)
-    state, random = save(straight), torch.get_rng_state()
-    straight.train(11 - at)
-    resumed = fresh()
-    for part in ("pruner", "model", "optimizer"):
-        getattr(resumed, part).load_state_dict(copy.deepcopy(state[part]))
-    torch.set_rng_state(random)
-    resumed.train(11 - at)
-    assert same(resumed.weights(), straight.weights())
+    straight = record(gaining, backend, device)
+    state = through_a_file(straight.at(at).checkpoint)
+    resumed = load(gaining(backend, device), state, ("pruner", "model", "optimizer"))
+    assert_ends_like(resumed.train(11 - at), straight.at(11))

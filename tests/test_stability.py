@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mtprune.bits import pack_bits
-from mtprune.stability import Stability, iou
+from mtprune.observing.stability import Stability, iou
 
 SIZE = 1_000
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune.components import find_layers
 from mtprune.granularity import NM, Block, Element, Grouped
-from mtprune.structure import NOBODY, Group, Member, pool, spread
-from mtprune.units import cover
+from mtprune.model.layers import find_layers
+from mtprune.model.units import cover
+from mtprune.structure import NOBODY, Group, Member
+from tests.oracles import unit_masks, unit_sums
 
 
 def chain() -> nn.Sequential:
@@ -86,17 +87,17 @@ def test_packed_members_share_a_dimension():
     assert summed.tolist() == [values[::2].sum().item(), values[1::2].sum().item()]
 
 
-def test_pooling_and_spreading_are_those_of_the_structure():
-    """In two steps, layer by layer, what `structure` does in one."""
+def test_pooling_and_spreading_are_those_of_the_groups():
+    """In two steps, layer by layer, and in one, entry by entry."""
     found = covered(FIRST, SECOND)
     values = {layer.name: torch.randn(layer.shape) for layer in found.layers}
     units = found.units
     pooled = {i: units.pool(i, values[layer.name]) for i, layer in enumerate(found.layers)}
     sums = units.gather(pooled)
     for number, group in enumerate((FIRST, SECOND)):
-        torch.testing.assert_close(sums[number], pool(group, values))
+        torch.testing.assert_close(sums[number], unit_sums(group, values))
     masks = [torch.rand(3) > 0.5, torch.rand(4) > 0.5]
-    whole = spread([FIRST, SECOND], masks, {x.name: x.shape for x in found.layers})
+    whole = unit_masks([FIRST, SECOND], masks, {x.name: x.shape for x in found.layers})
     for layer, mask in zip(found.layers, units.spread(masks), strict=True):
         assert torch.equal(mask, whole[layer.name])
 

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, Linear, MultitaskPruner, OneShot, Vote
-from mtprune.collect import Evidence
-from mtprune.components import Declared, find_layers
-from mtprune.usage import Usage
+from mtprune.model.components import Declared
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import find_layers
+from mtprune.observing.evidence import Evidence
+from mtprune.observing.reach import Reach
+from tests.checkpoints import users
 
 
 class Net(nn.Module):
@@ -51,11 +54,7 @@ def flags(*values):
 def components(pruner):
     """Every pruned layer's component."""
     rows = {row.name: row.tasks for row in pruner.report().layers}
-    users = pruner.state_dict()["users"]
-    names = list(pruner.state_dict()["shapes"])
-    for name, tasks in rows.items():
-        place = names.index(name)
-        assert tuple(task for task in users if users[task][place]) == tasks
+    assert all(users(pruner)[name] == set(tasks) for name, tasks in rows.items())
     return rows
 
 
@@ -69,7 +68,7 @@ def observe_once(pruner, model, device, size=16):
 
 def make_usage(declared=()):
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("one", "two", "three")})
-    return Usage(find_layers(model), ["a", "b"], declared)
+    return Reach(Inventory(("a", "b"), find_layers(model), declared))
 
 
 def test_a_task_is_clear_when_graph_and_gradients_agree():
@@ -136,10 +135,9 @@ def test_a_gradient_where_the_graph_does_not_lead_is_no_reason_to_warn():
 
 
 def test_a_declared_layer_that_the_graph_promises_to_a_task_is_named_with_that_task():
-    usage = Usage(
-        find_layers(nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)})),
-        ["a", "b", "c"],
-        [Declared("shared", "'one'", ("one.weight",))],
+    layers = find_layers(nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)}))
+    usage = Reach(
+        Inventory(("a", "b", "c"), layers, [Declared("shared", "'one'", ("one.weight",))])
     )
     seen = {"a": flags(1, 0), "b": flags(1, 0), "c": flags(0, 1)}
     with pytest.warns(UserWarning, match=r"The autograd graph leads to 'one' from task 'c', but"):

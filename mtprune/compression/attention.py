@@ -1,4 +1,4 @@
-"""Attention torch lacks: with fewer heads than fit, or with projections of another form."""
+"""Attention modules that torch lacks: fewer heads than fit the width, or projections as layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,20 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["NarrowAttention", "SelfAttention", "can_open", "linear_of", "narrow", "narrowed"]
+from mtprune.compression.forms.base import linear_of
+
+__all__ = ["NarrowAttention", "SelfAttention", "can_open", "narrow", "narrowed"]
 
 _HINT = "`is_causal` is only a hint: give `attn_mask` too."
 
 
 def _inputs(inputs: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
-    """Queries, keys and values as ``[batch, length, width]``; one tensor stays one."""
+    """Queries, keys and values as ``[batch, length, width]``; equal objects stay equal objects."""
     if inputs[0].dim() == 2:
-        found = {id(x): x[None] for x in inputs}
+        batched = {id(x): x[None] for x in inputs}
     elif batch_first:
         return list(inputs)
     else:
-        found = {id(x): x.transpose(0, 1) for x in inputs}
-    return [found[id(x)] for x in inputs]
+        batched = {id(x): x.transpose(0, 1) for x in inputs}
+    return [batched[id(x)] for x in inputs]
 
 
 def _attend(
@@ -37,28 +39,31 @@ def _attend(
     need_weights: bool,
     average: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""What all heads read, :math:`\mathrm{softmax}(Q K^T / \sqrt{d} + M) V`, side by side.
+    r"""The outputs of all heads, :math:`\mathrm{softmax}(Q K^T / \sqrt{d} + M) V`, concatenated.
 
     Args:
         parts: Queries, keys and values, each ``[batch, length, heads * head_dim]``.
-        heads: How many, and how wide each.
-        mask: As torch takes it.
-        padding: Likewise.
-        dropout: Of the weights.
+        heads: The number of heads, and the width of each.
+        mask: ``attn_mask``, as torch's attention takes it.
+        padding: ``key_padding_mask``, as torch's attention takes it.
+        dropout: The dropout of the attention weights.
         causal: Whether the mask is known to be the causal one.
-        need_weights: Whether to give the weights too.
-        average: Whether they are averaged over heads.
+        need_weights: Whether to return the attention weights too.
+        average: Whether attention weights are averaged over heads.
+
+    Returns:
+        ``[batch, length, heads * head_dim]``, and the attention weights or None.
     """
     q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in parts)
     causal = causal and padding is None and not need_weights
-    added = None if causal else _mask(mask, padding, q)
+    bias = None if causal else _mask(mask, padding, q)
     if not need_weights:
-        read = F.scaled_dot_product_attention(q, k, v, added, dropout, causal)
-        return read.transpose(1, 2).flatten(2), None
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal)
+        return out.transpose(1, 2).flatten(2), None
     scores = q @ k.transpose(-2, -1) * heads[1] ** -0.5
-    weights = F.dropout((scores if added is None else scores + added).softmax(-1), dropout)
-    read = (weights @ v).transpose(1, 2).flatten(2)
-    return read, weights.sum(1) / max(1, heads[0]) if average else weights
+    weights = F.dropout((scores if bias is None else scores + bias).softmax(-1), dropout)
+    out = (weights @ v).transpose(1, 2).flatten(2)
+    return out, weights.sum(1) / max(1, heads[0]) if average else weights
 
 
 def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -72,12 +77,12 @@ def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | No
             )
         mask = mask.unflatten(0, (batch, heads))
     masks = [None if padding is None else padding[:, None, None], mask]
-    added = [_added(m, q) for m in masks if m is not None]
-    return sum(added[1:], added[0]) if added else None
+    biases = [_score_bias(m, q) for m in masks if m is not None]
+    return sum(biases[1:], biases[0]) if biases else None
 
 
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask to add: minus infinity where a bool one is True, which stands for what is hidden."""
+def _score_bias(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as numbers to add to scores: minus infinity where a bool mask is True, for hidden."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
@@ -86,14 +91,14 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 def _outputs(
     y: Tensor, weights: Tensor | None, dim: int, batch_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As the queries came."""
+    """Outputs and attention weights with the dimensions in which the queries came."""
     if dim == 2:
         return y[0], None if weights is None else weights[0]
     return y if batch_first else y.transpose(0, 1), weights
 
 
 class _Attending(nn.Module, ABC):
-    """How attention is called, and all it does but its projections into queries, keys, values."""
+    """The call of an attention module; subclasses project inputs into queries, keys and values."""
 
     out_proj: Any
     num_heads: int
@@ -123,7 +128,7 @@ class _Attending(nn.Module, ABC):
             raise ValueError(_HINT)
         if query.dim() == 2 and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
-        read, weights = _attend(
+        heads_out, weights = _attend(
             self._projected(_inputs((query, key, value), self.batch_first)),
             (self.num_heads, self.head_dim),
             attn_mask,
@@ -133,7 +138,7 @@ class _Attending(nn.Module, ABC):
             need_weights=need_weights,
             average=average_attn_weights,
         )
-        return _outputs(self.out_proj(read), weights, query.dim(), self.batch_first)
+        return _outputs(self.out_proj(heads_out), weights, query.dim(), self.batch_first)
 
     @abstractmethod
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -141,13 +146,13 @@ class _Attending(nn.Module, ABC):
 
 
 class NarrowAttention(_Attending, nn.MultiheadAttention):
-    """A `torch.nn.MultiheadAttention` whose heads together are narrower than what they read.
+    """A `torch.nn.MultiheadAttention` whose heads together are narrower than its inputs.
 
-    Torch's module takes the size of a head to be the inputs' over the number of heads, which no
-    longer holds when heads are gone. It is called as that module, and its parameters have the same
-    names: ``in_proj_weight`` ``[3 * heads * head_dim, embed_dim]``, ``out_proj.weight``
-    ``[embed_dim, heads * head_dim]``. Attention weights are those of the heads that are left.
-    Made by `narrow`.
+    Torch's module assumes that the width of a head is that of the inputs over the number of heads,
+    which no longer holds after heads were removed. A narrow attention is called in the same way,
+    and its parameters have the same names: ``in_proj_weight``
+    ``[3 * heads * head_dim, embed_dim]``, ``out_proj.weight`` ``[embed_dim, heads * head_dim]``.
+    Attention weights are those of the remaining heads. Made by `narrow`.
     """
 
     @override
@@ -160,12 +165,12 @@ class NarrowAttention(_Attending, nn.MultiheadAttention):
 
 
 def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
-    """Let a module's heads go without its width: the same object, from now on of another class.
+    """Turn an attention into a `NarrowAttention`, in place: the object gets another class.
 
-    So everything that holds it still does, and its parameters stay where they are.
+    References to the attention and to its parameters stay valid.
 
     Raises:
-        ValueError: If its keys and values have sizes, or a token, of their own.
+        ValueError: If keys and values have sizes, or a token, of their own.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, 4, batch_first=True).eval()
@@ -183,7 +188,7 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
             "values, and without add_bias_kv and add_zero_attn. Leave this one as it is."
         )
     attention.__class__ = NarrowAttention
-    # What looks for fused kernels asks this first; they take the heads to be as wide as the inputs.
+    # Fused kernels assume that heads are as wide as the inputs, and are not used if this is False.
     attention._qkv_same_embed_dim = False
     assert isinstance(attention, NarrowAttention)
     return attention
@@ -192,34 +197,35 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowAttention:
 @contextmanager
 def narrowed(attention: nn.MultiheadAttention) -> Iterator[None]:
     """`narrow` for a while, if possible: unlike torch's module, ours calls its ``out_proj``."""
-    before, same = type(attention), attention._qkv_same_embed_dim
+    cls, fusable = type(attention), attention._qkv_same_embed_dim
     try:
         if _is_plain(attention):
             narrow(attention)
         yield
     finally:
-        attention.__class__, attention._qkv_same_embed_dim = before, same
+        attention.__class__, attention._qkv_same_embed_dim = cls, fusable
 
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
-    own = attention.in_proj_weight is None or attention.bias_k is not None
-    return not (own or attention.add_zero_attn)
+    """Whether one matrix projects queries, keys and values, and nothing is added to keys."""
+    is_special = attention.in_proj_weight is None or attention.bias_k is not None
+    return not (is_special or attention.add_zero_attn)
 
 
 class SelfAttention(_Attending):
     r"""Attention whose projections are Linear layers, called as `MultiheadAttention` is.
 
-    For queries, keys and values of all heads side by side in one projection,
+    For queries, keys and values of all heads in one projection,
     :math:`[Q, K, V] = x W_{in}^T + b_{in}` and
     :math:`y = \mathrm{softmax}(Q K^T / \sqrt{d} + M) V W_{out}^T + b_{out}`.
 
     Args:
         in_proj: From the width to ``3 * heads * head_dim``: queries, then keys, then values.
         out_proj: From ``heads * head_dim`` to the width.
-        num_heads: How many heads there are; they need not fill the width.
-        head_dim: How wide each is.
+        num_heads: The number of heads, which need not fill the width.
+        head_dim: The width of each head.
         batch_first: Whether inputs are ``[batch, length, width]``, not ``[length, batch, width]``.
-        dropout: Of the attention weights, in training.
+        dropout: The dropout of the attention weights, in training.
 
     Example:
         >>> dense = nn.MultiheadAttention(8, 2, batch_first=True).eval()
@@ -246,7 +252,7 @@ class SelfAttention(_Attending):
         self.head_dim = head_dim
         self.batch_first = batch_first
         self.dropout = dropout
-        # What torch's encoder layers ask before they read weights themselves: they must not.
+        # Torch's encoder layers check these two, and then do not read the weights themselves.
         self.in_proj_bias = None
         self._qkv_same_embed_dim = False
 
@@ -265,33 +271,21 @@ class SelfAttention(_Attending):
 
     @override
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
-        # One projection makes all three: what is not asked for is made and left.
-        made = {key: self.in_proj(x) for key, x in {id(x): x for x in inputs}.items()}
-        return [made[id(x)].chunk(3, -1)[i] for i, x in enumerate(inputs)]
-
-
-def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A layer of parameters that there are already, which may be empty."""
-    outputs, inputs = weight.shape
-    # Built without memory, and with a size that torch does not warn of.
-    layer = nn.Linear(max(1, inputs), max(1, outputs), bias is not None, "meta")
-    layer.in_features, layer.out_features = inputs, outputs
-    layer.weight = weight
-    if bias is not None:
-        layer.bias = bias
-    return layer
+        # One projection computes all three of an input, also those that the input is not used for.
+        projected = {key: self.in_proj(x) for key, x in {id(x): x for x in inputs}.items()}
+        return [projected[id(x)].chunk(3, -1)[i] for i, x in enumerate(inputs)]
 
 
 def can_open(attention: nn.MultiheadAttention) -> bool:
-    """Whether `SelfAttention.of` does all that an attention does.
+    """Whether `SelfAttention.of` can replace an attention.
 
     Example:
         >>> can_open(nn.MultiheadAttention(8, 2)), can_open(nn.MultiheadAttention(8, 2, kdim=4))
         (True, False)
     """
-    inside: list[nn.Module] = list(attention.modules())
+    modules: list[nn.Module] = list(attention.modules())
     return (
         type(attention) in (nn.MultiheadAttention, NarrowAttention)
         and _is_plain(attention)
-        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
     )

@@ -1,4 +1,4 @@
-"""Batch norm: statistics measured anew after weights have gone."""
+"""Batch norm: running statistics measured anew after pruning."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,10 +21,10 @@ def recalibrate_bn(
 ) -> int:
     """Measure the running statistics of all batch norms anew, in place.
 
-    Pruning shifts what layers put out, and the running means and variances are still those of
-    before. Here they become the plain average over the batches, each counting the same. Only batch
+    Pruning shifts the outputs of layers, and the running means and variances are still those from
+    before. Here they become the plain average over the batches, each with equal weight. Only batch
     norms are in training mode meanwhile, so that dropout does not disturb; modes and momenta are
-    put back. Weights are not touched, and neither are batch norms that the batches do not reach.
+    put back. Weights stay, and so do batch norms that the batches do not reach.
 
     Args:
         model: Any model, dense or compressed.
@@ -32,10 +32,10 @@ def recalibrate_bn(
         forward: ``forward(model, batch)``, for batches of another kind.
 
     Returns:
-        How many batch norms keep running statistics.
+        The number of batch norms that keep running statistics.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If ``batches`` is empty.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -47,9 +47,9 @@ def recalibrate_bn(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    kept = [{key: value.clone() for key, value in _statistics(norm)} for norm in norms]
-    seen = 0
-    done = False
+    statistics = [{key: value.clone() for key, value in _statistics(norm)} for norm in norms]
+    count = 0
+    is_measured = False
     try:
         model.eval()
         for norm in norms:
@@ -57,18 +57,18 @@ def recalibrate_bn(
             norm.momentum = None
             norm.train()
         for batch in batches:
-            seen += 1
+            count += 1
             (call if forward is None else forward)(model, batch)
-        done = seen > 0
+        is_measured = count > 0
     finally:
-        for norm, momentum, before in zip(norms, momenta, kept, strict=True):
+        for norm, momentum, before in zip(norms, momenta, statistics, strict=True):
             norm.momentum = momentum
-            if not done or norm.num_batches_tracked == 0:
+            if not is_measured or norm.num_batches_tracked == 0:
                 for key, value in _statistics(norm):
                     value.copy_(before[key])
         for module, training in modes.items():
             module.training = training
-    if not seen:
+    if not count:
         raise ValueError("`batches` is empty. Give at least one batch.")
     return len(norms)
 

@@ -1,14 +1,15 @@
-"""Carry: an optimizer goes on with the model that is left after removal."""
+"""Carry: an optimizer goes on with the smaller model after removal."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
-from mtprune.compression.build import plan_of
-from mtprune.compression.plan import Cut
+from mtprune.compression.compress import plan_of
+from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.removal import cut_out
+from mtprune.model.names import unwrap
 
 __all__ = ["carry_optimizer"]
 
@@ -18,18 +19,19 @@ def carry_optimizer(
 ) -> None:
     """Let an optimizer go on with the compressed model, in place.
 
-    Each parameter of the model is replaced by its counterpart, and what the optimizer remembers of
-    it, momenta for instance, is cut as the parameter was. Parameters of something else, weights of
-    losses for instance, stay. A bias that took up constants joins the weight of its layer.
+    Each parameter of the model is replaced by its counterpart, and its state in the optimizer,
+    momenta for instance, is cut as the parameter was. Parameters that are not the model's, weights
+    of losses for instance, stay. A new bias, which took up constants, joins the parameter group of
+    its layer's weight.
 
     Args:
         optimizer: The optimizer of the model.
         model: The model that was compressed, finalized.
-        compressed: What `compress` made of it. Layers must be dense to be trained:
+        compressed: The model that `compress` returned. Layers must be dense to be trained:
             ``compress(model, x, plan=plan.replace("*", "dense"))``.
 
     Raises:
-        ValueError: If the optimizer is not the model's, or a layer is in another form.
+        ValueError: If the optimizer is of another model, or a layer is in another form.
 
     Example:
         >>> from mtprune.compression import compress
@@ -48,47 +50,76 @@ def carry_optimizer(
     plan = plan_of(compressed)
     model, compressed = unwrap(model), unwrap(compressed)
     names = {id(p): name for name, p in model.named_parameters()}
-    new = dict(compressed.named_parameters())
-    moves: list[tuple[nn.Parameter, nn.Parameter, dict[str, Any]]] = []
+    counterparts = dict(compressed.named_parameters())
+    moves = _moves(optimizer, names, counterparts, plan.removal)
+    for move in moves:
+        if optimizer.state.pop(move.old, None) is not None:
+            optimizer.state[move.new] = move.state
+    replacement = {id(move.old): move.new for move in moves}
     for group in optimizer.param_groups:
-        for old in group["params"]:
-            name = names.get(id(old))
+        group["params"] = [replacement.get(id(p), p) for p in group["params"]]
+        members = {id(p) for p in group["params"]}
+        for name, parameter in counterparts.items():
+            weight = counterparts.get(name.removesuffix("bias") + "weight")
+            if name not in names.values() and weight is not None and id(weight) in members:
+                group["params"].append(parameter)
+
+
+class _Move(NamedTuple):
+    """A parameter, its counterpart in the compressed model, and the counterpart's state."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    state: dict[str, Any]
+
+
+def _moves(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    counterparts: Mapping[str, nn.Parameter],
+    removal: Removal,
+) -> list[_Move]:
+    """The moves of all parameters of the model that the optimizer holds.
+
+    Args:
+        optimizer: The optimizer.
+        names: The names of the model's parameters by id.
+        counterparts: The parameters of the compressed model by name.
+        removal: The cuts between the two.
+
+    Raises:
+        ValueError: If a parameter has no counterpart of the right shape, or there is no move.
+    """
+    moves = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
             if name is None:
                 continue
-            if name not in new:
+            if name not in counterparts:
                 raise ValueError(
                     f"'{name}' has no counterpart in the compressed model, where its layer takes "
                     "another form and is not trained. Compress with plan.replace('*', 'dense')."
                 )
-            cut = plan.removal[name]
-            shapes = (old.shape, old.shape) if cut is None else (cut.shape, cut.after)
-            if shapes != (old.shape, new[name].shape):
+            cut, new = removal[name], counterparts[name]
+            shapes = (parameter.shape, parameter.shape) if cut is None else (cut.shape, cut.after)
+            if shapes != (parameter.shape, new.shape):
                 raise ValueError(
-                    f"'{name}' has shape {tuple(old.shape)} in `model` and "
-                    f"{tuple(new[name].shape)} in `compressed`, which was made of another model."
+                    f"'{name}' has shape {tuple(parameter.shape)} in `model` and "
+                    f"{tuple(new.shape)} in `compressed`, which was made of another model."
                 )
-            state = optimizer.state.get(old, {})
-            carried = {k: _carried(v, cut, f"{name}: {k}") for k, v in state.items()}
-            moves.append((old, new[name], carried))
+            state = optimizer.state.get(parameter, {})
+            state = {key: _cut_state(value, cut, f"{name}: {key}") for key, value in state.items()}
+            moves.append(_Move(parameter, new, state))
     if not moves:
         raise ValueError(
             "The optimizer holds no parameter of `model`. Give the one it was made of."
         )
-    after = {id(old): parameter for old, parameter, _ in moves}
-    for old, parameter, state in moves:
-        if optimizer.state.pop(old, None) is not None:
-            optimizer.state[parameter] = state
-    for group in optimizer.param_groups:
-        group["params"] = [after.get(id(p), p) for p in group["params"]]
-        held = {id(p) for p in group["params"]}
-        for name, parameter in new.items():
-            weight = new.get(name.removesuffix("bias") + "weight")
-            if name not in names.values() and weight is not None and id(weight) in held:
-                group["params"].append(parameter)
+    return moves
 
 
-def _carried(value: Any, cut: Cut | None, what: str) -> Any:
-    """What is left of something that an optimizer remembers of a parameter."""
+def _cut_state(value: Any, cut: Cut | None, name: str) -> Any:
+    """A value in the optimizer's state of a parameter, cut as the parameter was."""
     if cut is None or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     fits = value.dim() == len(cut.shape) and all(
@@ -96,10 +127,10 @@ def _carried(value: Any, cut: Cut | None, what: str) -> Any:
     )
     if not fits:
         raise ValueError(
-            f"'{what}' has shape {tuple(value.shape)}, and it is not known what to cut of it. "
+            f"'{name}' has shape {tuple(value.shape)}, and it is not known what to cut of it. "
             "Make a new optimizer."
         )
-    # Some remember sums over a dimension, of which nothing is cut.
+    # A size of 1 is a sum over the dimension, as some optimizers store it: nothing of it is cut.
     kept = (
         None if size == 1 else indices for size, indices in zip(value.shape, cut.kept, strict=True)
     )

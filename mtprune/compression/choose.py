@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtprune.compression import native
-from mtprune.compression.forms import FORMS
-from mtprune.compression.kernels import Kernel
+from mtprune.compression.calls import Calls
+from mtprune.compression.forms import FORMS, Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row
-from mtprune.compression.running import Calls, run, unnested
+from mtprune.compression.running import run, unnested
 from mtprune.compression.sites import Site
 from mtprune.compression.timing import Measure
 
 __all__ = [
-    "MARGIN",
-    "WORTH",
+    "build_forms",
     "check_fits",
-    "check_whole",
     "choose",
-    "follow",
-    "opened",
+    "dense_unless_faster",
+    "opened_attentions",
     "place",
     "time_whole",
 ]
@@ -33,45 +30,48 @@ __all__ = [
 MARGIN = 0.05
 """A form must beat the dense one by this share of its time; closer ones are ties."""
 
-WORTH = 0.5
-"""The share of zeros from which sparse products are tried."""
-
 
 def choose(
     sites: Sequence[Site],
-    given: Mapping[str, Calls],
+    calls: Mapping[str, Calls],
     measure: Measure,
     removal: Removal,
     portable: bool,
-) -> tuple[Plan, dict[str, Kernel]]:
-    """Time every form of every layer, and take the best."""
-    rows, kernels = [], {}
-    able, missing = bool(removal), ""
+) -> tuple[Plan, dict[str, Form]]:
+    """Time every form of every layer, and take the best.
+
+    Returns:
+        The plan, and the forms of the layers that do not stay dense.
+    """
+    rows, chosen, unavailable = [], {}, {}
+    compressible = bool(removal)
     for site in sites:
         row = _row(site)
         weight = site.layer.weight.detach()
-        zero = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-        choosable = weight.numel() and given[site.name] and not site.held
-        forms = _forms(site, zero, portable) if choosable else {}
-        able = able or (zero > 0 and weight.numel() > 0) or bool(forms)
+        zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+        may_change = weight.numel() and calls[site.name] and not site.why_dense
+        forms = _candidates(site, zeros, portable) if may_change else {}
+        compressible = compressible or (zeros > 0 and weight.numel() > 0) or bool(forms)
         if forms:
-            row = _timed(row, site, forms, given[site.name], measure)
+            row = _timed(row, site, forms, calls[site.name], measure)
             if row.choice != "dense":
-                kernels[site.name] = forms[row.choice]
-        elif zero == 0 or not weight.numel():
+                chosen[site.name] = forms[row.choice]
+        elif zeros == 0 or not weight.numel():
             row = replace(row, note="no zeros")
-        elif site.held:
-            row = replace(row, note=site.held)
-        elif not given[site.name]:
+        elif site.why_dense:
+            row = replace(row, note=site.why_dense)
+        elif not calls[site.name]:
             row = replace(row, note="the example inputs do not reach it")
-        if zero >= WORTH and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            missing = native.lacking()
+        for choice, form in FORMS.items():
+            if zeros >= form.min_zeros and not form.why_not(weight) and form.unavailable():
+                unavailable[choice] = form.unavailable()
         rows.append(row)
-    note = "" if able else "Nothing to compress: no weight of a layer is zero."
-    note = f"Without the form 'sparse': {missing}." if missing else note
+    notes = [f"Without the form '{choice}': {why}." for choice, why in unavailable.items()]
+    if not compressible:
+        notes = notes or ["Nothing to compress: no weight of a layer is zero."]
     device = str(sites[0].layer.weight.device) if sites else "cpu"
     threads = torch.get_num_threads()
-    return Plan(tuple(rows), device, threads, note=note, removal=removal), kernels
+    return Plan(tuple(rows), device, threads, note=" ".join(notes), removal=removal), chosen
 
 
 def _row(site: Site) -> Row:
@@ -79,26 +79,31 @@ def _row(site: Site) -> Row:
     return Row(site.name, shape, "dense", (Measured("dense", None, site.bytes),))
 
 
-def _forms(site: Site, zero: float, portable: bool) -> dict[str, Kernel]:
-    """Every other form of a layer that can run where it is."""
+def _candidates(site: Site, zeros: float, portable: bool) -> dict[str, Form]:
+    """Every other form of a layer that can run on its device.
+
+    Args:
+        site: The layer.
+        zeros: The share of zeros in its weight.
+        portable: Whether only forms that can be exported count.
+    """
     forms = {}
-    for choice, kernel in FORMS.items():
-        if portable and not kernel.portable:
+    for choice, form in FORMS.items():
+        if zeros < form.min_zeros or (portable and not form.is_portable()):
             continue
-        if (choice in ("sparse", "csr") and zero < WORTH) or kernel.lacking(site.layer.weight):
+        if form.why_not(site.layer.weight) or form.unavailable():
             continue
-        parts = kernel.parts(site.layer)
-        if parts is not None:
-            forms[choice] = kernel(site.layer, parts)
+        built = form.build(site.layer)
+        if built is not None:
+            forms[choice] = built
     return forms
 
 
 @torch.no_grad()
-def _timed(
-    row: Row, site: Site, forms: Mapping[str, Kernel], given: Calls, measure: Measure
-) -> Row:
+def _timed(row: Row, site: Site, forms: Mapping[str, Form], calls: Calls, measure: Measure) -> Row:
+    """The row with the times of all forms, and the best choice."""
     total = [0.0] * (1 + len(forms))
-    for x, times in given.values():
+    for x, times in calls.values():
         functions = [partial(module, x) for module in (site.layer, *forms.values())]
         # Outside autograd's and, as elsewhere, in the mode the model will run in.
         total = [t + times * ms for t, ms in zip(total, measure(functions), strict=True)]
@@ -118,30 +123,33 @@ def _best(measured: Sequence[Measured]) -> str:
     return min((m for m in faster if m[1] <= (1 + MARGIN) * fastest), key=lambda m: m[2])[0]
 
 
-def check_whole(
+def dense_unless_faster(
     work: nn.Module,
     sites: Sequence[Site],
     batches: Sequence[Any],
     plan: Plan,
-    kernels: dict[str, Kernel],
+    forms: dict[str, Form],
     measure: Measure,
-) -> tuple[Plan, dict[str, Kernel]]:
-    """Time the model as a whole: what is fused in the dense one must not be lost unpaid."""
-    if not kernels:
-        return plan, kernels
+) -> tuple[Plan, dict[str, Form]]:
+    """Time the model as a whole, and keep it dense unless the chosen forms make it faster.
+
+    Torch may have fused in the dense model what is separate with other forms.
+    """
+    if not forms:
+        return plan, forms
 
     def dense() -> None:
         place(sites, {})
         run(work, batches)
 
     def compressed() -> None:
-        place(sites, kernels)
+        place(sites, forms)
         run(work, batches)
 
     before, after = measure([dense, compressed])
     place(sites, {})
     if after < before:
-        return replace(plan, dense_ms=before, ms=after), kernels
+        return replace(plan, dense_ms=before, ms=after), forms
     rows = tuple(replace(row, choice="dense") for row in plan.rows)
     note = plan.note + " " * bool(plan.note)
     note += (
@@ -151,14 +159,18 @@ def check_whole(
     return replace(plan, rows=rows, dense_ms=before, ms=before, note=note), {}
 
 
-def opened(plan: Plan) -> list[str]:
-    """The attentions whose projections are layers in a plan."""
+def opened_attentions(plan: Plan) -> list[str]:
+    """The names of the attentions whose projections are layers in a plan."""
     suffix = ".in_proj"
     return [r.layer.removesuffix(suffix) for r in plan.rows if r.layer.endswith(suffix)]
 
 
 def check_fits(plan: Plan, sites: Sequence[Site]) -> None:
-    """Complain about a plan for another model."""
+    """Check that a plan is for the model with these layers.
+
+    Raises:
+        ValueError: If a layer is missing in one of them, or has another shape.
+    """
     shapes = {site.name: tuple(site.layer.weight.shape) for site in sites}
     for row in plan.rows:
         if shapes.get(row.layer) != row.shape:
@@ -173,42 +185,50 @@ def check_fits(plan: Plan, sites: Sequence[Site]) -> None:
             raise ValueError(f"The plan is for another model: it lacks layer '{site.name}'.")
 
 
-def follow(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Kernel]]:
-    """The kernels of a plan; forms that cannot run here become dense."""
-    kernels = {}
+def build_forms(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Form]]:
+    """The forms that a plan gives to layers; forms that cannot run here become dense.
+
+    Returns:
+        The plan with what became dense, and the forms of the layers that do not stay dense.
+
+    Raises:
+        ValueError: If a layer cannot take the form of the plan.
+    """
+    forms = {}
     for site in sites:
-        row = plan[site.name]
-        if row.choice == "dense":
+        choice = plan[site.name].choice
+        if choice == "dense":
             continue
-        kernel = FORMS[row.choice]
-        lacking = kernel.lacking(site.layer.weight)
-        if portable and not kernel.portable:
-            lacking = f"portable=True, and {row.choice} cannot be exported"
-        if lacking:
-            warnings.warn(f"Layer '{site.name}' stays dense: {lacking}.", stacklevel=3)
+        form = FORMS[choice]
+        why_not = form.why_not(site.layer.weight) or form.unavailable()
+        if portable and not form.is_portable():
+            why_not = f"portable=True, and {choice} cannot be exported"
+        if why_not:
+            # The level of the line that called `compress`.
+            warnings.warn(f"Layer '{site.name}' stays dense: {why_not}.", stacklevel=4)
             plan = plan.replace(site.name, "dense")
             continue
-        parts = kernel.parts(site.layer)
-        if parts is None or site.held:
+        built = None if site.why_dense else form.build(site.layer)
+        if built is None:
             raise ValueError(
-                f"The plan does not fit layer '{site.name}': it cannot be '{row.choice}'"
-                + (f", because {site.held}" if site.held else "")
+                f"The plan does not fit layer '{site.name}': it cannot be '{choice}'"
+                + (f", because {site.why_dense}" if site.why_dense else "")
                 + f". Use plan.replace({site.name!r}, 'dense')."
             )
-        kernels[site.name] = kernel(site.layer, parts)
-    return plan, kernels
+        forms[site.name] = built
+    return plan, forms
 
 
-def place(sites: Sequence[Site], kernels: Mapping[str, Kernel]) -> None:
-    """Hang every layer's form where the layer was, or the layer itself."""
+def place(sites: Sequence[Site], forms: Mapping[str, Form]) -> None:
+    """Put every layer's form in the place of the layer, or the layer itself."""
     for site in sites:
-        site.place(kernels.get(site.name, site.layer))
+        site.place(forms.get(site.name, site.layer))
 
 
 def time_whole(
     plan: Plan, model: nn.Module, work: nn.Module, batches: Sequence[Any], measure: Measure
 ) -> Plan:
-    """Time the model as it was against what came out."""
+    """The plan with the times of the whole model as it was and as it became."""
     dense = copy.deepcopy(model).eval()
     with unnested(dense):
         before, after = measure([lambda: run(dense, batches), lambda: run(work, batches)])

@@ -1,48 +1,48 @@
-"""Extraction: of a model for many tasks, what some of them need.
+"""Extraction: the part of a multitask model that some of its tasks need.
 
 The rule is the vote's own, counted again with fewer voters: a weight stays if one of the chosen
 tasks would keep it alone. Other tasks' outputs are dropped, and with them the modules that serve
-nothing else. Which those are is not guessed: one is left out, the model runs on the example inputs,
-and the outputs that stay must be bitwise the same.
+no chosen task. These are found by trial: a module is left out, the model runs on the example
+inputs, and the remaining outputs must be bitwise the same.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mtprune.bits import zeroed
-from mtprune.collect import reachable, untouched
-from mtprune.components import own_name
 from mtprune.compression.running import call, named_tensors, run
-from mtprune.wishes import TaskMasks, recall_task_masks
+from mtprune.model.graph import reachable
+from mtprune.model.names import own_name
+from mtprune.model.running import untouched
+from mtprune.model.task_masks import TaskMasks, recall_task_masks
 
 __all__ = ["Absent", "Place", "Places", "Subnetwork", "cut", "extract"]
 
 Place = str | int
-"""A key, field or index of what a model returns."""
+"""A key, field or index of a model's outputs."""
 
 Places = Mapping[str, Place | Collection[Place]]
-"""For each task, where its outputs are."""
+"""The places of each task's outputs."""
 
 
 @dataclass(frozen=True)
 class Subnetwork:
-    """What was taken out of a model, for whom.
+    """The part of a model that some tasks need.
 
     Attributes:
-        tasks: The tasks it is for.
-        outputs: What is left of the model's outputs; None if all of it is.
+        tasks: The tasks.
+        outputs: The places of the outputs that stay; None if all stay.
         absent: Modules that were left out, because only other tasks need them.
-        weights: How many prunable weights these tasks use.
-        before: How many of them were not zero, for all tasks.
-        kept: How many of them are not zero now.
+        weights: The number of prunable weights that these tasks use.
+        before: How many of these weights were not zero in the model for all tasks.
+        kept: How many of these weights are not zero in the part.
 
     Example:
         >>> part = Subnetwork(("seg",), ("seg",), ("heads.depth",), 1000, 200, 150)
@@ -67,7 +67,7 @@ class Subnetwork:
 
     @property
     def sparsity_before(self) -> float:
-        """The same in the model for all tasks."""
+        """Share of zeros among the same weights in the model for all tasks."""
         return 1 - self.before / max(1, self.weights)
 
     @classmethod
@@ -89,7 +89,7 @@ class Subnetwork:
 
 
 class Absent(nn.Module):
-    """In place of a module that was left out: takes anything, returns None.
+    """Stands in the place of a module that was left out: takes any arguments, returns None.
 
     Example:
         >>> Absent()(torch.ones(2)) is None
@@ -108,59 +108,61 @@ def extract(
     task_masks: TaskMasks | None = None,
     outputs: Places | None = None,
 ) -> tuple[nn.Module, Subnetwork]:
-    """A dense copy with what some tasks need: other weights are zero, other outputs gone.
+    """A dense copy for some tasks: other weights are zero, other outputs are dropped.
 
     Args:
         model: The model, finalized.
         batches: Example inputs.
         tasks: The tasks.
-        task_masks: What each task alone would keep; what the model's pruner left, unless given.
-        outputs: Which of the outputs belong to each task; found out unless given.
+        task_masks: The weights that each task alone would keep; remembered by the model's pruner
+            unless given.
+        outputs: The places of each task's outputs; found unless given.
 
     Raises:
-        ValueError: If it is unknown who voted for what, or which outputs belong to whom.
+        ValueError: If the votes of the tasks are unknown, or the places of their outputs.
     """
-    wishes = recall_task_masks(model) if task_masks is None else task_masks
-    if wishes is None:
+    masks = recall_task_masks(model) if task_masks is None else task_masks
+    if masks is None:
         raise ValueError(
             "`tasks` needs to know what each task voted for, and no pruner has left that for this "
             "model: it is a copy, was loaded, or its last update was before a checkpoint. Give "
             "task_masks=pruner.task_masks."
         )
-    chosen = _chosen(tasks, wishes)
+    chosen = _check_tasks(tasks, masks)
     work = copy.deepcopy(model).eval()
-    run(work, batches)  # says what is wrong with the inputs
+    run(work, batches)  # raises if the inputs do not fit the model
     reached = _reached(work, batches)
     places = None
-    if set(chosen) != set(wishes):
-        places = _places(chosen, wishes, {k: v for k, (v, _) in reached.items()}, outputs)
-    weights, before, kept = _zero(work, chosen, wishes)
+    if set(chosen) != set(masks):
+        names = {place: parameters.names for place, parameters in reached.items()}
+        places = _places(chosen, masks, names, outputs)
+    weights, before, kept = _zero(work, chosen, masks)
     part = Subnetwork(chosen, places, (), weights, before, kept)
     if places is None:
         return work, part
-    needed = {i for place in places for i in reached[place][1]}
+    needed = {i for place in places for i in reached[place].ids}
     cut(work, part)
     absent = _leave_out(work, needed, batches)
     return work, dataclasses.replace(part, absent=tuple(absent))
 
 
 def cut(model: nn.Module, part: Subnetwork) -> None:
-    """Leave modules out and drop outputs, in place.
+    """Leave out the absent modules of a part and drop other outputs, in place.
 
     Raises:
-        ValueError: If the model has no such modules.
+        ValueError: If the model does not have the absent modules.
     """
     known = dict(model.named_modules())
     for name in part.absent:
         if name not in known:
             raise ValueError(f"The plan is for another model: this one has no module '{name}'.")
-        _hang(model, known[name], Absent())
+        _substitute(model, known[name], Absent())
     if part.outputs is not None:
-        model.register_forward_hook(_Keep(part.outputs))
+        model.register_forward_hook(_KeepOutputs(part.outputs))
 
 
-class _Keep:
-    """Forward hook: some of the outputs. A hook, so that class and names stay the model's own."""
+class _KeepOutputs:
+    """A forward hook that drops outputs. With a hook the model keeps its class and its names."""
 
     def __init__(self, places: tuple[Place, ...]) -> None:
         self.places = places
@@ -179,7 +181,7 @@ class _Keep:
 
 
 def _entries(outputs: Any) -> Iterator[tuple[Place, Any]]:
-    """What a model returned, one level deep."""
+    """The outputs of a model by their places, one level deep."""
     if isinstance(outputs, Mapping):
         yield from outputs.items()
     elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
@@ -191,20 +193,28 @@ def _entries(outputs: Any) -> Iterator[tuple[Place, Any]]:
         yield from enumerate(outputs)
 
 
-def _chosen(tasks: Sequence[str], wishes: TaskMasks) -> tuple[str, ...]:
+def _check_tasks(tasks: Sequence[str], masks: TaskMasks) -> tuple[str, ...]:
+    """The chosen tasks, each once, checked."""
     if isinstance(tasks, str) or not tasks:
-        raise ValueError(f"`tasks` must be a list of some of {list(wishes)}. Got {tasks!r}.")
-    unknown = [task for task in tasks if task not in wishes]
+        raise ValueError(f"`tasks` must be a list of some of {list(masks)}. Got {tasks!r}.")
+    unknown = [task for task in tasks if task not in masks]
     if unknown:
-        raise ValueError(f"`tasks` names {unknown}. Known here: {list(wishes)}.")
+        raise ValueError(f"`tasks` names {unknown}. Known here: {list(masks)}.")
     return tuple(dict.fromkeys(tasks))
 
 
-def _reached(model: nn.Module, batches: Sequence[Any]) -> dict[Place, tuple[set[str], set[int]]]:
-    """For each of the outputs, the parameters that its graph leads to: by name, and by id."""
+class _Parameters(NamedTuple):
+    """The parameters that an output depends on, by name and by id."""
+
+    names: set[str]
+    ids: set[int]
+
+
+def _reached(model: nn.Module, batches: Sequence[Any]) -> dict[Place, _Parameters]:
+    """The parameters that the graph of each output leads to."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     names = {id(p): own_name(model, name) for name, p in model.named_parameters()}
-    found: dict[Place, tuple[set[str], set[int]]] = {}
+    reached: dict[Place, _Parameters] = {}
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.is_floating_point())
@@ -212,63 +222,74 @@ def _reached(model: nn.Module, batches: Sequence[Any]) -> dict[Place, tuple[set[
             with untouched(model), torch.enable_grad():
                 outputs = call(model, batch)
             for place, value in _entries(outputs):
-                led, ids = found.setdefault(place, (set(), set()))
+                parameters = reached.setdefault(place, _Parameters(set(), set()))
                 for _, tensor in named_tensors(value):
-                    reached = reachable(tensor) & names.keys()
-                    led |= {names[i] for i in reached}
-                    ids |= reached
+                    ids = reachable(tensor) & names.keys()
+                    parameters.names.update(names[i] for i in ids)
+                    parameters.ids.update(ids)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return found
+    return reached
 
 
 def _places(
     chosen: Sequence[str],
-    wishes: TaskMasks,
-    led: Mapping[Place, Collection[str]],
+    masks: TaskMasks,
+    reached: Mapping[Place, Collection[str]],
     outputs: Places | None,
 ) -> tuple[Place, ...]:
-    """The outputs that belong to the chosen tasks: as told, by name, or by what they depend on."""
+    """The places of the chosen tasks' outputs: as given, by name, or by the weights they need.
+
+    Args:
+        chosen: The tasks.
+        masks: The weights that each task alone would keep.
+        reached: The names of the parameters that each output depends on.
+        outputs: The places as given by the user, or None.
+    """
     if outputs is not None:
         given = {t: (p,) if isinstance(p, (str, int)) else tuple(p) for t, p in outputs.items()}
-        lacking = [task for task in chosen if not given.get(task)]
-        wrong = [p for task in chosen for p in given.get(task, ()) if p not in led]
-        if lacking or wrong:
-            what = f"does not say for {lacking}" if lacking else f"names {wrong}"
-            raise ValueError(f"`outputs` {what}. The model returns {list(led)}.")
+        missing = [task for task in chosen if not given.get(task)]
+        wrong = [p for task in chosen for p in given.get(task, ()) if p not in reached]
+        if missing or wrong:
+            what = f"does not say for {missing}" if missing else f"names {wrong}"
+            raise ValueError(f"`outputs` {what}. The model returns {list(reached)}.")
         return tuple(dict.fromkeys(p for task in chosen for p in given[task]))
-    if all(task in led for task in chosen):
-        return tuple(place for place in led if place in chosen)
-    owners = {place: _owners(names, wishes) for place, names in led.items()}
+    if all(task in reached for task in chosen):
+        return tuple(place for place in reached if place in chosen)
+    owners = {place: _owners(names, masks) for place, names in reached.items()}
     unclear = {place: tasks for place, tasks in owners.items() if len(tasks) != 1}
     missing = [task for task in chosen if [task] not in owners.values()]
-    if unclear or missing or not led:
-        seen = {place: f"depends on weights of {tasks} alone" for place, tasks in owners.items()}
+    if unclear or missing or not reached:
+        known = {place: f"depends on weights of {tasks} alone" for place, tasks in owners.items()}
         raise ValueError(
             f"Which outputs belong to {list(chosen)} is unclear: the model returns "
-            + (f"{seen}" if led else "one tensor")
+            + (f"{known}" if reached else "one tensor")
             + ". Let it return something for each task, and say which is whose: "
             f"outputs={{{chosen[0]!r}: ...}}."
         )
     return tuple(place for place, tasks in owners.items() if tasks[0] in chosen)
 
 
-def _owners(names: Collection[str], wishes: TaskMasks) -> list[str]:
-    """The tasks of whose private layers some are among the names."""
-    users = {name: [t for t, masks in wishes.items() if name in masks] for name in names}
-    private = {tasks[0] for tasks in users.values() if len(tasks) == 1}
-    return [task for task in wishes if task in private]
+def _owners(names: Collection[str], masks: TaskMasks) -> list[str]:
+    """The tasks that have a private layer among the names."""
+    users = {name: [task for task, own in masks.items() if name in own] for name in names}
+    owners = {tasks[0] for tasks in users.values() if len(tasks) == 1}
+    return [task for task in masks if task in owners]
 
 
 @torch.no_grad()
-def _zero(model: nn.Module, chosen: Sequence[str], wishes: TaskMasks) -> tuple[int, int, int]:
-    """Zero what none of the chosen tasks would keep; how many weights they use, had, and have."""
+def _zero(model: nn.Module, chosen: Sequence[str], masks: TaskMasks) -> tuple[int, int, int]:
+    """Zero the weights that none of the chosen tasks would keep.
+
+    Returns:
+        The number of weights that these tasks use, of those not zero before, and of those kept.
+    """
     parameters = {own_name(model, name): p for name, p in model.named_parameters()}
     weights = before = kept = 0
-    for name in dict.fromkeys(name for masks in wishes.values() for name in masks):
-        asked = [wishes[task][name] for task in chosen if name in wishes[task]]
-        shape = tuple(next(masks[name] for masks in wishes.values() if name in masks).shape)
+    for name in dict.fromkeys(name for own in masks.values() for name in own):
+        votes = [masks[task][name] for task in chosen if name in masks[task]]
+        shape = tuple(next(own[name] for own in masks.values() if name in own).shape)
         weight = parameters.get(name)
         if weight is None or tuple(weight.shape) != shape:
             got = "no such parameter" if weight is None else f"shape {tuple(weight.shape)}"
@@ -277,23 +298,29 @@ def _zero(model: nn.Module, chosen: Sequence[str], wishes: TaskMasks) -> tuple[i
                 f"this model has {got}."
             )
         mask = torch.zeros(shape, dtype=torch.bool)
-        for wish in asked:
-            mask |= wish.to(mask.device)
-        if asked:
+        for vote in votes:
+            mask |= vote.to(mask.device)
+        if votes:
             weights += weight.numel()
             before += int(weight.count_nonzero())
         weight.copy_(zeroed(weight.detach(), mask.to(weight.device)))
-        if asked:
+        if votes:
             kept += int(weight.count_nonzero())
     return weights, before, kept
 
 
 def _leave_out(model: nn.Module, needed: Collection[int], batches: Sequence[Any]) -> list[str]:
-    """Replace modules that the outputs do not need by `Absent`; their names."""
+    """Replace modules that the outputs do not need by `Absent`, and return their names.
+
+    Args:
+        model: The model, changed in place.
+        needed: The ids of the parameters that the outputs depend on.
+        batches: Example inputs.
+    """
     expected = run(model, batches)
     called = _called(model, batches)
 
-    def same() -> bool:
+    def unchanged() -> bool:
         try:
             got = run(model, batches)
         except ValueError:
@@ -306,54 +333,43 @@ def _leave_out(model: nn.Module, needed: Collection[int], batches: Sequence[Any]
             )
         )
 
-    return list(_attempts(model, "", needed, called, same))
-
-
-def _attempts(
-    module: nn.Module,
-    prefix: str,
-    needed: Collection[int],
-    called: Collection[nn.Module],
-    same: Callable[[], bool],
-    root: nn.Module | None = None,
-) -> Iterator[str]:
-    """Leave out the largest modules that can be."""
-    root = module if root is None else root
-    for attribute, child in list(module.named_children()):
-        name = f"{prefix}{attribute}"
-        ids = [id(parameter) for parameter in child.parameters()]
-        if all(i in needed for i in ids):
-            continue
-        if child in called and not any(i in needed for i in ids):
-            absent = Absent()
-            _hang(root, child, absent)
-            if same():
-                yield name
+    def attempts(module: nn.Module, prefix: str) -> Iterator[str]:
+        """Leave out the largest modules that can be left out."""
+        for attribute, child in list(module.named_children()):
+            name = f"{prefix}{attribute}"
+            ids = [id(parameter) for parameter in child.parameters()]
+            if all(i in needed for i in ids):
                 continue
-            _hang(root, absent, child)
-        yield from _attempts(child, name + ".", needed, called, same, root)
+            if child in called and not any(i in needed for i in ids):
+                absent = Absent()
+                _substitute(model, child, absent)
+                if unchanged():
+                    yield name
+                    continue
+                _substitute(model, absent, child)
+            yield from attempts(child, name + ".")
+
+    return list(attempts(model, ""))
 
 
 def _called(model: nn.Module, batches: Sequence[Any]) -> set[nn.Module]:
     """The modules that are called when the model runs."""
-    found: set[nn.Module] = set()
-    handles = [
-        module.register_forward_pre_hook(partial(_note, found)) for module in model.modules()
-    ]
+    called: set[nn.Module] = set()
+
+    def record(module: nn.Module, args: Any) -> None:
+        called.add(module)
+
+    handles = [module.register_forward_pre_hook(record) for module in model.modules()]
     try:
         run(model, batches)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return called
 
 
-def _note(found: set[nn.Module], module: nn.Module, args: Any) -> None:
-    found.add(module)
-
-
-def _hang(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module wherever another one hangs."""
+def _substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in all places of another one."""
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             if child is old:
@@ -361,4 +377,5 @@ def _hang(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN to NaN too."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

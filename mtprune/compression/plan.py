@@ -1,4 +1,4 @@
-"""Plans: which form every layer takes, as a value that prints, can be edited, and is JSON."""
+"""Plan: the form that every layer takes, as a value that prints, can be edited, and is JSON."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -6,23 +6,21 @@ from typing import Any
 
 from mtprune import checks
 from mtprune.compression.extract import Subnetwork
-from mtprune.compression.sizes import Sizes
+from mtprune.compression.forms import CHOICES
+from mtprune.compression.measure import Sizes
 from mtprune.text import columns
 
-__all__ = ["CHOICES", "Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
-
-CHOICES = ("dense", "rows", "thin", "sparse", "csr", "2:4", "rank")
-"""The forms a layer can take; ``"dense"`` is the layer as it is."""
+__all__ = ["Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one form of one layer costs.
+    """The cost of one form of one layer.
 
     Attributes:
         choice: The form.
-        ms: Milliseconds for all its calls on the example inputs; None if it was not timed.
-        bytes: Of what it stores.
+        ms: Milliseconds for all calls of the layer on the example inputs; None if not timed.
+        bytes: The bytes that the form stores.
     """
 
     choice: str
@@ -36,10 +34,10 @@ class Row:
 
     Attributes:
         layer: The layer's name.
-        shape: Of its weight.
-        choice: The form it takes.
-        measured: What each of its forms costs, ``"dense"`` first.
-        note: Why there was no choice, if there was none.
+        shape: The shape of its weight.
+        choice: The form that the layer takes.
+        measured: The cost of each of its forms, ``"dense"`` first.
+        note: Why the layer had no choice, if it had none.
     """
 
     layer: str
@@ -55,18 +53,29 @@ class Row:
 
     @property
     def chosen(self) -> Measured | None:
-        """The cost of the chosen form; None if it was put there by hand and never measured."""
+        """The cost of the chosen form; None if it was chosen by hand and never measured."""
         return next((m for m in self.measured if m.choice == self.choice), None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            KeyError: If a key is missing.
+            TypeError: If a value has another type.
+        """
+        measured = tuple(Measured(**m) for m in data["measured"])
+        return cls(**{**data, "shape": tuple(data["shape"]), "measured": measured})
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of one tensor after units were removed.
+    """The part of one tensor that stays when units are removed.
 
     Attributes:
-        tensor: Name of the parameter or buffer.
-        shape: As it was.
-        kept: For each dimension the indices that stay, or None where all do.
+        tensor: The name of the parameter or buffer.
+        shape: Its shape before.
+        kept: For each dimension the indices that stay, or None if all do.
 
     Example:
         >>> cut = Cut("conv.weight", (4, 2, 3, 3), ((0, 3), None, None, None))
@@ -80,19 +89,19 @@ class Cut:
 
     @property
     def after(self) -> tuple[int, ...]:
-        """The shape that is left."""
+        """The shape after removal."""
         sizes = zip(self.shape, self.kept, strict=True)
         return tuple(size if kept is None else len(kept) for size, kept in sizes)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Which units were removed, as what is left of every tensor they lay in.
+    """The removed units, as the part that stays of every tensor which held entries of them.
 
     Attributes:
-        cuts: One for each tensor that lost something.
+        cuts: One for each tensor that got smaller.
         counts: Attributes of modules that count units, ``"attention.num_heads"`` for instance, and
-            what they became.
+            their new values.
     """
 
     cuts: tuple[Cut, ...] = ()
@@ -103,7 +112,7 @@ class Removal:
         return bool(self.cuts)
 
     def __getitem__(self, tensor: str) -> Cut | None:
-        """What is left of a tensor; None if that is all of it."""
+        """The cut of a tensor; None if all of the tensor stays."""
         return next((cut for cut in self.cuts if cut.tensor == tensor), None)
 
     @classmethod
@@ -111,9 +120,9 @@ class Removal:
         """From plain data, as JSON holds it.
 
         Raises:
-            KeyError: If something is missing.
-            TypeError: If something is of another kind.
-            ValueError: If indices are not written as they should be.
+            KeyError: If a key is missing.
+            TypeError: If a value has another type.
+            ValueError: If indices are not a hexadecimal number.
         """
         cuts = tuple(
             Cut(
@@ -128,18 +137,18 @@ class Removal:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which form every prunable layer takes.
+    """The form that every prunable layer takes, and the units removed before.
 
     Attributes:
         rows: One for each prunable layer, in the order of the model's modules.
-        device: Where it was measured.
-        threads: How many threads torch used.
-        dense_ms: Milliseconds of the whole model as it was; None if it was not timed.
-        ms: Milliseconds of the whole compressed model.
-        note: What else there is to say.
-        removal: What was removed before. Shapes of rows are those of after.
-        subnetwork: What was taken out of the model before that, if it was for some tasks only.
-        sizes: Of the compressed model, against those of the dense one; None if not counted.
+        device: The device that forms were timed on.
+        threads: The number of threads that torch used.
+        dense_ms: Milliseconds of the whole model as it was; None if not timed.
+        ms: Milliseconds of the whole compressed model; None if not timed.
+        note: A sentence on the whole plan.
+        removal: The units removed before. Shapes of rows are those after removal.
+        subnetwork: The part of the model that was taken before that, if it was for some tasks only.
+        sizes: The sizes of the compressed model against the dense one; None if not counted.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -172,13 +181,13 @@ class Plan:
         raise KeyError(f"The plan has no layer {layer!r}. It has {[r.layer for r in self.rows]}.")
 
     def replace(self, layer: str, choice: str) -> "Plan":
-        """The same plan with another form for one layer, or for all with the layer ``"*"``.
+        """The plan with another form for one layer, or for all with the layer ``"*"``.
 
         Times and sizes of the whole model are dropped, because they no longer hold.
 
         Raises:
-            KeyError: If there is no such layer.
-            ValueError: If there is no such form.
+            KeyError: If the plan has no such layer.
+            ValueError: If no form has that name.
         """
         checks.one_of("choice", choice, CHOICES)
         if layer != "*":
@@ -189,7 +198,7 @@ class Plan:
         return replace(self, rows=rows, dense_ms=None, ms=None, sizes=None)
 
     def part(self, module: str) -> "Plan":
-        """The plan of one module, whose layers are named as seen from it.
+        """The plan of one module, with names as seen from the module.
 
         Example:
             >>> plan = Plan((Row("encoder.up", (4, 8), "csr", ()), Row("head", (2, 4), "csr", ())))
@@ -201,22 +210,25 @@ class Plan:
         return self._renamed(lambda name: seen_from(module, name)) if module else self
 
     def under(self, module: str) -> "Plan":
-        """The plan of a model in which this one's model is the module of that name."""
+        """The plan of a larger model, in which the plan's model is the module of that name."""
         return self._renamed(lambda name: joined(module, name)) if module else self
 
     def _renamed(self, rename: Callable[[str], str]) -> "Plan":
-        """With other names; what gets none is left out. Of the whole nothing is known any more."""
+        """The plan with other names, without entries whose name is then empty.
+
+        Times, sizes and notes of the whole model no longer hold and are dropped.
+        """
         rows = (replace(row, layer=rename(row.layer)) for row in self.rows)
         cuts = (replace(cut, tensor=rename(cut.tensor)) for cut in self.removal.cuts)
         counts = ((rename(path), count) for path, count in self.removal.counts)
         removal = Removal(
             tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
         )
-        kept = tuple(row for row in rows if row.layer)
-        return Plan(kept, self.device, self.threads, removal=removal)
+        named_rows = tuple(row for row in rows if row.layer)
+        return Plan(named_rows, self.device, self.threads, removal=removal)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data that JSON can hold; indices that stay as the bits of a number."""
+        """The plan as plain data that JSON can hold; kept indices are the bits of a number."""
         data = asdict(self)
         for cut in data["removal"]["cuts"]:
             cut["kept"] = [None if kept is None else _bits(kept) for kept in cut["kept"]]
@@ -224,28 +236,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """The plan that `to_dict` was called on.
+        """The plan from the data that `to_dict` returned.
 
         Raises:
-            ValueError: If this is no plan.
+            ValueError: If the data is not that of a plan.
         """
         try:
-            rows = tuple(
-                Row(
-                    **{
-                        **row,
-                        "shape": tuple(row["shape"]),
-                        "measured": tuple(Measured(**m) for m in row["measured"]),
-                    }
-                )
-                for row in data["rows"]
-            )
             removal = Removal.from_dict(data.get("removal", asdict(Removal())))
             part, sizes = data.get("subnetwork"), data.get("sizes")
             plan = cls(
                 **{
                     **data,
-                    "rows": rows,
+                    "rows": tuple(Row.from_dict(row) for row in data["rows"]),
                     "removal": removal,
                     "subnetwork": None if part is None else Subnetwork.from_dict(part),
                     "sizes": None if sizes is None else Sizes.from_dict(sizes),
@@ -253,7 +255,7 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
-        for row in rows:
+        for row in plan.rows:
             if row.choice not in CHOICES:
                 raise ValueError(
                     f"Layer '{row.layer}' has choice {row.choice!r}. It must be one of {CHOICES}."
@@ -261,39 +263,45 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        """A table, and what was measured of the whole."""
-        head = ("layer", "shape", "choice", "dense ms", "chosen ms", "dense bytes", "bytes")
-        lines = columns([head, *(_cells(row) for row in self.rows)], left=3)
-        notes = [*("", *(row.note for row in self.rows))]
-        printed = [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
+        """A table of the layers, and lines on the whole model."""
+        lines = _table(self.rows)
         if self.dense_ms is not None and self.ms is not None:
-            printed.append(
+            lines.append(
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
                 f"({self.device}, threads: {self.threads})"
             )
-        printed += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+        lines += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
         if self.sizes is not None and self.sizes.against is not None:
-            printed.append(f"whole model: {self.sizes.sentence}")
+            lines.append(f"whole model: {self.sizes.sentence}")
         if self.subnetwork is not None:
-            printed.append(str(self.subnetwork))
+            lines.append(str(self.subnetwork))
         if self.note:
-            printed.append(self.note)
-        return "\n".join(printed)
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def _table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table, with the note of each row at its end."""
+    rows = list(rows)
+    head = ("layer", "shape", "choice", "dense ms", "chosen ms", "dense bytes", "bytes")
+    lines = columns([head, *(_cells(row) for row in rows)], left=3)
+    notes = ["", *(row.note for row in rows)]
+    return [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
 
 
 def _bits(indices: Iterable[int]) -> str:
-    """A hexadecimal number in which the bits of these indices are set."""
+    """The hexadecimal number whose set bits are these indices."""
     return hex(sum(1 << index for index in indices))
 
 
 def _indices(bits: str) -> tuple[int, ...]:
-    """The indices of the bits that are set."""
+    """The indices of the set bits of a hexadecimal number."""
     number = int(bits, 16)
     return tuple(index for index in range(number.bit_length()) if number >> index & 1)
 
 
 def seen_from(module: str, name: str) -> str:
-    """A name as seen from a module; empty if it is not in it.
+    """A name as seen from a module; empty if it names nothing in the module.
 
     Example:
         >>> seen_from("encoder", "encoder.up.weight"), seen_from("encoder", "encoders.up")
@@ -307,7 +315,7 @@ def seen_from(module: str, name: str) -> str:
 
 
 def joined(module: str, name: str) -> str:
-    """A name in a module as seen from outside."""
+    """A name in a module as seen from the whole model."""
     return f"{module}.{name}" if module and name else name
 
 

@@ -1,9 +1,9 @@
-"""Removal: dead units leave the model, and every tensor they lay in gets smaller.
+"""Removal: dead units leave the model, and every tensor with entries of them gets smaller.
 
-A unit is dead if nobody reads it, because all weights that do are zero; or if it is always the
-same number, because all weights that make it are zero, and that number can be moved into the
-biases of its readers. Its entries in weights, biases, norms and their statistics are then cut out,
-and the sizes that modules keep beside their tensors follow.
+A unit is dead if all weights that read it are zero; or if it is a constant, because all weights
+that make it are zero, and the constant can be moved into the biases of the layers that read it. Its
+entries in weights, biases, norms and their statistics are cut out, and modules are given the new
+sizes that they keep as attributes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["apply", "constants", "cut_out", "find", "removal_of", "remove", "resize", "spare"]
+__all__ = ["apply", "constants", "cut_out", "find", "keep_one", "removal_of", "remove", "resize"]
 
 _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.Linear, (("out_features", 0), ("in_features", 1))),
@@ -30,16 +30,16 @@ _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.GroupNorm, (("num_channels", 0),)),
     (nn.PReLU, (("num_parameters", 0),)),
 )
-"""Attributes that repeat a size of the weight, and which."""
+"""For each type of module, attributes that repeat a size of its weight, and the dimension."""
 
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-"""What attention modules call the number of their heads."""
+"""Attributes of attention modules for the number of heads."""
 
 _WIDTHS = ("all_head_size", "inner_dim")
-"""What they call the width of all heads together."""
+"""Attributes of attention modules for the width of all heads together."""
 
 _FIXED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-"""Modules that derive sizes from one another, and cannot lose a part of one."""
+"""Modules whose tensors must keep their shapes, because one size follows from another."""
 
 
 def remove(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any] = ()) -> Removal:
@@ -47,10 +47,10 @@ def remove(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any] = (
 
     Args:
         model: A model in eval mode with zeros in its weights. Tensors that get smaller are
-            replaced; the model is for nobody else to hold.
-        groups: The units, and where they lie.
-        batches: What the model is run on to see which constants its layers are given. Without,
-            constants are known only where a group says what is ``between``.
+            replaced by new ones.
+        groups: The units, and the tensors that hold their entries.
+        batches: Example inputs, to find the constant inputs of layers. Without batches, constants
+            are known only for groups with an activation ``between``.
 
     Raises:
         ValueError: If a group does not fit the model.
@@ -67,63 +67,61 @@ def remove(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any] = (
         (Linear(in_features=1, out_features=2, bias=True), [[1.0, 2.0]])
     """
     _check(model, groups)
-    given = constants(model, _readers(groups), batches) if batches else _declared(model, groups)
-    removal = find(model, groups, given)
-    apply(model, removal, given)
+    inputs = constants(model, _readers(groups), batches) if batches else _declared(model, groups)
+    removal = find(model, groups, inputs)
+    apply(model, removal, inputs)
     return removal
 
 
 def find(
-    model: nn.Module, groups: Sequence[Group], given: Mapping[str, Tensor] | None = None
+    model: nn.Module, groups: Sequence[Group], inputs: Mapping[str, Tensor] | None = None
 ) -> Removal:
-    """What would be left of every tensor without the dead units.
-
-    Units that are read only by units that go, go too.
+    """The removal of all dead units, and of the units that only dead units read.
 
     Args:
         model: The model.
-        groups: The units, and where they lie.
-        given: The constants that layers are given, as from `constants`.
+        groups: The units, and the tensors that hold their entries.
+        inputs: The constant inputs of layers, as from `constants`.
     """
     tensors = _tensors(model)
-    used = {m.tensor: tensors[m.tensor] != 0 for group in groups for m in group.members}
-    gone = [torch.zeros(group.size, dtype=torch.bool) for group in groups]
-    again = True
-    while again:
-        again = False
-        for group, dead in zip(groups, gone, strict=True):
-            found = (_unread(group, used) | _constant(group, used, given or {})) & ~dead
-            spare(model, group, dead, found)
-            if found.any():
-                again = True
-                dead |= found
+    nonzero = {m.tensor: tensors[m.tensor] != 0 for group in groups for m in group.members}
+    dead = [torch.zeros(group.size, dtype=torch.bool) for group in groups]
+    changed = True
+    while changed:
+        changed = False
+        for group, units in zip(groups, dead, strict=True):
+            more = (_unread(group, nonzero) | _constant(group, nonzero, inputs or {})) & ~units
+            keep_one(model, group, units, more)
+            if more.any():
+                changed = True
+                units |= more
                 for member in group.members:
-                    used[member.tensor].movedim(member.dim, 0)[~_stays(member, dead)] = False
-    return removal_of(model, groups, gone)
+                    nonzero[member.tensor].movedim(member.dim, 0)[~_stays(member, units)] = False
+    return removal_of(model, groups, dead)
 
 
-def apply(model: nn.Module, removal: Removal, given: Mapping[str, Tensor] | None = None) -> None:
-    """Cut what a removal cuts, in place, and move constants into the biases of who read them.
+def apply(model: nn.Module, removal: Removal, inputs: Mapping[str, Tensor] | None = None) -> None:
+    """Cut the tensors of a removal, in place, and move constants into biases.
 
     Args:
         model: A model with the zeros that the removal was found with.
-        removal: What to cut.
-        given: The constants that layers are given, as from `constants`.
+        removal: The cuts.
+        inputs: The constant inputs of layers, as from `constants`.
 
     Raises:
         ValueError: If the removal is not of this model.
     """
     _check_fits(model, removal)
-    moved = {}
+    biases = {}
     for cut in removal.cuts:
         layer = model.get_submodule(_layer(cut.tensor))
         if cut.tensor.endswith("weight") and isinstance(layer, (nn.Linear, _ConvNd)):
-            bias = _moved(cut, layer, (given or {}).get(_layer(cut.tensor)))
+            bias = _moved_bias(cut, layer, (inputs or {}).get(_layer(cut.tensor)))
             if bias is not None:
-                moved[layer] = bias
+                biases[layer] = bias
     resize(model, removal)
     with torch.no_grad():
-        for layer, bias in moved.items():
+        for layer, bias in biases.items():
             if layer.bias is None:
                 layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
             else:
@@ -132,14 +130,14 @@ def apply(model: nn.Module, removal: Removal, given: Mapping[str, Tensor] | None
 
 @torch.no_grad()
 def resize(model: nn.Module, removal: Removal) -> None:
-    """Cut what a removal cuts, in place, whatever the values are.
+    """Cut the tensors of a removal, in place, whatever their values are.
 
     Args:
         model: A model of the shapes that the removal was found with.
-        removal: What to cut.
+        removal: The cuts.
 
     Raises:
-        ValueError: If the removal is not of this model, or a module cannot have the sizes left.
+        ValueError: If the removal is not of this model, or a module cannot have the new sizes.
     """
     _check_fits(model, removal)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -147,61 +145,66 @@ def resize(model: nn.Module, removal: Removal) -> None:
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             owners.setdefault(id(tensor), []).append((module, attribute))
     tensors = _tensors(model)
-    touched: dict[nn.Module, str] = {}
+    resized: dict[nn.Module, str] = {}
     for cut in removal.cuts:
         tensor = tensors[cut.tensor]
         smaller = cut_out(tensor, cut)
         for module, attribute in owners[id(tensor)]:
-            if isinstance(module, _FIXED):
-                raise ValueError(
-                    f"'{cut.tensor}' belongs to a {type(module).__name__}, which cannot lose a "
-                    "part. Leave the group out."
-                )
-            if isinstance(module, nn.MultiheadAttention):
-                narrow(module)
-            if isinstance(module, _ConvNd) and attribute == "weight" and module.groups > 1:
-                module.groups = _groups_left(module.groups, cut)
-            if isinstance(module, nn.GroupNorm) and attribute == "weight":
-                module.num_groups = _groups_left(module.num_groups, cut)
-            if attribute in module._parameters:
-                module._parameters[attribute] = smaller  # type: ignore[assignment]
-            else:
-                module._buffers[attribute] = smaller
-            touched[module] = _layer(cut.tensor)
-    for module, name in touched.items():
-        _tell(module, name)
+            _replace(module, attribute, smaller, cut)
+            resized[module] = _layer(cut.tensor)
+    for module, name in resized.items():
+        _set_sizes(module, name)
     for path, count in removal.counts:
         owner, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(owner), attribute, count)
 
 
-def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -> dict[str, Tensor]:
-    """What each layer is given at each of its inputs, where that is always the same number.
+def _replace(module: nn.Module, attribute: str, smaller: Tensor, cut: Cut) -> None:
+    """Replace a tensor of a module by the part that stays, and adapt the module's groups."""
+    if isinstance(module, _FIXED):
+        raise ValueError(
+            f"'{cut.tensor}' belongs to a {type(module).__name__}, which cannot lose a "
+            "part. Leave the group out."
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        narrow(module)
+    if isinstance(module, _ConvNd) and attribute == "weight" and module.groups > 1:
+        module.groups = _groups_left(module.groups, cut)
+    if isinstance(module, nn.GroupNorm) and attribute == "weight":
+        module.num_groups = _groups_left(module.num_groups, cut)
+    if attribute in module._parameters:
+        module._parameters[attribute] = smaller  # type: ignore[assignment]
+    else:
+        module._buffers[attribute] = smaller
 
-    NaN stands where it is not, and where the number could not be moved into the layer's bias:
-    a convolution that pads with zeros does not see it everywhere.
+
+def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -> dict[str, Tensor]:
+    """The constant inputs of layers, ``[inputs]`` each: numbers that never change over the batches.
+
+    NaN stands for an input that changes, and for a constant that cannot be moved into the bias of
+    the layer: a convolution that pads with zeros does not read it at the border.
 
     Args:
         model: The model, in eval mode.
-        layers: The names of Linear layers and convolutions; others are left out.
-        batches: What the model is run on.
+        layers: Names of modules; Linear layers and convolutions among them count.
+        batches: Example inputs.
     """
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
-    found: dict[str, nn.Linear | _ConvNd] = {}
+    readers: dict[str, nn.Linear | _ConvNd] = {}
     handles = []
-    held = ExitStack()
+    narrowings = ExitStack()
     for name in layers:
         layer = model.get_submodule(name)
         parent = model.get_submodule(_layer(name))
-        if isinstance(parent, nn.MultiheadAttention):  # torch's does not call what it holds
-            held.enter_context(narrowed(parent))
+        if isinstance(parent, nn.MultiheadAttention):  # torch's does not call its layers
+            narrowings.enter_context(narrowed(parent))
         if not isinstance(layer, (nn.Linear, _ConvNd)):
             continue
-        found[name] = layer
+        readers[name] = layer
         dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
-        def note(
+        def record(
             module: nn.Module, args: Any, kwargs: Any, name: str = name, dim: int = dim
         ) -> None:
             x = (args[0] if args else kwargs["input"]).detach().movedim(dim, 0).flatten(1)
@@ -210,27 +213,27 @@ def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -
                 low[name] = least.minimum(low.get(name, least))
                 high[name] = most.maximum(high.get(name, most))
 
-        handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        with held:
+        with narrowings:
             run(model, batches)
     finally:
         for handle in handles:
             handle.remove()
-    seen = {}
-    for name, layer in found.items():
+    inputs = {}
+    for name, layer in readers.items():
         if name in low:
             # A weighted mean of equal numbers may differ from them in the last places.
-            near = 64 * torch.finfo(low[name].dtype).eps * high[name].abs()
-            same = high[name] - low[name] <= near
-            seen[name] = _movable(layer, torch.where(same, high[name], torch.nan))
-    return seen
+            rounding = 64 * torch.finfo(low[name].dtype).eps * high[name].abs()
+            is_constant = high[name] - low[name] <= rounding
+            inputs[name] = _movable(layer, torch.where(is_constant, high[name], torch.nan))
+    return inputs
 
 
 def _declared(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
-    """The constants of units whose weights are zero, from their biases and what is between."""
+    """The constant inputs of layers, from the biases and activations that groups declare."""
     tensors = _tensors(model)
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     for group in groups:
         if group.between is None:
             continue
@@ -241,23 +244,23 @@ def _declared(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
             if tensor.dim() == 1 and member.units == tuple(range(group.size)):
                 value = value.to(tensor) + tensor
         value = _between(model, group.between)(value)
-        used = {m.tensor: tensors[m.tensor] != 0 for m in makers}
-        value = torch.where(_silent(group, used).to(value.device), value, torch.nan)
+        nonzero = {m.tensor: tensors[m.tensor] != 0 for m in makers}
+        value = torch.where(_unmade(group, nonzero).to(value.device), value, torch.nan)
         for member in group.members:
             layer = model.get_submodule(_layer(member.tensor))
             if member.role == "in" and isinstance(layer, (nn.Linear, _ConvNd)):
                 index = member.index(value.device)
-                mine = torch.where(index == NOBODY, torch.nan, value[index.clamp_min(0)])
-                mine = _movable(layer, mine)
-                before = found.get(_layer(member.tensor))
-                found[_layer(member.tensor)] = (
-                    mine if before is None else torch.where(index == NOBODY, before, mine)
+                read = torch.where(index == NOBODY, torch.nan, value[index.clamp_min(0)])
+                read = _movable(layer, read)
+                others = inputs.get(_layer(member.tensor))
+                inputs[_layer(member.tensor)] = (
+                    read if others is None else torch.where(index == NOBODY, others, read)
                 )
-    return found
+    return inputs
 
 
 def _movable(layer: nn.Linear | _ConvNd, value: Tensor) -> Tensor:
-    """The same with NaN where a constant at an input is not the same at all outputs."""
+    """Constant inputs, with NaN for those that do not add the same number at all positions."""
     if isinstance(layer, nn.Linear):
         return value
     padded = (
@@ -274,10 +277,19 @@ def _movable(layer: nn.Linear | _ConvNd, value: Tensor) -> Tensor:
     return value
 
 
-def _moved(cut: Cut, layer: nn.Linear | _ConvNd, given: Tensor | None) -> Tensor | None:
-    """What the inputs that go give to the outputs that stay, ``[outputs]``; None if nothing."""
+def _moved_bias(cut: Cut, layer: nn.Linear | _ConvNd, inputs: Tensor | None) -> Tensor | None:
+    """The sum that removed constant inputs add to the outputs that stay, ``[outputs]``.
+
+    Args:
+        cut: The cut of the layer's weight.
+        layer: The layer before the cut.
+        inputs: The constant inputs of the layer, ``[inputs]``, or None.
+
+    Returns:
+        The sum, or None if it is zero.
+    """
     if isinstance(layer, _ConvNd) and layer.groups > 1:
-        return None  # its inputs go with its outputs
+        return None  # inputs and outputs are removed together
     weight = layer.weight.detach()
     if isinstance(layer, _ConvNd) and layer.transposed:
         weight = weight.transpose(0, 1)
@@ -287,24 +299,24 @@ def _moved(cut: Cut, layer: nn.Linear | _ConvNd, given: Tensor | None) -> Tensor
     if columns is None:
         return None
     weight = weight if rows is None else weight[list(rows)]
-    lost = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    lost[list(columns)] = False
-    lost &= (weight != 0).movedim(1, 0).flatten(1).any(1)
-    if not lost.any():
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[list(columns)] = False
+    removed &= (weight != 0).movedim(1, 0).flatten(1).any(1)
+    if not removed.any():
         return None
-    if given is None or given[lost].isnan().any():
+    if inputs is None or inputs[removed].isnan().any():
         raise ValueError(
             f"The plan does not fit the weights: '{_layer(cut.tensor)}' still reads input "
-            f"{int(lost.nonzero()[0])}, which is to go and is not a constant."
+            f"{int(removed.nonzero()[0])}, which is to go and is not a constant."
         )
-    if not given[lost].any():
+    if not inputs[removed].any():
         return None
-    whole = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    return whole[:, lost] @ given[lost].to(whole)
+    matrix = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    return matrix[:, removed] @ inputs[removed].to(matrix)
 
 
 def _check_fits(model: nn.Module, removal: Removal) -> None:
-    """Complain about a removal that is not of this model."""
+    """Check that a removal is of this model."""
     tensors = _tensors(model)
     for cut in removal.cuts:
         shape = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else None
@@ -317,7 +329,7 @@ def _check_fits(model: nn.Module, removal: Removal) -> None:
 
 
 def _check(model: nn.Module, groups: Iterable[Group]) -> None:
-    """Complain about groups that are not of this model."""
+    """Check that groups are of this model."""
     tensors = _tensors(model)
     for group in groups:
         for member in group.members:
@@ -348,11 +360,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _between(model: nn.Module, path: str) -> Any:
-    """What is at a path: a module, or a function that a module holds; None if nothing is."""
-    found: Any = model
+    """The module, or function of a module, at a path; None if nothing is at the path."""
+    value: Any = model
     for attribute in path.split("."):
-        found = getattr(found, attribute, None)
-    return found
+        value = getattr(value, attribute, None)
+    return value
 
 
 def _readers(groups: Iterable[Group]) -> list[str]:
@@ -372,120 +384,128 @@ def _stays(member: Member, dead: Tensor) -> Tensor:
     return ~dead[index.clamp_min(0)] | (index == NOBODY)
 
 
-def _touched(group: Group, member: Member, used: Mapping[str, Tensor]) -> Tensor:
+def _has_nonzero(group: Group, member: Member, nonzero: Mapping[str, Tensor]) -> Tensor:
     """For each unit, whether any of a member's entries is not zero, ``[size]``."""
-    along = used[member.tensor].movedim(member.dim, 0).flatten(1).any(1).cpu()
+    along = nonzero[member.tensor].movedim(member.dim, 0).flatten(1).any(1).cpu()
     index = member.index()
-    found = torch.zeros(group.size, dtype=torch.bool)
-    found[index[along & (index != NOBODY)]] = True
-    return found
+    units = torch.zeros(group.size, dtype=torch.bool)
+    units[index[along & (index != NOBODY)]] = True
+    return units
 
 
-def _unread(group: Group, used: Mapping[str, Tensor]) -> Tensor:
-    """Units whose readers all have zeros for them, ``[size]``."""
-    readers = [_touched(group, m, used) for m in group.members if m.role == "in"]
+def _unread(group: Group, nonzero: Mapping[str, Tensor]) -> Tensor:
+    """Units that only zero weights read, bool ``[size]``."""
+    readers = [_has_nonzero(group, m, nonzero) for m in group.members if m.role == "in"]
     if not readers:
         return torch.zeros(group.size, dtype=torch.bool)
     return ~torch.stack(readers).any(0)
 
 
-def _silent(group: Group, used: Mapping[str, Tensor]) -> Tensor:
-    """Units that no weight makes, so that they are constants, ``[size]``."""
+def _unmade(group: Group, nonzero: Mapping[str, Tensor]) -> Tensor:
+    """Units that only zero weights make, so that they are constants, bool ``[size]``."""
     makers = [
-        _touched(group, m, used)
+        _has_nonzero(group, m, nonzero)
         for m in group.members
-        if m.role == "out" and used[m.tensor].dim() > 1
+        if m.role == "out" and nonzero[m.tensor].dim() > 1
     ]
     if not makers:
         return torch.zeros(group.size, dtype=torch.bool)
     return ~torch.stack(makers).any(0)
 
 
-def _constant(group: Group, used: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
-    """Units that are constants which all their readers can have in their biases, ``[size]``."""
-    found = _silent(group, used)
+def _constant(group: Group, nonzero: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """Constant units that can be moved into the biases of all their readers, bool ``[size]``."""
+    units = _unmade(group, nonzero)
     for member in group.members:
-        if member.role != "in" or not found.any():
+        if member.role != "in" or not units.any():
             continue
-        value = given.get(_layer(member.tensor))
-        read = used[member.tensor].movedim(member.dim, 0).flatten(1).any(1).cpu()
-        if value is not None and len(value) == len(read):
-            read &= value.isnan().cpu()
+        value = inputs.get(_layer(member.tensor))
+        stuck = nonzero[member.tensor].movedim(member.dim, 0).flatten(1).any(1).cpu()
+        if value is not None and len(value) == len(stuck):
+            stuck &= value.isnan().cpu()
         index = member.index()
-        found[index[read & (index != NOBODY)]] = False
-    return found
+        units[index[stuck & (index != NOBODY)]] = False
+    return units
 
 
-def spare(model: nn.Module, group: Group, dead: Tensor, found: Tensor) -> None:
-    """Take back a unit where a tensor would have none: Linear layers and attention may, others not.
+def keep_one(model: nn.Module, group: Group, dead: Tensor, more: Tensor) -> None:
+    """Keep one unit in any tensor that would become empty.
+
+    Linear layers and attention run without any unit; other modules do not.
 
     Args:
         model: The model.
         group: The units.
-        dead: Those that have gone already, bool ``[size]``.
-        found: Those that are to go, too; changed in place.
+        dead: Units that are removed already, bool ``[size]``.
+        more: Units that are to be removed too, bool ``[size]``; changed in place.
     """
     kinds = (nn.Linear, nn.MultiheadAttention)
     for member in group.members:
         runs_empty = isinstance(model.get_submodule(_layer(member.tensor)), kinds)
-        if not runs_empty and not _stays(member, dead | found).any():
+        if not runs_empty and not _stays(member, dead | more).any():
             index = member.index()
-            found[index[found[index]][-1]] = False
+            more[index[more[index]][-1]] = False
 
 
-def removal_of(model: nn.Module, groups: Sequence[Group], gone: Sequence[Tensor]) -> Removal:
-    """What is left of every tensor without these units, whatever their weights.
+def removal_of(model: nn.Module, groups: Sequence[Group], dead: Sequence[Tensor]) -> Removal:
+    """The removal of these units, whatever their weights.
 
     Args:
         model: The model.
         groups: The groups.
-        gone: For each, which of its units go, bool ``[size]``.
+        dead: For each group the units to remove, bool ``[size]``.
     """
     tensors = _tensors(model)
-    first: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
+        first_names.setdefault(id(tensor), name)
     stays: dict[str, dict[int, Tensor]] = {}
     counts: dict[str, int] = {}
-    for group, dead in zip(groups, gone, strict=True):
-        if not dead.any():
+    for group, units in zip(groups, dead, strict=True):
+        if not units.any():
             continue
         for member in group.members:
-            dims = stays.setdefault(first[id(tensors[member.tensor])], {})
-            mine = _stays(member, dead)
-            dims[member.dim] = dims[member.dim] & mine if member.dim in dims else mine
-        counts.update(_counts(model, group, int((~dead).sum())))
+            dims = stays.setdefault(first_names[id(tensors[member.tensor])], {})
+            kept = _stays(member, units)
+            dims[member.dim] = dims[member.dim] & kept if member.dim in dims else kept
+        counts.update(_counts(model, group, int((~units).sum())))
     cuts = []
     for name, dims in stays.items():
-        kept = tuple(
+        indices = tuple(
             tuple(dims[d].nonzero().flatten().tolist()) if d in dims and not dims[d].all() else None
             for d in range(tensors[name].dim())
         )
-        if any(k is not None for k in kept):
-            cuts.append(Cut(name, tuple(tensors[name].shape), kept))
+        if any(i is not None for i in indices):
+            cuts.append(Cut(name, tuple(tensors[name].shape), indices))
     return Removal(tuple(cuts), tuple(counts.items()))
 
 
 def _counts(model: nn.Module, group: Group, left: int) -> dict[str, int]:
-    """What the attention module of a group of heads counts, and what it becomes."""
+    """The new values of attributes that count the units of a group, by their paths.
+
+    Args:
+        model: The model.
+        group: The units, before removal.
+        left: The number of units after removal.
+    """
     if group.counts:
         return {path: attrgetter(path)(model) * left // group.size for path in group.counts}
     makers = [m for m in group.members if m.role == "out" and m.tensor.endswith("weight")]
-    heads = any(
+    are_heads = any(
         m.role == "with" and isinstance(model.get_submodule(_layer(m.tensor)), nn.Linear)
         for m in group.members
     )
-    found: dict[str, int] = {}
-    if heads and makers:
+    counts: dict[str, int] = {}
+    if are_heads and makers:
         path = _layer(_layer(makers[0].tensor))
         parent = model.get_submodule(path)
         width = len(makers[0].units)
-        each = dict.fromkeys(_COUNTS, (group.size, left))
-        each |= dict.fromkeys(_WIDTHS, (width, width // group.size * left))
-        for name, (before, after) in each.items():
+        values = dict.fromkeys(_COUNTS, (group.size, left))
+        values |= dict.fromkeys(_WIDTHS, (width, width // group.size * left))
+        for name, (before, after) in values.items():
             if getattr(parent, name, None) == before:
-                found[f"{path}.{name}" if path else name] = after
-    return found
+                counts[f"{path}.{name}" if path else name] = after
+    return counts
 
 
 def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
@@ -493,7 +513,7 @@ def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
 
     Args:
         tensor: The tensor.
-        cut: What to keep of it.
+        cut: The indices to keep.
     """
     part = tensor.detach()
     for dim, kept in enumerate(cut.kept):
@@ -508,15 +528,15 @@ def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
 
 
 def _groups_left(groups: int, cut: Cut) -> int:
-    """How many groups of channels a layer has left; whole ones go, or the same of each."""
+    """The number of groups of channels after a cut: of whole groups, or of as many of each."""
     rows = cut.kept[0]
     if rows is None:
         return groups
     each = cut.shape[0] // groups
     left = [sum(1 for row in rows if row // each == g) for g in range(groups)]
-    whole = [count for count in left if count]
-    if all(count == each for count in whole):
-        return len(whole)
+    nonempty = [count for count in left if count]
+    if all(count == each for count in nonempty):
+        return len(nonempty)
     if len(set(left)) == 1:
         return groups
     raise ValueError(
@@ -525,11 +545,15 @@ def _groups_left(groups: int, cut: Cut) -> int:
     )
 
 
-def _tell(module: nn.Module, name: str) -> None:
-    """Set the sizes that a module keeps beside its tensors, and see that they agree."""
-    held = {**module._parameters, **module._buffers}
-    lines = {k: len(v) for k, v in held.items() if v is not None and v.dim() == 1}
-    weight = held.get("weight")
+def _set_sizes(module: nn.Module, name: str) -> None:
+    """Set the sizes that a module keeps as attributes from its tensors, and check that they agree.
+
+    Raises:
+        ValueError: If a bias or statistic has another length than the module has outputs.
+    """
+    tensors = {**module._parameters, **module._buffers}
+    vectors = {k: len(v) for k, v in tensors.items() if v is not None and v.dim() == 1}
+    weight = tensors.get("weight")
     outputs = None
     if isinstance(module, _ConvNd):
         first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
@@ -540,11 +564,11 @@ def _tell(module: nn.Module, name: str) -> None:
         module.normalized_shape = tuple(weight.shape)
     for kind, attributes in _SIZES:
         if isinstance(module, kind):
-            shape = next(tuple(v.shape) for v in (weight, *held.values()) if v is not None)
+            shape = next(tuple(v.shape) for v in (weight, *tensors.values()) if v is not None)
             for attribute, dim in attributes:
                 setattr(module, attribute, shape[dim])
             outputs = shape[0]
-    for key, length in lines.items():
+    for key, length in vectors.items():
         if key != "weight" and outputs is not None and length != outputs:
             raise ValueError(
                 f"'{name}' is left with {outputs} outputs, and its '{key}' with {length} entries. "

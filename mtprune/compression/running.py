@@ -1,7 +1,7 @@
-"""Running a model on its example inputs: outputs, and what each layer was given."""
+"""Running a model on example inputs, and finding the tensors in its outputs."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,35 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mtprune.collect import untouched
-from mtprune.compression.attention import can_open
-from mtprune.compression.sites import Site
+from mtprune.model.running import untouched
 
-__all__ = [
-    "Calls",
-    "call",
-    "calls",
-    "check_devices",
-    "named_tensors",
-    "parse",
-    "run",
-    "self_attentions",
-    "unnested",
-]
-
-Calls = dict[tuple[int, ...], tuple[Tensor, int]]
-"""For each shape that a layer was given: one such input, and how often it came."""
+__all__ = ["call", "check_devices", "named_tensors", "parse", "run", "unnested"]
 
 
 def parse(example_inputs: Any) -> list[Any]:
-    """The batches in what the user gave.
+    """Example inputs as a list of batches: a list is several batches, anything else is one.
 
     Example:
         >>> len(parse(torch.zeros(2))), len(parse([torch.zeros(2), torch.zeros(8)]))
         (1, 2)
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the list is empty.
     """
     batches = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not batches:
@@ -46,18 +31,18 @@ def parse(example_inputs: Any) -> list[Any]:
 
 
 def check_devices(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Complain about inputs that are somewhere else than the model.
+    """Check that batches are on the device of the model, if the model is on one.
 
     Raises:
-        ValueError: If they are.
+        ValueError: If a tensor of a batch is on another device.
     """
-    there = {p.device for p in model.parameters()}
+    devices = {p.device for p in model.parameters()}
     for i, batch in enumerate(batches):
         for leaf in tree_leaves(batch):
-            if isinstance(leaf, Tensor) and len(there) == 1 and leaf.device not in there:
+            if isinstance(leaf, Tensor) and len(devices) == 1 and leaf.device not in devices:
                 raise ValueError(
                     f"`example_inputs[{i}]` is on {leaf.device} and the model on "
-                    f"{next(iter(there))}. Move one of them."
+                    f"{next(iter(devices))}. Move one of them."
                 )
 
 
@@ -90,67 +75,22 @@ def run(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
     return outputs
 
 
-def calls(model: nn.Module, sites: Iterable[Site], batches: Sequence[Any]) -> dict[str, Calls]:
-    """What each layer is given when the model runs on all batches."""
-    found: dict[str, Calls] = {}
-    handles = []
-    for site in sites:
-        mine = found.setdefault(site.name, {})
-
-        def note(module: nn.Module, args: Any, kwargs: Any, mine: Calls = mine) -> None:
-            x = args[0] if args else kwargs["input"]
-            held, times = mine.get(tuple(x.shape), (x.detach(), 0))
-            mine[tuple(x.shape)] = (held, times + 1)
-
-        handles.append(site.layer.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def self_attentions(model: nn.Module, batches: Sequence[Any]) -> list[str]:
-    """Attentions that look at what they are given and nothing else, and that can be opened."""
-    alone: dict[str, bool] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name and isinstance(module, nn.MultiheadAttention) and can_open(module):
-
-            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                query, key, value = (*args, *(kwargs[k] for k in _ATTENDS[len(args) :]))[:3]
-                alone[name] = alone.get(name, True) and query is key and key is value
-
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        if handles:
-            run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [name for name, only in alone.items() if only]
-
-
-_ATTENDS = ("query", "key", "value")
-
-
 @contextmanager
 def unnested(model: nn.Module) -> Iterator[None]:
     """Keep ``TransformerEncoder`` from nested tensors, which only its fused layers understand."""
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    before = [encoder.use_nested_tensor for encoder in encoders]
+    settings = [encoder.use_nested_tensor for encoder in encoders]
     for encoder in encoders:
         encoder.use_nested_tensor = False
     try:
         yield
     finally:
-        for encoder, was in zip(encoders, before, strict=True):
-            encoder.use_nested_tensor = was
+        for encoder, setting in zip(encoders, settings, strict=True):
+            encoder.use_nested_tensor = setting
 
 
 def named_tensors(outputs: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in what a model returned: mappings, sequences and dataclasses are looked into.
+    """All tensors in a model's outputs, in nested mappings, sequences and dataclasses too.
 
     Example:
         >>> [name for name, _ in named_tensors({"a": (torch.ones(1), torch.ones(1))})]

@@ -1,4 +1,4 @@
-"""Shrinking: the units a model may lose, the dead ones gone, and what is left compared."""
+"""Shrinking: dead units leave the model, and its outputs are compared with those before."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -8,61 +8,58 @@ from typing import Any
 
 from torch import nn
 
-from mtprune.components import find_layers
 from mtprune.compression.plan import Plan, Removal
 from mtprune.compression.removal import apply, constants, remove
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.trial import complete
 from mtprune.compression.verify import difference, verify
+from mtprune.model.layers import find_layers
 from mtprune.patterns import heads, neurons
 from mtprune.structure import Group
 
-__all__ = ["check_shrunk", "shrink", "units_of"]
+__all__ = ["check_shrunk", "groups_of", "shrink"]
 
 
-def _known(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
-    """Heads and neurons that are where patterns look, and can be removed."""
-    found = []
-    for look in (heads, neurons):
-        with suppress(ValueError):  # there are none
-            found += look(model)
-    return complete(model, found, batches) if found else []
+def _known_groups(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
+    """Heads and neurons that patterns find and a trial can remove."""
+    groups = []
+    for find in (heads, neurons):
+        with suppress(ValueError):  # the model has none
+            groups += find(model)
+    return complete(model, groups, batches) if groups else []
 
 
-def units_of(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
-    """The groups in what the user gave."""
+def groups_of(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
+    """The argument ``groups`` of `compress` as a list of groups."""
     if groups is None or groups == "auto":
-        return _known(model, batches)
-    given = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
-    found: list[Group] = []
-    for item in given if isinstance(given, Iterable) else [given]:
+        return _known_groups(model, batches)
+    items = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
+    units: list[Group] = []
+    for item in items if isinstance(items, Iterable) else [items]:
         if isinstance(item, Group):
-            found.append(item)
+            units.append(item)
         elif hasattr(item, "groups"):
-            found += item.groups(model, find_layers(model))
+            units += item.groups(model, find_layers(model))
         else:
             raise TypeError(
                 "`groups` must be groups (mtprune.structure.Group) or a granularity whose units "
                 f"can be removed, mtprune.Channel(example_inputs) for instance. Got {item!r}."
             )
-    return found
+    return units
 
 
 def shrink(
     work: nn.Module, units: Sequence[Group], batches: Sequence[Any], plan: Plan | None
 ) -> Removal:
-    """Remove what is dead, or what the plan says."""
+    """Remove the dead units of the groups, or the units that a plan removes."""
     if plan is None:
         return remove(work, units, batches) if units else Removal()
     if plan.removal:
+        known = dict(work.named_modules())
         layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
-        apply(work, plan.removal, constants(work, _layers(work, layers), batches))
+        inputs = constants(work, [name for name in layers if name in known], batches)
+        apply(work, plan.removal, inputs)
     return plan.removal
-
-
-def _layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    known = dict(model.named_modules())
-    return [name for name in names if name in known]
 
 
 def check_shrunk(
@@ -73,7 +70,19 @@ def check_shrunk(
     batches: Sequence[Any],
     tolerance: float | None,
 ) -> None:
-    """Compare what is left after removal, and name the group that should not have been removed."""
+    """Compare outputs after removal with those before, and name the group to leave out if not.
+
+    Args:
+        model: The model before removal.
+        work: The model after removal.
+        expected: The outputs before, one for each batch.
+        units: The groups that were removed from.
+        batches: Example inputs.
+        tolerance: As for `verify`.
+
+    Raises:
+        RuntimeError: If the model no longer runs, or outputs differ.
+    """
     worst = partial(_worst_group, model, expected, units, batches)
     try:
         got = run(work, batches)
@@ -87,7 +96,7 @@ def check_shrunk(
 def _worst_group(
     model: nn.Module, expected: Sequence[Any], units: Sequence[Group], batches: Sequence[Any]
 ) -> str:
-    """Which group does most harm when its dead units alone are removed."""
+    """A sentence on the group that changes outputs most when its dead units alone are removed."""
     worst, most = None, -1.0
     for group in units:
         alone = copy.deepcopy(model).eval()

@@ -1,4 +1,4 @@
-"""Sites: the layers that could take another form, and why some cannot."""
+"""Sites: the layers that could take another form, and why some must stay dense."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mtprune.compression.attention import SelfAttention, can_open
-from mtprune.compression.kernels import Dense, Kernel
+from mtprune.compression.forms import Dense, Form
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
 
 
-Places = tuple[tuple[nn.Module, str], ...]
-"""Where a module hangs: its parents, and the attribute of each."""
+Parents = tuple[tuple[nn.Module, str], ...]
+"""All modules that hold a module as a child, and under which attribute."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,48 +23,48 @@ class Opened:
     """An attention whose projections are layers, as long as one of them has another form.
 
     Attributes:
-        attention: As it was, with what torch has fused.
-        own: As layers.
-        parents: Where it hangs.
+        attention: The attention as it was, with torch's fused projections.
+        own: The same attention with its projections as layers.
+        parents: The parents of the attention.
     """
 
     attention: nn.MultiheadAttention
     own: SelfAttention
-    parents: Places
+    parents: Parents
 
     def settle(self) -> None:
-        """Hang there what is needed now."""
-        replaced = any(isinstance(module, Kernel) for module in self.own.children())
-        _hang(self.own if replaced else self.attention, self.parents)
+        """Use the attention with layers if one of them has another form, the fused one if not."""
+        replaced = any(isinstance(module, Form) for module in self.own.children())
+        _set_child(self.parents, self.own if replaced else self.attention)
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One prunable layer of a model, and where it hangs.
+    """A Linear or Conv2d of a model, and its place in the model.
 
     Attributes:
-        name: Its first name.
+        name: The first name of the layer.
         layer: The layer as it is.
-        parents: Module and attribute of all places where it hangs.
-        held: Why it must stay dense; empty if nothing is against another form.
-        opened: The attention that it is a projection of, if it is one.
+        parents: The parents of the layer.
+        why_dense: Why the layer must stay dense; empty if it may take another form.
+        opened: The attention that the layer is a projection of, or None.
     """
 
     name: str
     layer: Dense
-    parents: Places
-    held: str = ""
+    parents: Parents
+    why_dense: str = ""
     opened: Opened | None = None
 
     def place(self, module: nn.Module) -> None:
-        """Hang this module there instead."""
-        _hang(module, self.parents)
+        """Put a module in the place of the layer."""
+        _set_child(self.parents, module)
         if self.opened is not None:
             self.opened.settle()
 
     @property
     def bytes(self) -> int:
-        """Of the dense form."""
+        """The bytes of the dense layer."""
         bias = 0 if self.layer.bias is None else self.layer.bias.nbytes
         return self.layer.weight.nbytes + bias
 
@@ -74,55 +74,56 @@ def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]
 
     Args:
         model: The model.
-        attentions: Names of `MultiheadAttention` whose projections shall be layers too: they are
-            opened, and closed again when the last of them is placed as it was.
+        attentions: Names of `MultiheadAttention` whose projections become layers too. Each is
+            opened, and closed again when the last of its projections is dense.
 
     Example:
         >>> [site.name for site in find_sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
         ['0']
     """
-    places = _places(model)
+    parents = _parents(model)
     opened: dict[nn.Module, Opened] = {}
     for name, module in list(model.named_modules()):
         if name in attentions and isinstance(module, nn.MultiheadAttention) and can_open(module):
             own = SelfAttention.of(module)
-            opened[own] = Opened(module, own, places[module])
-            _hang(own, places[module])
+            opened[own] = Opened(module, own, parents[module])
+            _set_child(parents[module], own)
     if opened:
-        places = _places(model)
-    inside = {id(m) for k in model.modules() if isinstance(k, Kernel) for m in k.modules()}
+        parents = _parents(model)
+    in_forms = {id(m) for form in model.modules() if isinstance(form, Form) for m in form.modules()}
     uses: Counter[int] = Counter()
     for module in model.modules():
         uses.update(id(parameter) for parameter in module._parameters.values())
     sites = []
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or id(module) in inside:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or id(module) in in_forms:
             continue
         if "weight" in module._parameters:
-            shared = uses[id(module.weight)] > 1
-            held = _held(module, name, shared)
-            parents = places.get(module, ())
-            of = next((opened[parent] for parent, _ in parents if parent in opened), None)
-            sites.append(Site(name, module, parents, held, of))
+            why_dense = _why_dense(module, name, is_tied=uses[id(module.weight)] > 1)
+            mine = parents.get(module, ())
+            attention = next((opened[parent] for parent, _ in mine if parent in opened), None)
+            sites.append(Site(name, module, mine, why_dense, attention))
     return sites
 
 
-def _places(model: nn.Module) -> dict[nn.Module, Places]:
-    places: dict[nn.Module, Places] = {}
+def _parents(model: nn.Module) -> dict[nn.Module, Parents]:
+    """The parents of each module of a model."""
+    parents: dict[nn.Module, Parents] = {}
     for module in model.modules():
         for attribute, child in module._modules.items():
             if child is not None:
-                places[child] = (*places.get(child, ()), (module, attribute))
-    return places
+                parents[child] = (*parents.get(child, ()), (module, attribute))
+    return parents
 
 
-def _hang(module: nn.Module, parents: Places) -> None:
+def _set_child(parents: Parents, module: nn.Module) -> None:
     for parent, attribute in parents:
         parent._modules[attribute] = module
 
 
-def _held(module: Dense, name: str, shared: bool) -> str:
-    if shared:
+def _why_dense(module: Dense, name: str, is_tied: bool) -> str:
+    """Why a layer must stay dense; empty if it may take another form."""
+    if is_tied:
         return "its weight is tied to another"
     if type(module) not in (nn.Linear, nn.Conv2d):
         # MultiheadAttention reads the weight of its out_proj, which is of such a type.
@@ -135,14 +136,14 @@ def _held(module: Dense, name: str, shared: bool) -> str:
 
 
 def refuse_unfinished(model: nn.Module) -> None:
-    """Complain about weights that are still computed from something else.
+    """Check that all weights are parameters, not computed from masks or parametrizations.
 
     Raises:
         ValueError: If a module is pruned but not finalized, or parametrized.
     """
     for name, module in model.named_modules():
-        held: dict[str, Any] = module._parameters
-        pruned = [key[:-5] for key in held if key.endswith("_orig")]
+        parameters: dict[str, Any] = module._parameters
+        pruned = [key[:-5] for key in parameters if key.endswith("_orig")]
         pruned = [key for key in pruned if key + "_mask" in module._buffers]
         label = name or type(module).__name__
         if pruned:

@@ -1,4 +1,4 @@
-"""Timing: functions take turns, so that what else the machine does hits all alike."""
+"""Timing: functions take turns, so that other load of the machine slows all alike."""
 
 import gc
 import time
@@ -10,7 +10,7 @@ import torch
 __all__ = ["Measure", "interleaved", "sampled"]
 
 Measure = Callable[[Sequence[Callable[[], object]]], Sequence[float]]
-"""From functions to the milliseconds that each takes."""
+"""How functions are timed: from functions to the milliseconds of each."""
 
 
 def interleaved(functions: Sequence[Callable[[], object]]) -> list[float]:
@@ -33,8 +33,8 @@ def sampled(
 
     Args:
         functions: The functions.
-        most: How many rounds; fewer if one takes seconds.
-        least: No fewer than these.
+        most: The number of rounds, if no function takes seconds.
+        least: The least number of rounds, however slow a function is.
 
     Example:
         >>> [len(times) for times in sampled([lambda: None, lambda: None], most=20, least=20)]
@@ -43,11 +43,11 @@ def sampled(
     loops, rounds = [], most
     for function in functions:
         function()  # the first call allocates
-        once = _seconds(function, 1)
-        loops.append(max(1, min(200, int(1e-3 / max(once, 1e-9)))))
-        rounds = min(rounds, max(least, int(2 / max(once, 1e-9))))
+        seconds = max(_seconds(function, 1), 1e-9)
+        loops.append(max(1, min(200, int(1e-3 / seconds))))
+        rounds = min(rounds, max(least, int(2 / seconds)))
     samples: list[list[float]] = [[] for _ in functions]
-    enabled = gc.isenabled()
+    collects = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
@@ -55,12 +55,13 @@ def sampled(
                 i = (i + turn) % len(functions)
                 samples[i].append(_seconds(functions[i], loops[i]) / loops[i])
     finally:
-        if enabled:
+        if collects:
             gc.enable()
     return [[1e3 * seconds for seconds in times] for times in samples]
 
 
 def _seconds(function: Callable[[], object], times: int) -> float:
+    """The seconds of so many calls, all work on a GPU included."""
     _wait()
     start = time.perf_counter()
     for _ in range(times):

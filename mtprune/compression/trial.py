@@ -1,4 +1,4 @@
-"""Trial: whether groups are complete, found out by removing some of their units."""
+"""Trial: whether groups are complete, by removing some of their units from a copy."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.batchnorm import recalibrate_bn
-from mtprune.compression.removal import removal_of, resize, spare
+from mtprune.compression.removal import keep_one, removal_of, resize
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import TOLERANCES, difference
 from mtprune.structure import NOBODY, Group
@@ -17,20 +17,21 @@ from mtprune.structure import NOBODY, Group
 __all__ = ["complete"]
 
 _ROUNDING = {**TOLERANCES, torch.float32: 1e-4}
-"""What deep nets may be off by for no reason; without a unit they are off by far more."""
+"""The relative rounding error of deep nets; a unit that is still needed makes far more."""
 
 
 @torch.no_grad()
 def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) -> list[Group]:
-    """The groups of which any unit can be removed once its readers have zeros for it.
+    """The groups whose units can be removed once the weights that read them are zero.
 
-    In a copy of the model, some units of each group are no longer read, and then removed. If
-    that changes the outputs, or the model no longer runs, more depends on them than the group says.
+    In a copy of the model, the weights that read some units of each group become zero, and then
+    these units are removed. If removal changes the outputs, or the model no longer runs, the group
+    does not name all tensors that depend on its units.
 
     Args:
         model: The model; it is left as it is.
         groups: The groups.
-        batches: What it is run on.
+        batches: The example inputs that the model is run on.
 
     Example:
         >>> from mtprune.structure import Member
@@ -44,30 +45,31 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
         1
     """
     random = torch.Generator().manual_seed(0)
-    base = _shaken(model, batches, random)
+    base = _perturbed_copy(model, batches, random)
     with unnested(base):
-        pairs = [(group, _some(base, group, random)) for group in groups]
+        pairs = [(group, _some_units(base, group, random)) for group in groups]
         pairs = [(group, dead) for group, dead in pairs if dead.any()]
-        found = _holding(base, pairs, batches)
-        if len(found) < len(pairs) and not _holds(base, found, batches):
-            tried, found = found, []
-            for pair in tried:
-                if _holds(base, [*found, pair], batches):
-                    found.append(pair)
-    return [group for group, _ in found]
+        passed = _removable(base, pairs, batches)
+        if len(passed) < len(pairs) and not _can_remove(base, passed, batches):
+            # Each half passed alone, and together they do not: add them one by one.
+            candidates, passed = passed, []
+            for pair in candidates:
+                if _can_remove(base, [*passed, pair], batches):
+                    passed.append(pair)
+    return [group for group, _ in passed]
 
 
-def _shaken(model: nn.Module, batches: Sequence[Any], random: torch.Generator) -> nn.Module:
-    """A copy in which nothing hides what depends on it."""
+def _perturbed_copy(model: nn.Module, batches: Sequence[Any], random: torch.Generator) -> nn.Module:
+    """A copy in which every dependency shows in the outputs."""
     base = copy.deepcopy(model).eval()
     for parameter in base.parameters():
-        # Not by zeros, as in a last layer at the start.
+        # Zeros, as in a last layer at the start, would hide it.
         if parameter.is_floating_point() and parameter.numel():
             size = float(parameter.abs().mean()) or 0.1
             noise = torch.randn(parameter.shape, generator=random) * size / 4
             parameter.add_(noise.to(parameter))
     with unnested(base), torch.random.fork_rng(devices=[]), suppress(ValueError):
-        # Nor by being so faint that it is lost in rounding. There may be too little to measure.
+        # So would batch norms that shrink it below rounding. Batches may be too small to measure.
         recalibrate_bn(base, batches)
     with unnested(base):
         tensors = [t for out in run(base, batches) for _, t in named_tensors(out)]
@@ -75,39 +77,41 @@ def _shaken(model: nn.Module, batches: Sequence[Any], random: torch.Generator) -
     return base if finite else copy.deepcopy(model).eval()
 
 
-def _some(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:
-    """A random number of random units, which leave something of every tensor."""
+def _some_units(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:
+    """A random number of random units, bool ``[size]``, without which no tensor is empty."""
     share = 0.2 + 0.6 * float(torch.rand(1, generator=random))
     order = torch.randperm(group.size, generator=random)
     dead = torch.zeros(group.size, dtype=torch.bool)
     dead[order[: max(1, int(share * group.size))]] = True
-    spare(model, group, torch.zeros_like(dead), dead)
+    keep_one(model, group, torch.zeros_like(dead), dead)
     return dead
 
 
 _Pairs = list[tuple[Group, Tensor]]
+"""Groups, each with the units to remove, bool ``[size]``."""
 
 
-def _holding(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> _Pairs:
-    """Those that can go, found by halving."""
-    if not pairs or _holds(base, pairs, batches):
+def _removable(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> _Pairs:
+    """The pairs that pass the trial, by halving; those of two halves may not pass together."""
+    if not pairs or _can_remove(base, pairs, batches):
         return pairs
     if len(pairs) == 1:
         return []
     middle = len(pairs) // 2
     left, right = pairs[:middle], pairs[middle:]
-    return [*_holding(base, left, batches), *_holding(base, right, batches)]
+    return [*_removable(base, left, batches), *_removable(base, right, batches)]
 
 
-def _holds(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
+def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
+    """Whether all these units can be removed together once no weight reads them."""
     masked = copy.deepcopy(base)
     for group, dead in pairs:
         for member in group.members:
             if member.role == "in":
                 tensor = masked.get_parameter(member.tensor).detach()
                 index = member.index()
-                lost = dead[index.clamp_min(0)] & (index != NOBODY)
-                tensor.movedim(member.dim, 0)[lost.to(tensor.device)] = 0
+                unread = dead[index.clamp_min(0)] & (index != NOBODY)
+                tensor.movedim(member.dim, 0)[unread.to(tensor.device)] = 0
     expected = run(masked, batches)
     try:
         resize(masked, removal_of(masked, [g for g, _ in pairs], [dead for _, dead in pairs]))
@@ -115,9 +119,9 @@ def _holds(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     except ValueError:
         return False
     for before, after in zip(expected, got, strict=True):
-        found = dict(named_tensors(after))
+        tensors = dict(named_tensors(after))
         for name, tensor in named_tensors(before):
-            off = difference(tensor, found[name]) if name in found else float("inf")
+            off = difference(tensor, tensors[name]) if name in tensors else float("inf")
             if off > _ROUNDING.get(tensor.dtype, 0.0):
                 return False
     return True

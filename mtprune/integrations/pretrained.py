@@ -1,8 +1,10 @@
-"""Pretrained: compressed encoders that `from_pretrained` loads.
+"""Pretrained: compressed encoders that ``from_pretrained`` loads.
 
-The tensors of a compressed model do not fit the model that its configuration describes. So its plan
-travels in that configuration, as ``quantization_config``: what transformers calls a quantizer is
-code that may change a model before its weights are loaded. Ours follows the plan.
+The tensors of a compressed model do not fit the model that its configuration describes. So the
+configuration holds the plan too, as ``quantization_config``: a quantizer of transformers is code
+that may change a model before its weights are loaded. `PlanQuantizer` changes it as the plan says.
+
+Importing this module registers `PlanConfig` and `PlanQuantizer` with transformers.
 """
 
 import json
@@ -17,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune.components import unwrap
-from mtprune.compression.build import assemble, plan_of
-from mtprune.compression.kernels import Csr, Kernel, SemiStructured
+from mtprune.compression.compress import assemble, plan_of
+from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
+from mtprune.model.names import unwrap
 
 try:
     from transformers.quantizers.auto import (
@@ -38,7 +40,7 @@ except ImportError:
 __all__ = ["HEADS", "METHOD", "PlanConfig", "PlanQuantizer", "load", "save_pretrained"]
 
 METHOD = "mtprune"
-"""What a configuration says to have this file's code asked."""
+"""The name of the quantizer in a configuration."""
 
 HEADS = "heads"
 """The folder of the tasks' heads."""
@@ -47,16 +49,16 @@ _FORMAT = 1
 
 
 class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What the configuration of a compressed model says besides.
+    """The ``quantization_config`` of a compressed model.
 
     Args:
-        plan: As `Plan.to_dict` gives it.
-        tensors: Type and shape of what the configuration does not tell, by name: the parts of
-            layers that are not dense, and biases of layers that lost inputs.
-        prefix: What names begin with inside the base model; empty if that was saved by itself.
-        format: Of all this.
+        plan: The plan, as `Plan.to_dict` returns it.
+        tensors: Type and shape, by name, of the tensors that do not follow from the configuration:
+            the parts of layers that are not dense, and biases of layers that lost inputs.
+        prefix: The prefix of names in the base model; empty if that was saved by itself.
+        format: The version of the format.
         quant_method: ``"mtprune"``.
-        others: What later formats say.
+        others: Ignored: entries of later formats.
     """
 
     def __init__(
@@ -81,38 +83,38 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Follows a plan on a model that has no weights yet; and forgets that it was "quantized"."""
+    """Puts the forms of a plan into a model before its weights are loaded."""
 
-    requires_calibration = True  # never made by loading, only followed
+    requires_calibration = True  # loading a dense model cannot make a plan
 
     def is_serializable(self) -> bool:
-        """It can be saved."""
+        """Whether the model can be saved: yes."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """It can be trained further."""
+        """Whether the model can be trained further: yes."""
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         plan, tensors = _fitted(self.quantization_config, model)
         assemble(model, plan, tensors)
-        inside = (seen_from(_prefix(model), name) or name for name in _markers(model))
-        ignored = {rf"(^|\.){re.escape(name)}$" for name in inside}
+        names = (seen_from(_prefix(model), name) or name for name in _markers(model))
+        ignored = {rf"(^|\.){re.escape(name)}$" for name in names}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
             getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         )
 
     def postprocess_model(self, model: Any, **others: Any) -> None:
-        """Leave a model that can be cast and trained like any other."""
+        """Unmark the model as quantized, so that it can be cast and trained like any other."""
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
         for module in model.modules():
-            if isinstance(module, (Csr, SemiStructured)):  # whose products have no gradients
+            if isinstance(module, Form) and module.frozen:
                 module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
-        """The state, and what makes code without mtprune fail on it."""
+        """The state, with entries that make code without mtprune fail to load it."""
         return {**model.state_dict(), **_markers(model)}, {}
 
 
@@ -121,17 +123,17 @@ def save_pretrained(
 ) -> None:
     """Save a compressed encoder of transformers so that ``from_pretrained`` loads it.
 
-    Once mtprune is imported, ``AutoModel.from_pretrained(directory)`` and all its kin give the
-    compressed model, bitwise; without mtprune they raise. An encoder whose layers are all dense
-    and whole is saved as transformers does it, and needs no mtprune. Needs the extra
+    Once mtprune is imported, ``from_pretrained(directory)`` of all classes returns the compressed
+    model, bitwise; without mtprune it raises. An encoder whose layers are all dense and whole is
+    saved as transformers does it, and loads without mtprune. Needs the extra
     ``mtprune[transformers]``.
 
     Args:
-        model: What `compress` returned.
-        directory: Where to; made if it does not exist.
-        encoder: The name of the encoder in it; the whole model unless given.
-        heads: The name of a ``ModuleDict`` in it: its modules are saved beside the encoder, in
-            ``heads/<key>.safetensors``.
+        model: The model that `compress` returned.
+        directory: The folder to save to; made if it does not exist.
+        encoder: The name of the encoder in the model; the whole model unless given.
+        heads: The name of a ``ModuleDict`` in the model: its modules are saved beside the encoder,
+            in ``heads/<key>.safetensors``.
 
     Raises:
         TypeError: If the encoder is not a model of transformers.
@@ -139,30 +141,30 @@ def save_pretrained(
     """
     model = unwrap(model)
     plan = plan_of(model)
-    found: Any = model.get_submodule(encoder)
-    if not _is_pretrained(found):
-        there = [repr(name) for name, module in model.named_modules() if _is_pretrained(module)]
+    module: Any = model.get_submodule(encoder)
+    if not _is_pretrained(module):
+        names = [repr(name) for name, child in model.named_modules() if _is_pretrained(child)]
         raise TypeError(
             f"`encoder` must name a model of transformers. Got {encoder!r}, a "
-            f"{type(found).__name__}. There is {', '.join(there) or 'none in this model'}; others "
+            f"{type(module).__name__}. There is {', '.join(names) or 'none in this model'}; others "
             "can be saved with mtprune.save."
         )
     part = plan.part(encoder)
-    where = Path(directory)
+    folder = Path(directory)
     if part.removal or any(row.choice != "dense" for row in part.rows):
-        found.config.quantization_config = _described(found, part)
-        found.hf_quantizer = PlanQuantizer(found.config.quantization_config)
-    found.save_pretrained(where)
+        module.config.quantization_config = _config(module, part)
+        module.hf_quantizer = PlanQuantizer(module.config.quantization_config)
+    module.save_pretrained(folder)
     if heads:
         safetensors = import_module("safetensors.torch")  # transformers needs it too
-        (where / HEADS).mkdir(exist_ok=True)
+        (folder / HEADS).mkdir(exist_ok=True)
         for key, head in model.get_submodule(heads).named_children():
             state = {name: value.contiguous() for name, value in head.state_dict().items()}
-            safetensors.save_file(state, str(where / HEADS / f"{key}.safetensors"))
+            safetensors.save_file(state, str(folder / HEADS / f"{key}.safetensors"))
 
 
 def load(directory: str | PathLike[str]) -> nn.Module:
-    """Load what `save_pretrained` saved, as the class that it was.
+    """Load a model that `save_pretrained` saved, as the class that it had.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -181,35 +183,35 @@ def load(directory: str | PathLike[str]) -> nn.Module:
             f"'{directory}' holds a {name}, which transformers does not have. Import its class "
             "yourself and call its from_pretrained."
         )
-    loaded: nn.Module = cls.from_pretrained(directory)
-    return loaded
+    model: nn.Module = cls.from_pretrained(directory)
+    return model
 
 
-def _described(model: nn.Module, plan: Plan) -> PlanConfig:
-    """What the configuration of this model has to say."""
+def _config(model: nn.Module, plan: Plan) -> PlanConfig:
+    """The ``quantization_config`` of a model with this plan."""
     cut = {name.rpartition(".")[0] for name in (c.tensor for c in plan.removal.cuts)}
     tensors = {
         f"{name}.{key}": (str(value.dtype).removeprefix("torch."), list(value.shape))
         for name, module in model.named_modules()
         for key, value in module.state_dict().items()
         # Constants that were removed may have given a layer its first bias.
-        if isinstance(module, Kernel) or (name in cut and key == "bias")
+        if isinstance(module, Form) or (name in cut and key == "bias")
     }
     return PlanConfig(plan.to_dict(), tensors, _prefix(model))
 
 
 def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan for this model, whose head may not be the one that was saved; and its parts.
+    """The plan for this model, whose head may not be the saved one, and the parts of its forms.
 
-    Parts have no values yet, and will be loaded in the type that they have here: the model's.
+    Parts are on the meta device, and of the type in which they will be loaded: the model's.
     """
     plan, tensors, prefix = Plan.from_dict(config.plan), config.tensors, _prefix(model)
     if config.prefix != prefix:
         plan = plan.part(config.prefix).under(prefix)
-        inside = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
-        tensors = {joined(prefix, name): spec for name, spec in inside.items() if name}
+        specs = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
+        tensors = {joined(prefix, name): spec for name, spec in specs.items() if name}
     shapes = {site.name: tuple(site.layer.weight.shape) for site in find_sites(model)}
-    # What this model does not have is left out, as its tensors are; heads may be other heads.
+    # Layers that this model does not have are left out; its head may be another one.
     rows = [row for row in plan.rows if row.layer in shapes]
     rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]
     new = shapes.keys() - {row.layer for row in rows}
@@ -220,21 +222,21 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
         tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
     )
     parts = {}
-    for name, (saved, shape) in tensors.items():
-        part = torch.empty(shape, dtype=getattr(torch, saved), device="meta")
+    for name, (dtype, shape) in tensors.items():
+        part = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         parts[name] = part.to(model.dtype) if part.is_floating_point() else part
     return replace(plan, rows=tuple(rows), removal=removal), parts
 
 
 def _markers(model: nn.Module) -> dict[str, Tensor]:
-    """Empty weights for layers that have none: code that expects one fails on its shape.
+    """Empty weights for layers without a weight: code that expects one fails on its shape.
 
-    Without them, transformers would only warn, and make up weights for what it does not find.
+    Without the markers transformers would only warn, and initialize the missing weights at random.
     """
     return {
         f"{name}.weight": torch.empty(0)
         for name, module in model.named_modules()
-        if isinstance(module, Kernel) and "weight" not in module.state_dict()
+        if isinstance(module, Form) and "weight" not in module.state_dict()
     }
 
 
@@ -243,13 +245,13 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _prefix(model: Any) -> str:
-    """What names inside the base model begin with: empty if the model is one."""
+    """The prefix of names in the base model; empty if the model is a base model."""
     prefix: str = model.base_model_prefix
     return prefix if prefix and hasattr(model, prefix) else ""
 
 
 def register() -> None:
-    """Tell transformers about all this; once is enough."""
+    """Register the format with transformers, if that is installed; once is enough."""
     if AUTO_QUANTIZER_MAPPING is not None and METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(PlanConfig)
         register_quantizer(METHOD)(PlanQuantizer)

@@ -1,8 +1,11 @@
-"""For `transformers.Trainer`: a callback, and no subclass; for ``from_pretrained``: a way to save.
+"""For transformers: a callback for its ``Trainer``, and `save_pretrained` for ``from_pretrained``.
 
-No callback ever sees the losses of a step. So a forward hook on the model hands them to the pruner
-while their graph is alive, and the callback only ticks: after every optimizer step it calls
-`step`, with every checkpoint it saves the pruner's state.
+Trainer shows no callback the losses of a step. So a forward hook on the model hands them to the
+pruner while their graph is alive. The callback calls `step` after every optimizer step, and saves
+the pruner's state with every checkpoint.
+
+Importing this module registers the format of compressed models with transformers at once; after
+``import mtprune`` alone that happens when transformers is imported.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mtprune.components import unwrap
 from mtprune.integrations.pretrained import save_pretrained
+from mtprune.model.names import unwrap
 from mtprune.pruner import MultitaskPruner
 
 try:
@@ -25,27 +28,26 @@ except ImportError:
 __all__ = ["FILE", "PruningCallback", "save_pretrained"]
 
 FILE = "mtprune.pt"
-"""What the pruner's state is called in a checkpoint folder."""
+"""The file of the pruner's state in a checkpoint folder."""
 
 Losses = Callable[[Any, Mapping[str, Any]], Any]
 
 
 class PruningCallback(TrainerCallback):  # type: ignore[misc]
-    """Lets a pruner see the losses of a `transformers.Trainer`, and update its masks in time.
+    """Shows a pruner the losses of a `transformers.Trainer`, and lets it update its masks in time.
 
-    Trainer's own loss is left as it is: what the model returns as ``loss`` is trained on. Build the
-    pruner on the model that the Trainer trains, with the tasks' names, and call `finalize` yourself
-    after training: until then checkpoints may hold ``weight_orig`` and ``weight_mask``. Resuming
-    goes on bit for bit.
+    Trainer trains on the ``loss`` that the model returns, as without the callback. Build the pruner
+    on the model that the Trainer trains, with the tasks' names, and call `finalize` yourself after
+    training: until then checkpoints may hold ``weight_orig`` and ``weight_mask``. Resuming goes on
+    bit for bit.
 
     Args:
         pruner: The pruner.
-        losses: Where the tasks' losses are: a name in the model's output, under which it holds
-            ``{task: loss}``; or ``losses(outputs, inputs)``, which returns that. With one loader
-            for each task that is the one loss under the task's name:
+        losses: The tasks' losses: the name in the model's output of a mapping ``{task: loss}``, or
+            a function ``losses(outputs, inputs)`` that returns the mapping. With one loader for
+            each task, the mapping has one loss, under the task's name:
             ``lambda outputs, inputs: {inputs["task"]: outputs["loss"]}``.
-        resume_from: The checkpoint folder to find the pruner's state in, if it is not in
-            ``output_dir``.
+        resume_from: The checkpoint folder with the pruner's state, if it is not in ``output_dir``.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -84,7 +86,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, **others: Any
     ) -> None:
-        """Look at the model's outputs from now on; go on from a checkpoint, if Trainer does."""
+        """Watch the model's outputs; load the pruner's state if Trainer resumes a checkpoint."""
         if args.fp16:
             raise ValueError(
                 "fp16=True scales losses where no callback can see by how much. Use bf16=True."
@@ -102,7 +104,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
             )
         if state.global_step:
             self._load(self._resume_from or _folder(args, state))
-        self.on_train_end(args, state, control)  # of a run that broke off
+        self.on_train_end(args, state, control)  # in case the last run was interrupted
         self._handle = trained.register_forward_hook(self._observe, with_kwargs=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -117,7 +119,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
             torch.save(self.pruner.state_dict(), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Look no more."""
+        """Stop watching the model's outputs."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -126,9 +128,9 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], outputs: Any
     ) -> None:
         if module.training and torch.is_grad_enabled():
-            self.pruner.observe_losses(self._found(outputs, inputs))
+            self.pruner.observe_losses(self._task_losses(outputs, inputs))
 
-    def _found(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
+    def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
         if not isinstance(self._losses, str):
             return self._losses(outputs, inputs)
         if isinstance(outputs, Mapping):

@@ -1,186 +1,205 @@
-"""What a method is: what it wants to see, and how it turns that into masks."""
+"""Methods: how masks come about. A method is a frozen value; the pruner holds all state.
 
+A method says what it needs to be shown (`Needs`), gets it as a `Ballot` when an update is due, and
+returns a decision. Which kind of decision is up to the method, together with the hold that puts
+such decisions into the model (`mtprune.holding`).
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from mtprune.granularity import Granularity
-from mtprune.saliency import Saliency
+from mtprune.facts import Subject
+from mtprune.granularity import Element, Granularity
+from mtprune.holding import Decision, Hold, MaskHold, Masking
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.model.units import Units
 from mtprune.schedule import Schedule
-from mtprune.softening import Watch
-from mtprune.units import Units
+from mtprune.statistics import JOINT, Statistic
 
-__all__ = ["Ballot", "Decision", "Method", "Ranks", "Softly", "describe"]
+__all__ = ["Ballot", "Method", "Needs", "check_method", "describe"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method must be shown before it decides.
+
+    Attributes:
+        statistics: Statistics by name (`mtprune.statistics`).
+        apart: Whether each task's loss is scored on its own; False scores their sum.
+        observations: How many observations of every task an update needs, or ``"auto"``: at least
+            4, until masks no longer change.
+        over_the_run: Whether statistics add up over all updates instead of starting anew.
+        macs: Whether the multiply-adds of every layer are asked for.
+        example_inputs: What the model is called with to measure them.
+    """
+
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    apart: bool = True
+    observations: int | Literal["auto"] = 1
+    over_the_run: bool = False
+    macs: bool = False
+    example_inputs: Any = None
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether some statistic is gathered while the model trains."""
+        return any(s.when != "update" for s in self.statistics.values())
 
 
 @dataclass(frozen=True)
 class Ballot:
     """All that a decision depends on, layer by layer in order of position.
 
-    Where units are larger than a weight, what is said of weights and layers in `scores`, `masks`,
-    `components` and `names` is said of units and their groups.
-
     Attributes:
-        shapes: The layers' shapes.
-        components: The component of each layer.
-        scores: ``{voter: [n]}`` for each layer: flat float32 saliencies.
-        masks: What is kept now, flat bool ``[n]``.
+        subjects: The layers: name, component, shape, tasks and cost.
+        statistics: For each statistic by name and each layer, its sums ``{voter: tensor}``.
+        masks: The weights that are kept now, flat bool ``[n]``.
         weights: The weights as they are trained, zero where pruned for good, flat ``[n]``.
         generator: The pruner's own source of randomness.
-        names: The layers' names.
-        costs: What each weight of a layer costs, in multiply-adds; empty unless that was measured.
-        losses: The sum of the observed losses of each task.
-        seen: What was noted of each soft layer, summed over the steps since the last update.
-        memory: What the last decision left to remember; empty at first.
         units: What is kept or pruned as one; None for every weight on its own.
-        used: For each voter, the layers that it uses; given with units.
-        whole: What all prunable layers cost, those that are left alone too; 0 unless measured.
+        losses: The sum of the observed losses of each task.
+        noted: The number that the hold noted of each layer since the last update.
+        memory: What the last decision left to remember; empty at first.
+        total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
+            measured.
     """
 
-    shapes: Sequence[tuple[int, ...]]
-    components: Sequence[str]
-    scores: Sequence[Mapping[str, Tensor]]
+    subjects: Sequence[Subject]
+    statistics: Mapping[str, Sequence[Mapping[str, Tensor]]]
     masks: Sequence[Tensor]
     weights: Sequence[Tensor]
     generator: torch.Generator
-    names: Sequence[str] = ()
-    costs: Sequence[Fraction] = ()
-    losses: Mapping[str, float] = field(default_factory=dict)
-    seen: Sequence[float] = ()
-    memory: Mapping[str, Any] = field(default_factory=dict)
     units: Units | None = None
-    used: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    whole: Fraction = Fraction(0)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    noted: Sequence[float] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    total_macs: Fraction = Fraction(0)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The layers' shapes."""
+        return [subject.shape for subject in self.subjects]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names."""
+        return [subject.name for subject in self.subjects]
+
+    @property
+    def components(self) -> list[str]:
+        """The component of each layer."""
+        return [subject.component for subject in self.subjects]
+
+    @property
+    def costs(self) -> list[Fraction]:
+        """The multiply-adds of a weight of each layer; empty unless measured."""
+        costs = [subject.cost for subject in self.subjects]
+        return [cost for cost in costs if cost is not None]
+
+    @property
+    def scores(self) -> Sequence[Mapping[str, Tensor]]:
+        """The statistic called ``"saliency"``: for each layer ``{voter: [n]}``."""
+        return self.statistics.get("saliency", [{} for _ in self.subjects])
 
     @property
     def total(self) -> int:
         """How many weights there are."""
         return sum(mask.numel() for mask in self.masks)
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What a method decided at an update.
-
-    Attributes:
-        masks: What is kept from now on, flat bool ``[n]`` for each layer.
-        alone: For each voter and each layer it uses, what that voter alone would keep.
-        softly: If weights are to go through soft thresholds instead, these; None for masks.
-        memory: What the next decision is to know.
-        provisional: Whether these masks may open again: what they hide keeps its value until then.
-        units: For each group of units, which of them are kept; empty if there are no groups.
-        ranks: If components of matrices are kept instead of weights, which.
-    """
-
-    masks: Sequence[Tensor]
-    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
-    softly: "Softly | None" = None
-    memory: Mapping[str, Any] = field(default_factory=dict)
-    provisional: bool = False
-    units: Mapping[str, Tensor] = field(default_factory=dict)
-    ranks: "Ranks | None" = None
+    def shared(self, name: str) -> list[Tensor]:
+        """A statistic that is the same for all tasks, for each layer."""
+        return [sums[JOINT] for sums in self.statistics[name]]
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Which components of its weight each layer keeps: singular triples, largest first.
+D = TypeVar("D", bound=Decision)
+
+
+class Method(ABC, Generic[D]):
+    """How masks come about. Subclasses are frozen dataclasses.
+
+    Only `sparsity`, `schedule`, `needs` and `decide` must be given; the rest has a default.
 
     Attributes:
-        kept: For each layer, bool ``[m]``.
-        alone: For each voter and each layer it uses, what that voter alone would keep.
-        gates: What each component is multiplied by, ``[m]`` for each layer, while nothing is
-            removed yet; None once it is.
+        sparsity: Share of zeros in the end.
+        schedule: When masks change.
+        granularity: What is kept or pruned as one.
+        weighting: How the pruner weighs the tasks' losses (`mtprune.weighting`).
     """
 
-    kept: Sequence[Tensor]
-    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
-    gates: Sequence[Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Softly:
-    """Soft thresholds in place of masks.
-
-    Attributes:
-        thresholds: For each layer, what its weights are moved towards zero by, 0-dim.
-        leak: How much gradient passes to the weights below.
-        gains: For each layer, what its weights are multiplied by then, 0-dim; None for nothing.
-        settled: Whether that is the end: what is below is pruned for good, what is above stays as
-            the model sees it.
-    """
-
-    thresholds: Sequence[Tensor]
-    leak: float = 0.0
-    settled: bool = False
-    gains: Sequence[Tensor] | None = None
-
-
-class Method(Protocol):
-    """What the pruner asks of a method."""
-
-    @property
-    def sparsity(self) -> Any:
-        """Share of zeros in the end."""
-        ...
-
-    @property
-    def schedule(self) -> Schedule:
-        """When masks change."""
-        ...
-
-    @property
-    def saliency(self) -> Saliency | None:
-        """What is accumulated at every observation; None if nothing is."""
-        ...
-
-    @property
-    def disentangled(self) -> bool:
-        """Whether every loss is scored apart from the others."""
-        ...
-
-    @property
-    def observations(self) -> int | Literal["auto"]:
-        """How many observations of every task an update needs."""
-        ...
-
-    @property
-    def granularity(self) -> Granularity:
-        """What is pruned as one."""
-        ...
+    sparsity: Any
+    schedule: Schedule
+    granularity: Granularity = Element()
+    weighting: Any = "uniform"
 
     @property
     def regrows(self) -> bool:
-        """Whether a pruned weight can come back."""
-        ...
+        """Whether the first update opens sparse training, in which pruned weights come back."""
+        return False
 
-    @property
-    def straight_through(self) -> bool:
-        """Whether scores add up over the whole run, and masks may open again until the last."""
-        ...
+    @abstractmethod
+    def needs(self, inventory: Inventory) -> Needs:
+        """What the method must be shown.
 
-    @property
-    def softens(self) -> bool:
-        """Whether weights go through soft thresholds before masks are fixed."""
-        ...
+        Args:
+            inventory: What the model has to prune.
+        """
 
-    @property
-    def watch(self) -> Watch | None:
-        """What to note of soft layers in every backward."""
-        ...
+    @abstractmethod
+    def decide(self, ballot: Ballot, step: int) -> D:
+        """The decision of the update of ``step``."""
 
-    @property
-    def needs_costs(self) -> bool:
-        """Whether it asks what every weight costs."""
-        ...
+    def fits(self, layer: Layer) -> str:
+        """Why a layer is left dense; empty if it is not."""
+        return ""
 
-    def decide(self, ballot: Ballot, step: int) -> Decision:
-        """The masks of the update of ``step``."""
-        ...
+    def check(self, inventory: Inventory) -> None:
+        """Refuse a model, or names, with which the method cannot work.
+
+        Raises:
+            ValueError: With what is wrong, what was found and what to do.
+        """
+
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[D]:
+        """How decisions take hold: masks, unless the method says otherwise.
+
+        Args:
+            masks: The back-end.
+            optimizer: The user's optimizer, if the pruner was given it.
+        """
+        hold: Any = MaskHold(masks)
+        return hold  # type: ignore[no-any-return]
+
+
+_OWN = ("sparsity", "schedule", "needs", "decide")
+_BROUGHT = ("granularity", "weighting", "regrows", "fits", "check", "hold")
+
+
+def check_method(method: object) -> None:
+    """Refuse an object that is no method.
+
+    Raises:
+        TypeError: If it is a class, or lacks members.
+    """
+    lacking = [name for name in (*_OWN, *_BROUGHT) if not hasattr(method, name)]
+    if isinstance(method, type) or "decide" in lacking:
+        raise TypeError(
+            f"`method` must be a method such as Vote(sparsity=0.9), or a recipe that has been "
+            f"called. Got {method!r}."
+        )
+    if lacking:
+        raise TypeError(
+            f"`method` {type(method).__name__} lacks {', '.join(lacking)}. Subclass "
+            f"mtprune.methods.Method, which brings all but {', '.join(_OWN)}."
+        )
 
 
 def describe(value: object, *, defaults: bool = True) -> str:

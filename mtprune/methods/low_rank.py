@@ -13,18 +13,23 @@ it uses by it, for each parameter they cost, and a vote merges the ranks.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
-from mtprune import checks, gates, ranks, votes
-from mtprune.components import Layer
-from mtprune.granularity import Element, Granularity
-from mtprune.methods.base import Ballot, Decision, Ranks
-from mtprune.saliency import Saliency, movement
+from mtprune import checks, gates, votes
+from mtprune.holding import Hold, LowRankHold, LowRanks, Masking
+from mtprune.methods.base import Ballot, Method, Needs
+from mtprune.model import factors
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.saliency import movement
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import rank
+from mtprune.statistics import PerWeight
 
 __all__ = ["LowRank"]
 
@@ -35,17 +40,13 @@ _STIFFNESS = 5.0  # the second multiplier at first: what a gap between due and s
 _MEMORY = 0.9  # how much of the worth of before counts
 
 
-@dataclass(frozen=True)
-class _Component(Element):
-    """A component of a matrix: how much a loss depends on it, whichever way."""
-
-    def pool(self, saliency: Tensor) -> Tensor:
-        """See `Granularity`."""
-        return ranks.along(saliency).abs()
+def _along(layer: Layer, score: Tensor) -> Tensor:
+    """How much a loss depends on each direction of a matrix, whichever way."""
+    return factors.along(score).abs()
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Method[LowRanks]):
     """Prune the rank of ``nn.Linear`` layers by a vote of the tasks, to a budget of parameters.
 
     A layer of rank r counts as ``min(r (in + out), in * out)`` parameters, those of the two layers
@@ -85,15 +86,6 @@ class LowRank:
     disentangled: bool = True
     rate: float | None = None
 
-    saliency: ClassVar[Saliency] = staticmethod(movement)  # its sum over a component is -dL/dz
-    granularity: ClassVar[Granularity] = _Component()
-    regrows: ClassVar[bool] = False
-    straight_through: ClassVar[bool] = False
-    softens: ClassVar[bool] = False
-    lowers: ClassVar[bool] = True
-    watch: ClassVar[None] = None
-    needs_costs: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         """Validate."""
         checks.sparsity("sparsity", self.sparsity)
@@ -117,14 +109,28 @@ class LowRank:
         if self.rate is not None:
             checks.inside("rate", self.rate, "(0, inf]", must="must be positive")
 
-    def unfit(self, layer: Layer) -> str:
-        """Why a layer is left dense; empty if it is not."""
+    @override
+    def needs(self, inventory: Inventory) -> Needs:
+        # The sum of `movement` over a direction is minus the derivative in its gate.
+        return Needs(
+            statistics={"saliency": PerWeight(movement, _along)},
+            apart=self.disentangled,
+            observations=self.observations,
+        )
+
+    @override
+    def fits(self, layer: Layer) -> str:
         modules = {module for module, _ in layer.places}
         if any(type(module) is not nn.Linear for module in modules):
             return "only nn.Linear can become two layers"
         return "its weight is tied to another" if len(modules) > 1 else ""
 
-    def decide(self, ballot: Ballot, step: int) -> Decision:
+    @override
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[LowRanks]:
+        return LowRankHold()
+
+    @override
+    def decide(self, ballot: Ballot, step: int) -> LowRanks:
         """The ranks of the update of ``step``, or the gates until the next one."""
         if self.gates == "learned":
             return self._learn(ballot, step)
@@ -140,7 +146,9 @@ class LowRank:
             wish = self._select(ballot, worths, share, [alive[i] for i in own], own)
             alone[voter] = dict(zip(own, wish, strict=True))
         now = {n: int(mask.sum()) for n, mask in zip(ballot.names, kept, strict=True)}
-        return Decision(ballot.masks, memory={"ranks": now}, ranks=Ranks(kept, alone))
+        return LowRanks(
+            ballot.masks, memory={"ranks": now}, directions=kept, directions_alone=alone
+        )
 
     def _vote(self, percentiles: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         return [self.vote(torch.stack(list(layer.values()))) for layer in percentiles]
@@ -157,14 +165,14 @@ class LowRank:
         shapes = [ballot.shapes[i] for i in layers or range(len(ballot.shapes))]
         total = sum(map(math.prod, shapes))
         budget, least = total - round(share * total), self._least(shapes, share)
-        return ranks.select(worths, shapes, budget, least=least, alive=alive)
+        return factors.select(worths, shapes, budget, least=least, alive=alive)
 
     def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
         """How many of its own best components each layer is sure of."""
         uniform = [(1 - share) * math.prod(shape) / sum(shape) for shape in shapes]
         return [max(self.min_rank, math.floor(self.floor * rank)) for rank in uniform]
 
-    def _learn(self, ballot: Ballot, step: int) -> Decision:
+    def _learn(self, ballot: Ballot, step: int) -> LowRanks:
         r"""One step of the gates, and in the end what is kept.
 
         Gates are at their mean, in units of what it was at first. The step goes down the augmented
@@ -209,10 +217,9 @@ class LowRank:
             best = x.argsort(descending=True, stable=True)[:sure]
             x[best] = x[best].clamp(min=_START)  # what a layer is sure of does not fade
         if settled:
-            return Decision(
-                ballot.masks, ranks=Ranks(self._select(ballot, found, self.sparsity, sizes))
-            )
-        return Decision(
+            kept = self._select(ballot, found, self.sparsity, sizes)
+            return LowRanks(ballot.masks, directions=kept)
+        return LowRanks(
             ballot.masks,
             memory={
                 "log_alpha": dict(zip(names, found, strict=True)),
@@ -221,10 +228,8 @@ class LowRank:
                 "count": count,
                 "pace": pace,
             },
-            ranks=Ranks(
-                [torch.ones(size, dtype=torch.bool) for size in sizes],
-                gates=[_let(x) for x in found],
-            ),
+            directions=[torch.ones(size, dtype=torch.bool) for size in sizes],
+            gates=[_let(x) for x in found],
         )
 
     def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:

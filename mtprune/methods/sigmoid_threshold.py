@@ -3,13 +3,16 @@ r"""`SigmoidThreshold`: the published dynamics of AdapMTL, for comparison."""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from mtprune import checks
-from mtprune.granularity import Element, Granularity
-from mtprune.methods.base import Ballot, Decision, Softly
+from mtprune.holding import Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds
+from mtprune.methods.base import Ballot, Method, Needs
+from mtprune.model.inventory import Inventory
 from mtprune.schedule import Linear, Schedule
 from mtprune.weighting import parse_weighting
 
@@ -17,12 +20,12 @@ __all__ = ["SigmoidThreshold"]
 
 
 @dataclass(frozen=True)
-class SigmoidThreshold:
-    r"""Thresholds as the original code of AdapMTL has them, where they lead to wherever they lead.
+class SigmoidThreshold(Method[SoftThresholds]):
+    r"""The original dynamics of AdapMTL's code, reproduced for comparison.
 
     Every component has the threshold :math:`\sigma(s)`, and s is trained like a weight, with the
-    weights' own rule, learning rate and weight decay. Once ``sparsity`` is reached s rests as long
-    as that lasts; nothing else makes for it. The sparsity that results follows the learning rate
+    weights' own rule, learning rate and weight decay. While the sparsity is at or above the target
+    s is not updated; nothing else enforces it. The sparsity that results follows the learning rate
     and the weight decay more than the losses, and may be anything: this method is exempt from the
     exact count.
 
@@ -48,16 +51,6 @@ class SigmoidThreshold:
     rule: Literal["adam", "sgd"] = "adam"
     weighting: Any = "noise"
 
-    saliency: ClassVar[None] = None
-    granularity: ClassVar[Granularity] = Element()
-    disentangled: ClassVar[bool] = True
-    observations: ClassVar[int] = 1
-    regrows: ClassVar[bool] = False
-    straight_through: ClassVar[bool] = False
-    softens: ClassVar[bool] = True
-    watch: ClassVar[Literal["slope"]] = "slope"
-    needs_costs: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         """Validate."""
         checks.sparsity("sparsity", self.sparsity)
@@ -68,7 +61,7 @@ class SigmoidThreshold:
         parse_weighting(self.weighting)
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:  # type: ignore[override]
         """Every step, until the end."""
         return Linear(begin=0, end=self.end, every=1)
 
@@ -76,7 +69,16 @@ class SigmoidThreshold:
         """The threshold of a component."""
         return 1.0 / (1.0 + math.exp(-s)) if s > -700.0 else 0.0
 
-    def decide(self, ballot: Ballot, step: int) -> Decision:
+    @override
+    def needs(self, inventory: Inventory) -> Needs:
+        return Needs()
+
+    @override
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[SoftThresholds]:
+        return Phased(SoftHold(masks, "slope"), MaskHold(masks))
+
+    @override
+    def decide(self, ballot: Ballot, step: int) -> SoftThresholds:
         """One step of the thresholds."""
         memory: dict[str, Any] = dict(ballot.memory) or {
             "s": dict.fromkeys(ballot.components, float(self.init)),
@@ -92,12 +94,12 @@ class SigmoidThreshold:
             for name, w in zip(ballot.components, ballot.weights, strict=True)
         ]
         masks = [w.abs() > tau for w, tau in zip(ballot.weights, taus, strict=True)]
-        return Decision(masks, {}, Softly(taus, settled=step >= self.end), memory)
+        return SoftThresholds(masks, thresholds=taus, final=step >= self.end, memory=memory)
 
     def _train(self, ballot: Ballot, memory: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer does to every s, its gradient that of the last backward."""
         slope = dict.fromkeys(memory["s"], 0.0)
-        for component, found in zip(ballot.components, ballot.seen, strict=True):
+        for component, found in zip(ballot.components, ballot.noted, strict=True):
             slope[component] += found
         count = memory["updates"] + 1
         moved: dict[str, dict[str, float]] = {"s": {}, "first": {}, "second": {}}

@@ -14,18 +14,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from mtprune import checks
 from mtprune.allocation import Budget, ByComponent
-from mtprune.granularity import Element, Granularity
-from mtprune.methods.base import Ballot, Decision, Softly
-from mtprune.saliency import Saliency
+from mtprune.holding import EDGE, Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds, Watch
+from mtprune.methods.base import Ballot, Method, Needs
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
 from mtprune.schedule import Cubic, Regrow, Schedule
-from mtprune.softening import EDGE, Watch
+from mtprune.statistics import PerWeight
 from mtprune.thresholds import between, follow, shrinkage, waterline
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
@@ -34,16 +37,13 @@ __all__ = ["SoftThreshold"]
 _FARTHEST = 2.5  # offsets stay within e^-2.5 .. e^2.5: a threshold at most 150 times another
 
 
-class _Sum(Element):
-    """A layer's saliency as one number; masks are of single weights."""
-
-    def pool(self, saliency: Tensor) -> Tensor:
-        """See `Granularity`."""
-        return saliency.sum().reshape(1)
+def _sum(layer: Layer, score: Tensor) -> Tensor:
+    """A layer's saliency as one number."""
+    return score.sum().reshape(1)
 
 
 @dataclass(frozen=True)
-class SoftThreshold:
+class SoftThreshold(Method[SoftThresholds]):
     """Prune by soft thresholds that rise with the schedule, to an exact sparsity.
 
     While thresholds rise every weight is shrunk by its group's threshold, and is zero below it. At
@@ -98,12 +98,6 @@ class SoftThreshold:
     rate: float = 0.02
     observations: int = 1
 
-    granularity: ClassVar[Granularity] = _Sum()
-    disentangled: ClassVar[bool] = True
-    regrows: ClassVar[bool] = False
-    straight_through: ClassVar[bool] = False
-    softens: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         """Validate."""
         checks.sparsity("sparsity", self.sparsity)
@@ -151,26 +145,41 @@ class SoftThreshold:
         checks.inside("rate", self.rate, "(0, 1)")
         checks.whole("observations", self.observations, least=1, must="must be at least 1")
 
-    @property
-    def saliency(self) -> Saliency | None:
-        """What the losses say about thresholds, if that is asked."""
-        weighting = parse_weighting(self.weighting)
-        return shrinkage if isinstance(weighting, PruningSensitivity) else None
+    @override
+    def needs(self, inventory: Inventory) -> Needs:
+        return Needs(
+            statistics={"saliency": PerWeight(shrinkage, _sum)} if self._weighs else {},
+            observations=self.observations,
+            macs=self.budget_unit == "macs",
+            example_inputs=self.example_inputs,
+        )
+
+    @override
+    def check(self, inventory: Inventory) -> None:
+        known = inventory.components
+        inventory.check_names("allocation", self.allocation, known)
+        inventory.check_names("budget_unit", self.budget_unit, known)
+        inventory.check_names("max_sparsity", self.max_sparsity, known)
+        self._check_reach(*inventory.sizes())
+
+    @override
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[SoftThresholds]:
+        return Phased(SoftHold(masks, self._watch), MaskHold(masks))
 
     @property
-    def watch(self) -> Watch | None:
-        """What the weights just above the thresholds are worth, if offsets are learned."""
+    def _weighs(self) -> bool:
+        """Whether the losses are asked about thresholds, to weigh the tasks."""
+        return isinstance(parse_weighting(self.weighting), PruningSensitivity)
+
+    @property
+    def _watch(self) -> Watch | None:
+        """The gradients just above the thresholds, if offsets are learned."""
         return "edge" if self.allocation == "learned" else None
 
     @property
     def needs_costs(self) -> bool:
         """Whether the budget is one of multiply-adds."""
         return self.budget_unit == "macs"
-
-    @property
-    def inputs_to_measure(self) -> Any:
-        """What the model is called with to measure multiply-adds."""
-        return self.example_inputs
 
     def max_of(self, component: str) -> float:
         """The most a component is pruned."""
@@ -179,7 +188,7 @@ class SoftThreshold:
             given = given.get(component)
         return 1.0 - (1.0 - self.sparsity) / 10 if given is None else given
 
-    def check_reach(self, sizes: Mapping[str, int], others: int) -> None:
+    def _check_reach(self, sizes: Mapping[str, int], others: int) -> None:
         """Refuse caps that leave the target out of reach, as far as components are known.
 
         Args:
@@ -198,7 +207,8 @@ class SoftThreshold:
         if round(self.sparsity * total) > most:
             raise ValueError(_unreachable(self.sparsity, most / total))
 
-    def decide(self, ballot: Ballot, step: int) -> Decision:
+    @override
+    def decide(self, ballot: Ballot, step: int) -> SoftThresholds:
         """The thresholds of the update of ``step``; in the end, also what is pruned for good."""
         progress = self.schedule.progress(step)
         settled = self.schedule.next_update(step) is None
@@ -206,7 +216,7 @@ class SoftThreshold:
         units = [self._unit(ballot, groups, group, progress > 0) for group in dict.fromkeys(groups)]
         unit = dict(zip(dict.fromkeys(groups), units, strict=True))
         memory = dict(ballot.memory)
-        if self.watch:
+        if self._watch:
             memory.update(self._learn(ballot, groups, unit, memory))
         offsets = memory.get("offsets", {})
         factors = []
@@ -233,7 +243,9 @@ class SoftThreshold:
         gains = None
         if self.debias:
             gains = [_gain(w, t) for w, t in zip(ballot.weights, taus, strict=True)]
-        return Decision(masks, {}, Softly(taus, leak, settled, gains), memory)
+        return SoftThresholds(
+            masks, thresholds=taus, leak=leak, gains=gains, final=settled, memory=memory
+        )
 
     def _unit(self, ballot: Ballot, groups: Sequence[str], group: str, needed: bool) -> float:
         """What a group's thresholds are measured in: the root mean square of its weights."""
@@ -370,9 +382,9 @@ class SoftThreshold:
         mass = dict.fromkeys(names, 1e-12)
         offsets = memory.get("offsets", {})
         level = memory.get("level")
-        if level is None or not any(ballot.seen):
+        if level is None or not any(ballot.noted):
             return {}
-        for group, weight, found in zip(groups, ballot.weights, ballot.seen, strict=True):
+        for group, weight, found in zip(groups, ballot.weights, ballot.noted, strict=True):
             line = unit[group] * math.exp(level + offsets.get(group, 0.0))
             size = weight.abs()
             worth[group] += found
@@ -392,7 +404,7 @@ class SoftThreshold:
 
     def _sensitivities(self, ballot: Ballot) -> dict[str, float]:
         """For each task, the derivative of its log-loss in the common log-threshold."""
-        if self.saliency is None:
+        if not self._weighs:
             return {}
         taus = ballot.memory.get("thresholds", {})
         slopes: dict[str, float] = {}

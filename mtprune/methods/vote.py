@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import inf, isclose, prod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from mtprune import checks, votes
@@ -29,12 +30,25 @@ from mtprune.granularity import (
     check_granularity,
     example_inputs_of,
 )
-from mtprune.methods.base import Ballot, Decision, describe
+from mtprune.holding import (
+    Hold,
+    MaskHold,
+    Masking,
+    Masks,
+    Phased,
+    RegrowHold,
+    StraightThrough,
+)
+from mtprune.methods.base import Ballot, Method, Needs, describe
+from mtprune.model.inputs import why_no_inputs
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.model.units import Units, is_single
 from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import Best, Quota, Ranking, rank, select
-from mtprune.units import Units, is_single
+from mtprune.statistics import PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
 
@@ -58,7 +72,7 @@ class PerTaskKeep:
 
 
 @dataclass(frozen=True)
-class Vote:
+class Vote(Method[Masks]):
     """Prune by a vote of the tasks, to an exact sparsity.
 
     Attributes:
@@ -107,16 +121,13 @@ class Vote:
     speedup: float | None = None
     example_inputs: Any = field(default=None, repr=False, compare=False)
 
-    softens: ClassVar[bool] = False
-    watch: ClassVar[None] = None
-
     def __post_init__(self) -> None:
         """Validate."""
         check_granularity(self.granularity)
         self._check_amount()
         checks.function("saliency", self.saliency)
         votes.check(self.vote)
-        saliencies.uses_gradient(self.saliency)
+        saliencies.asks(self.saliency)
         must = "must be a schedule such as OneShot() or Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
         layerwise = self._allocation.layerwise
@@ -211,10 +222,44 @@ class Vote:
                 "PerTaskKeep."
             )
 
-    @property
-    def needs_costs(self) -> bool:
-        """Whether multiply-adds are measured."""
-        return self.inputs_to_measure is not None
+    @override
+    def needs(self, inventory: Inventory) -> Needs:
+        units = inventory.units
+        score = PerWeight(self.saliency)
+        if units is not None:  # there are few of them, and each is a sum of many weights
+            score = PerWeight(self.saliency, _pool_of(units), dtype=torch.float32)
+        return Needs(
+            statistics={"saliency": score},
+            apart=self.disentangled,
+            observations=self.observations,
+            over_the_run=self.straight_through,
+            macs=self.inputs_to_measure is not None,
+            example_inputs=self.inputs_to_measure,
+        )
+
+    @override
+    def fits(self, layer: Layer) -> str:
+        return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
+
+    @override
+    def check(self, inventory: Inventory) -> None:
+        inventory.check_names("priority", self.priority, inventory.tasks)
+        inventory.check_names("allocation", self.allocation, inventory.components)
+        if inventory.units is not None:
+            self._check_room(inventory.units, inventory.prices, inventory.total_macs)
+
+    @override
+    def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[Masks]:
+        if self.straight_through:
+            return Phased(StraightThrough(masks), MaskHold(masks))
+        if self.regrows:
+            if optimizer is None:
+                raise ValueError(
+                    "Regrowth resets the optimizer's state of weights that come back. "
+                    "Pass optimizer=... to the pruner."
+                )
+            return RegrowHold(masks, optimizer)
+        return MaskHold(masks)
 
     @property
     def inputs_to_measure(self) -> Any:
@@ -246,20 +291,11 @@ class Vote:
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
 
-    def check_units(self, units: Units, costs: Sequence[Fraction], whole: Fraction) -> None:
-        """Refuse a budget that leaves no room for what has to stay.
-
-        Args:
-            units: The units.
-            costs: What a weight of each of their layers costs, if that was measured.
-            whole: What all prunable layers cost, those that are left alone too.
-
-        Raises:
-            ValueError: If it is not enough.
-        """
+    def _check_room(self, units: Units, costs: Sequence[Fraction], total_macs: Fraction) -> None:
+        """Refuse a budget that leaves no room for the units that have to stay."""
         if isinstance(self.target, PerTaskKeep):
             return
-        units, fixed = self._priced(units, costs, whole)
+        units, fixed = self._priced(units, costs, total_macs)
         every = fixed + units.weigh(units.everything())
         needed = fixed + least(units, self.min_keep)
         if needed <= self._room(every, 1.0):
@@ -277,13 +313,13 @@ class Vote:
         )
 
     def _priced(
-        self, units: Units, costs: Sequence[Fraction], whole: Fraction
+        self, units: Units, costs: Sequence[Fraction], total_macs: Fraction
     ) -> tuple[Units, Fraction]:
-        """Units in the currency of the budget, and what counts in it besides."""
+        """Units in the currency of the budget, and the cost of the layers without units."""
         if not self._by_macs:
             return units, Fraction(0)
         units = units.among(range(len(units.layers)), costs)
-        return units, whole - units.weigh(units.everything())
+        return units, total_macs - units.weigh(units.everything())
 
     def _room(self, cost: Fraction, progress: float) -> Fraction:
         """What may stay of so much."""
@@ -291,29 +327,28 @@ class Vote:
         return cost - (gone if self._by_macs else round(gone))
 
     @property
+    @override
     def regrows(self) -> bool:
-        """Whether a pruned weight can come back."""
         return isinstance(self.schedule, Regrow)
 
-    def decide(self, ballot: Ballot, step: int) -> Decision:
-        """The masks of the update of ``step``."""
+    @override
+    def decide(self, ballot: Ballot, step: int) -> Masks:
         if not self.straight_through:
             return self._decide(ballot, step)
         everything = [torch.ones_like(mask) for mask in ballot.masks]
         decision = self._decide(replace(ballot, masks=everything), step)
-        return replace(decision, provisional=self.schedule.next_update(step) is not None)
+        return replace(decision, final=self.schedule.next_update(step) is None)
 
-    def _decide(self, ballot: Ballot, step: int) -> Decision:
-        """The same, where what is masked stays masked."""
+    def _decide(self, ballot: Ballot, step: int) -> Masks:
+        """The masks of the update of ``step``; masked weights stay masked."""
         if ballot.units is not None:
             return self._of_units(ballot, ballot.units, self.schedule.progress(step))
         if isinstance(self.granularity, NM):
             return self._patterned(ballot, self.granularity, self.schedule.progress(step))
         if isinstance(self.target, PerTaskKeep):
             ratio = self._ratio(self.target, self.schedule.progress(step))
-            return self._per_task(
-                ballot, _alone(ballot, rank(ballot.scores), lambda n: int(ratio * n))
-            )
+            alone = _alone(ballot.scores, rank(ballot.scores), lambda n: int(ratio * n))
+            return Masks(self._per_task(ballot.scores, ballot.masks, alone), alone)
         assert self.target is not None
         zeros = round(self.target * self.schedule.progress(step) * ballot.total)
         keep = ballot.total - zeros
@@ -323,30 +358,36 @@ class Vote:
         else:
             masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
         share = 1 - self.target * self.schedule.progress(step)
-        return Decision(masks, _alone(ballot, rankings, lambda n: round(share * n)))
+        return Masks(masks, _alone(ballot.scores, rankings, lambda n: round(share * n)))
 
-    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Decision:
-        """The same for units larger than a weight, which compete by saliency per cost."""
-        units, fixed = self._priced(units, ballot.costs, ballot.whole)
-        ballot = replace(ballot, scores=_per_cost(ballot.scores, units.costs))
+    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Masks:
+        """Units larger than a weight compete by saliency per cost."""
+        units, fixed = self._priced(units, ballot.costs, ballot.total_macs)
+        electorate = _electorate(ballot.scores, units)
+        scores, eligible = electorate.scores, units.standing(ballot.masks)
         if isinstance(self.target, PerTaskKeep):
             ratio = self._ratio(self.target, progress)
-            return self._per_task(ballot, _alone_of_units(ballot, units, lambda n: int(ratio * n)))
-        self.check_units(units, ballot.costs, ballot.whole)
-        rankings = rank(ballot.scores, self.priority)
-        masks = pack(
-            worths(ballot.scores, self.vote, rankings),
-            units,
-            self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-            self._allocation,
-            eligible=ballot.masks,
-            min_keep=self.min_keep,
+            alone = _alone_of_units(electorate, units, lambda n: int(ratio * n))
+            kept = self._per_task(scores, eligible, alone)
+        else:
+            self._check_room(units, ballot.costs, ballot.total_macs)
+            kept = pack(
+                worths(scores, self.vote, rank(scores, self.priority)),
+                units,
+                self._room(fixed + units.weigh(units.everything()), progress) - fixed,
+                self._allocation,
+                eligible=eligible,
+                min_keep=self.min_keep,
+            )
+            alone = _alone_of_units(electorate, units, lambda cost: self._room(cost, progress))
+        return Masks(
+            [mask.reshape(-1) for mask in units.spread(kept)],
+            _Alone(alone, lambda voter: _spread(alone[voter], units)),
+            units=dict(zip(units.names, kept, strict=True)) if units.spanning else {},
         )
-        alone = _alone_of_units(ballot, units, lambda cost: self._room(cost, progress))
-        return Decision(masks, alone)
 
-    def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Decision:
-        """The same where every m inputs keep equally many."""
+    def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Masks:
+        """Of every m inputs equally many are kept."""
         keep = pattern.m - round((pattern.m - pattern.n) * progress)
 
         def best(worth: Tensor, layer: int) -> Tensor:
@@ -364,7 +405,7 @@ class Vote:
             own = enumerate(ballot.scores)
             return {layer: best(scores[task], layer) for layer, scores in own if task in scores}
 
-        return Decision(masks, _Alone(rankings, alone))
+        return Masks(masks, _Alone(rankings, alone))
 
     def _ratio(self, keep: PerTaskKeep, progress: float) -> float:
         return keep.ratio if progress == 1 else 1 - (1 - keep.ratio) * progress
@@ -426,16 +467,22 @@ class Vote:
             Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
         )
 
-    def _per_task(self, ballot: Ballot, alone: Mapping[str, Mapping[int, Tensor]]) -> Decision:
+    def _per_task(
+        self,
+        scores: Sequence[Mapping[str, Tensor]],
+        eligible: Sequence[Tensor],
+        alone: Mapping[str, Mapping[int, Tensor]],
+    ) -> list[Tensor]:
+        """The vote over the tasks' own masks."""
         masks = []
-        for layer, voters in enumerate(ballot.scores):
-            wishes = torch.stack([alone[task][layer] for task in voters])
-            masks.append((self.vote(wishes.to(torch.float64)) >= 0.5) & ballot.masks[layer])
-        return Decision(masks, alone)
+        for place, voters in enumerate(scores):
+            wishes = torch.stack([alone[task][place] for task in voters])
+            masks.append((self.vote(wishes.to(torch.float64)) >= 0.5) & eligible[place])
+        return masks
 
 
 class _Alone(Mapping[str, Mapping[int, Tensor]]):
-    """What each voter would keep if it were the only one, found out when somebody asks."""
+    """The masks of each voter if it were the only one, made when they are asked for."""
 
     def __init__(self, voters: Collection[str], ask: Callable[[str], Mapping[int, Tensor]]) -> None:
         self._voters = voters
@@ -459,30 +506,79 @@ class _Alone(Mapping[str, Mapping[int, Tensor]]):
         return len(self._voters)
 
 
-def _alone(ballot: Ballot, rankings: Mapping[str, Ranking], keep: Callable[[int], int]) -> _Alone:
-    """What each voter would keep of weights, given how many of how many."""
+def _pool_of(units: Units) -> Callable[[Layer, Tensor], Tensor]:
+    """From a layer and the saliency of its weights to that of the units in it."""
+    places = {layer.name: place for place, layer in enumerate(units.layers)}
+    return lambda layer, score: units.pool(places[layer.name], score)
+
+
+@dataclass(frozen=True)
+class _Electorate:
+    """Units and who has a say in them.
+
+    Attributes:
+        scores: For each group of units, its voters' saliencies per cost ``{voter: [units]}``.
+        used: For each voter, the layers that it uses.
+    """
+
+    scores: Sequence[Mapping[str, Tensor]]
+    used: Mapping[str, Sequence[int]]
+
+
+def _electorate(scores: Sequence[Mapping[str, Tensor]], units: Units) -> _Electorate:
+    """The sums of units over the layers they lie in.
+
+    Args:
+        scores: For each layer ``{voter: [units in it]}``.
+        units: The units.
+    """
+    voters = dict.fromkeys(voter for layer in scores for voter in layer)
+    used = {
+        voter: [place for place, layer in enumerate(scores) if voter in layer] for voter in voters
+    }
+    sums = {
+        voter: units.gather({place: scores[place][voter] for place in places})
+        for voter, places in used.items()
+    }
+    groups = range(len(units.names))
+    summed = [{v: own[g] for v, own in sums.items() if g in own} for g in groups]
+    return _Electorate(_per_cost(summed, units.costs), used)
+
+
+def _spread(wishes: Mapping[int, Tensor], units: Units) -> dict[int, Tensor]:
+    """The masks of weights from those of units, flat; units without one are kept."""
+    masks = units.spread([wishes.get(g, mask) for g, mask in enumerate(units.everything())])
+    return {place: mask.reshape(-1) for place, mask in enumerate(masks)}
+
+
+def _alone(
+    scores: Sequence[Mapping[str, Tensor]],
+    rankings: Mapping[str, Ranking],
+    keep: Callable[[int], int],
+) -> _Alone:
+    """The weights each voter would keep, given how many of how many."""
 
     def ask(task: str) -> Mapping[int, Tensor]:
         ranking = rankings[task]
-        return Best(_own(ballot, task), ranking, keep(ranking.total))
+        return Best(_own(scores, task), ranking, keep(ranking.total))
 
     return _Alone(rankings, ask)
 
 
 def _alone_of_units(
-    ballot: Ballot, units: Units, keep: Callable[[Fraction], Fraction | int]
+    electorate: _Electorate, units: Units, keep: Callable[[Fraction], Fraction | int]
 ) -> _Alone:
-    """What each voter would keep of units, given how much of how much."""
+    """The units each voter would keep, given how much of how much."""
 
     def ask(task: str) -> Mapping[int, Tensor]:
-        return fitting(_own(ballot, task), units, keep, ballot.used[task])
+        return fitting(_own(electorate.scores, task), units, keep, electorate.used[task])
 
-    return _Alone(ballot.used, ask)
+    return _Alone(electorate.used, ask)
 
 
-def _own(ballot: Ballot, task: str) -> dict[int, Tensor]:
+def _own(scores: Sequence[Mapping[str, Tensor]], task: str) -> dict[int, Tensor]:
     """The scores of one voter."""
-    return {i: layer[task] for i, layer in enumerate(ballot.scores) if task in layer}
+    return {i: layer[task] for i, layer in enumerate(scores) if task in layer}
 
 
 def _per_cost(

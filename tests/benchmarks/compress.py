@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import mtprune
 from examples.common.nets import build
-from mtprune import patterns, ranks
-from mtprune.components import find_layers
-from mtprune.structure import Group, spread
+from mtprune import patterns
+from mtprune.model import factors
+from mtprune.model.layers import find_layers
+from mtprune.structure import Group
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import subject
+from tests.oracles import unit_masks
 
 SPARSITIES = {0.9: 1 / 2.0, 0.95: 1 / 3.0}
 """Sparsity of encoders, and the largest share of the dense time that is aimed at."""
@@ -81,7 +83,7 @@ def scenenet(size: str) -> tuple[nn.Module, Tensor]:
 @torch.no_grad()
 def mask_(model: nn.Module, sparsity: float) -> None:
     """Random element-wise zeros in all that is prunable."""
-    for layer in mtprune.components.find_layers(model):
+    for layer in find_layers(model):
         layer.parameter.mul_((torch.rand(layer.shape) >= sparsity).to(device()))
 
 
@@ -92,7 +94,7 @@ def halve_ranks_(model: nn.Module) -> None:
         if layer.name.startswith("trunk"):
             rows, columns = layer.shape
             rank = rows * columns // (2 * (rows + columns))
-            up, down = ranks.factors(layer.parameter, rank)
+            up, down = factors.factors(layer.parameter, rank)
             layer.parameter.copy_(up @ down)
 
 
@@ -101,7 +103,7 @@ def halve_units_(model: nn.Module, groups: Sequence[Group]) -> None:
     """A random half of every group's units at 0, with all that belongs to them."""
     masks = [torch.randperm(group.size) < group.size // 2 for group in groups]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, mask in spread(groups, masks, shapes).items():
+    for name, mask in unit_masks(groups, masks, shapes).items():
         model.get_parameter(name).mul_(mask.to(device()))
 
 

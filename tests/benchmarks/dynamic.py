@@ -56,7 +56,7 @@ def sparse(net: str, settings: Settings, every: int) -> Callable[[], None]:
         optimizer.step()
         pruner.step()
 
-    while pruner._clock.done < 0:  # random masks have not been drawn
+    while pruner.report().step is None:  # random masks have not been drawn
         step()
     return step
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mtprune import MultitaskPruner
-from mtprune.components import find_layers
 from tests.benchmarks.harness import Row, Settings, allocated, isolated, main
 from tests.benchmarks.nets import subject
-from tests.benchmarks.step import METHOD, random_masks
+from tests.benchmarks.step import METHOD
+from tests.checkpoints import set_random_masks
 
 
 def run(settings: Settings) -> list[Row]:
@@ -44,7 +44,7 @@ def measure(size: str, backend: str | None) -> tuple[int, int, int]:
     """Bytes held while the graph of a step is alive, the number of weights, and a checkpoint's."""
     torch.set_num_threads(1)
     made = subject("deeplab", size)
-    layers = find_layers(made.model)
+    weights = sum(p.numel() for p in made.model.parameters() if p.dim() > 1)
     file = io.BytesIO()
 
     def train() -> object:
@@ -60,7 +60,7 @@ def measure(size: str, backend: str | None) -> tuple[int, int, int]:
                 optimizer=optimizer,
                 backend=backend,
             )
-            random_masks(pruner)
+            set_random_masks(pruner)
             torch.save(pruner.state_dict(), file)
         for _ in range(2):
             optimizer.zero_grad()
@@ -73,7 +73,7 @@ def measure(size: str, backend: str | None) -> tuple[int, int, int]:
         return torch.stack([f(outputs, None) for f in made.losses.values()]).sum()
 
     held, _ = allocated(train)
-    return held, sum(layer.parameter.numel() for layer in layers), file.getbuffer().nbytes
+    return held, weights, file.getbuffer().nbytes
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import torch
 
 from mtprune import MultitaskPruner, Vote
+from tests import checkpoints
 from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
 from tests.benchmarks.nets import subject
 
@@ -34,7 +35,7 @@ def pair(net: str, settings: Settings, tasks: int) -> dict[str, object]:
     pruner = MultitaskPruner(
         made.model, made.losses, made.shared, method=Vote(0.9, observations=10**6)
     )
-    weights = [layer.parameter for layer in pruner._layers]
+    weights = [made.model.get_parameter(name) for name in checkpoints.shapes(pruner)]
 
     def bare() -> None:
         outputs = made.model(made.inputs)

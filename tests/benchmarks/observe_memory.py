@@ -3,6 +3,7 @@
 import torch
 
 from mtprune import MultitaskPruner, Vote
+from tests import checkpoints
 from tests.benchmarks.harness import Row, Settings, allocated, isolated, main
 from tests.benchmarks.nets import subject
 
@@ -29,7 +30,7 @@ def measure(net: str, size: str, tasks: int, observe: bool) -> tuple[int, int]:
     torch.set_num_threads(1)
     made = subject(net, size, tasks)
     pruner = MultitaskPruner(made.model, made.losses, made.shared, method=Vote(0.9))
-    weights = [layer.parameter for layer in pruner._layers]
+    weights = [made.model.get_parameter(name) for name in checkpoints.shapes(pruner)]
 
     def sweep() -> None:
         outputs = made.model(made.inputs)
@@ -41,9 +42,7 @@ def measure(net: str, size: str, tasks: int, observe: bool) -> tuple[int, int]:
         return allocated(sweep)[1], 1
     _, found = allocated(lambda: pruner.observe(made.model(made.inputs), None))
     buffers = sum(
-        score.nbytes
-        for scores in pruner._round.evidence.scores.values()
-        for score in scores.values()
+        score.nbytes for scores in checkpoints.scores(pruner).values() for score in scores.values()
     )
     return found, buffers + max(weight.nbytes for weight in weights)
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils import prune
 
 from mtprune import Cubic, MultitaskPruner, SoftThreshold, Vote
+from tests import checkpoints
 from tests.benchmarks.harness import Row, Settings, device, interleaved, main, threads
 from tests.benchmarks.nets import Subject, subject
 
@@ -60,9 +61,9 @@ def masked(net: str, settings: Settings, backend: str) -> Callable[[], None]:
         optimizer.step()
         pruner.step()
 
-    while pruner._clock.done < 1:  # the update of step 1, which prunes nothing
+    while pruner.report().step is None:  # the update of step 1, which prunes nothing
         step()
-    random_masks(pruner)
+    checkpoints.set_random_masks(pruner)
     return step
 
 
@@ -85,20 +86,16 @@ def rising(net: str, settings: Settings, _: str) -> Callable[[], None]:
         optimizer.step()
         pruner.step()
 
-    while pruner._clock.done < 0:  # the update of step 0, at which every threshold is 0
+    while pruner.report().step is None:  # the update of step 0, at which every threshold is 0
         step()
-    layers = pruner._layers
-    sizes = [layer.parameter.detach().abs().reshape(-1) for layer in layers]
-    taus = [size[:100_000].quantile(0.9) for size in sizes]
-    masks = [layer.parameter.detach().abs() > tau for layer, tau in zip(layers, taus, strict=True)]
-    pruner._masking.soften(layers, taus, masks, leak=1.0)
+    weights = {
+        name: made.model.get_parameter(name + "_orig").detach()
+        for name in checkpoints.thresholds(pruner)
+    }
+    checkpoints.set_thresholds(
+        pruner, lambda name, _: weights[name].abs().reshape(-1)[:100_000].quantile(0.9)
+    )
     return step
-
-
-def random_masks(pruner: MultitaskPruner) -> None:
-    generator = torch.Generator().manual_seed(0)
-    masks = [torch.rand(layer.shape, generator=generator) < 0.1 for layer in pruner._layers]
-    pruner._masking.install(pruner._layers, masks)
 
 
 def _uncalled(net: str) -> tuple[str, ...]:
@@ -113,11 +110,12 @@ def plain(net: str, settings: Settings) -> Callable[[], None]:
     made = subject(net, settings.size)
     generator = torch.Generator().manual_seed(0)
     pruner = MultitaskPruner(made.model, made.losses, made.shared, exclude=_uncalled(net))
-    places = [(layer, place) for layer in pruner._layers for place in layer.places]
+    shapes = checkpoints.shapes(pruner)
     pruner.finalize()
-    for layer, (module, attribute) in places:
-        mask = torch.rand(layer.shape, generator=generator) < 0.1
-        prune.custom_from_mask(module, attribute, mask.to(device()))
+    for name, shape in shapes.items():
+        path, _, attribute = name.rpartition(".")
+        mask = torch.rand(shape, generator=generator) < 0.1
+        prune.custom_from_mask(made.model.get_submodule(path), attribute, mask.to(device()))
     return training(made)
 
 

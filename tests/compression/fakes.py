@@ -1,4 +1,4 @@
-"""What the tests of compression share: a clock that says what it is told, and random masks."""
+"""Shared by the tests of compression: a clock with given times, and random zeros."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtprune.components import find_layers
-from mtprune.compression.kernels import Kernel
+from mtprune.compression.forms import Form
+from mtprune.model.layers import find_layers
 
 
-class Says:
-    """A measure for which every form takes the time it is told; the first that is not: 1 ms."""
+class FakeTimes:
+    """A measure with a given time for each form, 10 ms for all others, and for the whole model."""
 
     def __init__(self, whole: tuple[float, float] = (2.0, 1.0), **ms: float) -> None:
         self.ms = {name.replace("two_four", "2:4"): value for name, value in ms.items()}
@@ -26,15 +26,15 @@ class Says:
         if modules[0] is None:
             return list(self.whole)
         return [
-            self.ms.get(m.choice if isinstance(m, Kernel) else "dense", 10.0)
+            self.ms.get(m.choice if isinstance(m, Form) else "dense", 10.0)
             if isinstance(m, nn.Module)
             else 10.0
             for m in modules
         ]
 
 
-def prefer(choice: str) -> Says:
-    return Says(**{choice: 0.1, "dense": 1.0})
+def prefer(choice: str) -> FakeTimes:
+    return FakeTimes(**{choice: 0.1, "dense": 1.0})
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 import mtprune
 from mtprune.compression.removal import cut_out
-from tests.compression.fakes import Says, prefer
+from tests.compression.fakes import FakeTimes, prefer
 from tests.compression.test_removal import hidden, sparse_chain
 
 OPTIMIZERS = {
@@ -45,7 +45,7 @@ def test_a_step_is_the_step_of_what_stayed(name):
     for _ in range(3):
         step(model, optimizer, x)
         mask_(model)
-    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=Says())
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=FakeTimes())
     twin = copy.deepcopy(model)
     other = OPTIMIZERS[name](twin.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -68,7 +68,7 @@ def test_literals():
     optimizer.state[weight]["momentum_buffer"] = torch.arange(12.0).view(3, 4)
     extra = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [extra], "lr": 0.1})
-    fast = mtprune.compress(model, torch.ones(1, 2), groups=[hidden(4)], measure=Says())
+    fast = mtprune.compress(model, torch.ones(1, 2), groups=[hidden(4)], measure=FakeTimes())
     mtprune.carry_optimizer(optimizer, model, fast)
     state = optimizer.state[fast[2].weight]["momentum_buffer"]
     assert state.tolist() == [[0, 2, 3], [4, 6, 7], [8, 10, 11]]
@@ -84,7 +84,7 @@ def test_sums_over_a_dimension_are_cut_along_the_other():
     optimizer = OPTIMIZERS["adafactor"](model.parameters())
     step(model, optimizer, x)
     mask_(model)
-    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=Says())
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=FakeTimes())
     mtprune.carry_optimizer(optimizer, model, fast)
     state = optimizer.state[fast[2].weight]
     assert (state["row_var"].shape, state["col_var"].shape) == ((3, 1), (1, 3))
@@ -95,7 +95,7 @@ def test_a_new_bias_is_trained_with_its_layer():
     model, x = sparse_chain(), torch.randn(3, 2)
     first = {"params": list(model[0].parameters())}
     optimizer = torch.optim.Adam([first, {"params": list(model[2].parameters()), "lr": 0.5}])
-    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=Says())
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=FakeTimes())
     mtprune.carry_optimizer(optimizer, model, fast)
     assert [id(p) for p in optimizer.param_groups[1]["params"]] == [
         id(fast[2].weight),
@@ -109,7 +109,7 @@ def test_a_new_bias_is_trained_with_its_layer():
 def test_errors():
     model, x = chain(), torch.randn(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
-    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=Says())
+    fast = mtprune.compress(model, x, groups=[hidden(4)], measure=FakeTimes())
     with pytest.raises(ValueError, match="holds no parameter of `model`"):
         mtprune.carry_optimizer(torch.optim.Adam(chain().parameters()), model, fast)
     other = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3))

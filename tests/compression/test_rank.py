@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune import ranks
-from mtprune.compression.rank import Rank
+from mtprune.compression.forms import Rank
+from mtprune.model import factors
 from tests.compression.fakes import prefer
 
 
 def lower_(layer, rank):
     """Make a layer of that rank, in place."""
     with torch.no_grad():
-        left, right = ranks.factors(layer.weight.double(), rank)
+        left, right = factors.factors(layer.weight.double(), rank)
         layer.weight.copy_(left @ right)
     return layer
 
@@ -73,7 +73,7 @@ def test_it_is_offered_below_break_even_only():
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
 def test_a_corner_of_full_rank_tells_at_once(shape, monkeypatch):
-    monkeypatch.setattr(ranks, "numerical_rank", lambda weight: pytest.fail("not needed"))
+    monkeypatch.setattr(factors, "numerical_rank", lambda weight: pytest.fail("not needed"))
     assert Rank.parts(nn.Linear(*shape)) is None
 
 
@@ -81,7 +81,7 @@ def test_a_corner_of_low_rank_does_not_mislead():
     layer = nn.Linear(24, 24)
     with torch.no_grad():
         layer.weight[:20, :20] = 0.0  # rank 8 in the frame
-    assert ranks.numerical_rank(layer.weight) == 8
+    assert factors.numerical_rank(layer.weight) == 8
     assert Rank.parts(layer)["down.weight"].shape == (8, 24)
     with torch.no_grad():
         layer.weight[:20, :20] = torch.eye(20)
@@ -107,8 +107,8 @@ def test_it_is_timed_chosen_and_checked():
 
 def test_outputs_that_differ_are_refused(monkeypatch):
     """Were a rank too low, nothing would be handed out."""
-    true = ranks.factors
-    monkeypatch.setattr(ranks, "factors", lambda weight, rank: true(weight, rank - 1))
+    true = factors.factors
+    monkeypatch.setattr(factors, "factors", lambda weight, rank: true(weight, rank - 1))
     with pytest.raises(RuntimeError, match=r"The worst layer is '0' \(rank\)"):
         mtprune.compress(mlp(3), torch.randn(7, 12), measure=prefer("rank"))
 

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression import native
 from mtprune.compression.attention import SelfAttention
-from mtprune.compression.kernels import Sparse
+from mtprune.compression.forms import Sparse, native
 from mtprune.compression.verify import difference
 from tests.compression.fakes import prefer, zero_
 
 ROOT = Path(__file__).parents[2]
 
-needs_compiler = pytest.mark.skipif(bool(native.lacking()), reason=native.lacking())
+needs_compiler = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
 pytestmark = needs_compiler
 
@@ -208,8 +207,8 @@ def test_errors():
     for size in ((1, 5, 8, 8), (1, 6, 2, 8)):
         with pytest.raises(RuntimeError, match=r"takes 6 channels .* kernel of \[3, 3\]"):
             conv(torch.randn(size))
-    assert "CPU" in Sparse.lacking(torch.zeros(1, device="meta"))
-    assert "float32" in Sparse.lacking(torch.zeros(1, dtype=torch.float64))
+    assert "CPU" in Sparse.why_not(torch.zeros(1, device="meta"))
+    assert "float32" in Sparse.why_not(torch.zeros(1, dtype=torch.float64))
     assert Sparse.parts(nn.Conv2d(4, 4, 3, groups=2)) is None
 
 
@@ -269,11 +268,11 @@ def test_it_is_traced():
 
 CHILD = """
 import sys, torch
-from mtprune.compression import native
+from mtprune.compression.forms import native
 assert not native._library.cache_info().currsize  # not at import
 x, start = torch.arange(3.0)[None], torch.tensor([0, 1]).int()
 print(native.multiply(x, start, torch.tensor([2]).int(), torch.ones(1), None, 1).item())
-print(repr(native.lacking()))
+print(repr(native.unavailable()))
 """
 
 
@@ -300,7 +299,7 @@ def test_processes_that_compile_at_once(tmp_path):
 
 @pytest.mark.parametrize("broken", [b"", b"no library", None])
 def test_a_broken_cache_is_made_anew(fresh, broken):
-    assert native.lacking() == ""
+    assert native.unavailable() == ""
     (library,) = fresh.glob("mtprune/*/sparse.so")
     # Another file, because this one is mapped: writing into it would reach the running code.
     content = library.read_bytes()[:4096] if broken is None else broken
@@ -318,7 +317,7 @@ def test_a_cache_that_others_write_to_is_not_used(fresh, monkeypatch):
     elsewhere = fresh / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(elsewhere))
-    assert native.lacking() == ""
+    assert native.unavailable() == ""
     assert not list((fresh / "mtprune").iterdir())
     assert list(elsewhere.glob("mtprune-*/*/sparse.so"))
 
@@ -334,7 +333,7 @@ def test_without_openmp_it_is_one_thread(fresh, monkeypatch, set_threads):
     monkeypatch.setattr(native, "_compile", refuse)
     set_threads(2)
     check(zero_(nn.Linear(20, 30), 0.8), torch.randn(200, 20))
-    assert native.lacking() == ""
+    assert native.unavailable() == ""
 
 
 def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
@@ -358,7 +357,7 @@ def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(native, "COMPILERS", ())
-    assert native.lacking() == "the C compiler false made no library: it returned 1"
+    assert native.unavailable() == "the C compiler false made no library: it returned 1"
 
 
 class Classifier(nn.Module):
@@ -411,5 +410,5 @@ def test_what_ships():
     from setuptools.config.setupcfg import read_configuration
 
     options = read_configuration(ROOT / "setup.cfg")["options"]
-    assert native.SOURCE.name in options["package_data"]["mtprune.compression"]
+    assert native.SOURCE.name in options["package_data"]["mtprune.compression.forms"]
     assert native.SOURCE.exists()

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression.kernels import KERNELS as FORMS
-from mtprune.compression.kernels import Kernel
+from mtprune.compression.forms import FORMS, Form
 from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
 
-PORTABLE = ["dense", *(choice for choice, form in FORMS.items() if form.portable)]
-EXPORTS = [*PORTABLE, *(c for c, form in FORMS.items() if form.exports and not form.portable)]
-STUCK = [choice for choice, form in FORMS.items() if not form.portable]
+PORTABLE = ["dense", *(choice for choice, form in FORMS.items() if form.is_portable())]
+EXPORTS = ["dense", *(c for c, form in FORMS.items() if "torch.export" in form.exporters)]
+STUCK = [choice for choice, form in FORMS.items() if not form.exporters]
 
 
 def cnn():
@@ -25,7 +24,7 @@ def cnn():
 
 def compressed(choice, x):
     fast = mtprune.compress(cnn(), x, measure=prefer(choice))
-    assert {m.choice for m in fast.modules() if isinstance(m, Kernel)} == {choice} - {"dense"}
+    assert {m.choice for m in fast.modules() if isinstance(m, Form)} == {choice} - {"dense"}
     return fast
 
 
@@ -72,11 +71,11 @@ def test_compile(choice):
     torch.testing.assert_close(got, fast(x))
 
 
-@pytest.mark.parametrize("choice", [c for c in STUCK if c not in (*EXPORTS, "2:4")])
+@pytest.mark.parametrize("choice", [c for c in STUCK if c != "2:4"])
 def test_what_cannot_be_exported_says_which_layer_and_what_to_do(choice):
     x = torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(cnn(), x, measure=prefer(choice))
-    if not any(isinstance(m, Kernel) for m in fast.modules()):
+    if not any(isinstance(m, Form) for m in fast.modules()):
         pytest.skip(f"{choice} does not run here")
     with pytest.raises(Exception, match=rf"Layer '0' has the form '{choice}'.*portable=True"):
         torch.export.export(fast, (x,))
@@ -125,7 +124,7 @@ def test_nets_of_several_tasks_are_exported(name):
     zero_(net.model, 0.7, rows=0.3, cols=0.3)
     x = net.make_batch(0)["x"]
     fast = mtprune.compress(net.model, x, measure=prefer("thin"), portable=True)
-    assert any(isinstance(m, Kernel) for m in fast.modules())
+    assert any(isinstance(m, Form) for m in fast.modules())
     got = torch.export.export(copy.deepcopy(fast), (x,)).module()(x)
     with torch.no_grad():
         for one, other in zip(leaves(got), leaves(fast(x)), strict=True):

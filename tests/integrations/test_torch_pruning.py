@@ -23,7 +23,7 @@ from mtprune.integrations.torch_pruning import channels
 from mtprune.structure import NOBODY
 from tests import nets
 from tests.cnns import RandomCNN, draw, image, mask_
-from tests.compression.fakes import Says
+from tests.compression.fakes import FakeTimes
 
 needed = pytest.mark.skipif(
     importlib.util.find_spec("torch_pruning") is None, reason="torch-pruning is not installed"
@@ -249,7 +249,7 @@ def test_awkward_nets(name):
     model, x = net.model.eval(), net.make_batch(0)["x"]
     groups = channels(model, x)
     mask_(model, groups, draw(groups, 1))
-    fast = mtprune.compress(model, x, groups=groups, measure=Says())
+    fast = mtprune.compress(model, x, groups=groups, measure=FakeTimes())
     x = net.make_batch(9)["x"]
     dtype = next(model.parameters()).dtype
     assert off(model, fast, x) <= TOLERANCES[dtype]
@@ -296,7 +296,7 @@ def test_random_nets(seed):
     made = {m.tensor.removesuffix(".weight") for g in groups for m in g.members if m.role != "in"}
     assert hidden_convs(model) <= made
     masked = mask_(copy.deepcopy(model), groups, draw(groups, seed))
-    fast = mtprune.compress(masked, x, groups=groups, measure=Says())
+    fast = mtprune.compress(masked, x, groups=groups, measure=FakeTimes())
     assert off(masked, fast, image()) <= TOLERANCES[torch.float32]
     plan = mtprune.plan_of(fast)
     assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
@@ -315,7 +315,7 @@ def test_all_kept_and_none_kept(keep, seed):
     model, x = RandomCNN(seed).eval(), image()
     groups = channels(model, x)
     mask_(model, groups, [torch.full((group.size,), keep) for group in groups])
-    fast = mtprune.compress(model, x, groups=groups, measure=Says())
+    fast = mtprune.compress(model, x, groups=groups, measure=FakeTimes())
     assert off(model, fast, x) == 0 if keep else off(model, fast, x) <= 1e-5
     cut = mtprune.plan_of(fast).removal["stem.0.weight"]
     assert cut is None if keep else cut.after[0] <= 2  # one unit, of a grouped convolution two
@@ -329,7 +329,7 @@ def test_saved_and_loaded_in_a_new_process(tmp_path):
     model, x = RandomCNN(5).eval(), image()
     groups = channels(model, x)
     mask_(model, groups, draw(groups, 5))
-    fast = mtprune.compress(model, x, groups=groups, measure=Says())
+    fast = mtprune.compress(model, x, groups=groups, measure=FakeTimes())
     mtprune.save(fast, tmp_path, arguments={"seed": 5})
     torch.save({"x": x, "y": fast(x)}, tmp_path / "pair.pt")
     code = (
@@ -367,7 +367,7 @@ def test_training_goes_on(seed):
     for _ in range(2):
         train(model, optimizer)
         mask_(model, groups, masks)
-    fast = mtprune.compress(model, x, groups=groups, measure=Says()).train()
+    fast = mtprune.compress(model, x, groups=groups, measure=FakeTimes()).train()
     whole = copy.deepcopy(model)
     other = torch.optim.Adam(whole.parameters(), lr=1e-3)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -508,7 +508,7 @@ def test_from_vote_to_a_smaller_model(backend):
     pruner.finalize()
     assert torch.equal(model(x)["seg"], masked["seg"])
     mtprune.recalibrate_bn(model, [x, torch.randn(4, 3, 8, 8)])
-    fast = mtprune.compress(model, x, groups=channel, measure=Says())
+    fast = mtprune.compress(model, x, groups=channel, measure=FakeTimes())
     assert off(model, fast, torch.randn(2, 3, 8, 8)) <= TOLERANCES[torch.float32]
     plan = mtprune.plan_of(fast)
     # Every zero is one of a unit, and every unit goes.

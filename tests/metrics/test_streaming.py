@@ -304,6 +304,7 @@ test_streaming.worker(int(sys.argv[1]), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_all_reduce_gives_every_rank_the_result_of_all(tmp_path):
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     ranks = [

@@ -1,0 +1,158 @@
+"""Form: a module that takes the place of a Linear or Conv2d and computes the same outputs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+__all__ = ["EXPORTERS", "Dense", "Form", "Parts", "bias_part", "linear_of"]
+
+Dense = nn.Linear | nn.Conv2d
+"""The layers that can take another form."""
+
+Parts = dict[str, Tensor]
+"""The tensors that a form stores, by name."""
+
+EXPORTERS = ("torch.export", "ONNX")
+"""The exporters that a form may be made for."""
+
+
+class Form(nn.Module, ABC):
+    """One form of a layer.
+
+    A form stores parts under names of its own, so that a checkpoint of it cannot be loaded into a
+    dense layer unnoticed. Forms are for inference: their parts do not require gradients.
+
+    A subclass sets ``choice``, and defines `parts`, `weight` and ``forward``. A form is saved as
+    its parts, and loaded by calling its class with them.
+
+    Args:
+        layer: The layer whose place it takes. Its sizes are read, its weight is not.
+        parts: The tensors that the form stores, as `parts` returned them or as they were saved.
+    """
+
+    choice: ClassVar[str]
+    """The name of the form in plans."""
+
+    exporters: ClassVar[tuple[str, ...]] = ()
+    """Which of `EXPORTERS` can export the form."""
+
+    min_zeros: ClassVar[float] = 0.0
+    """The share of zeros in the weight from which the form is timed."""
+
+    frozen: ClassVar[bool] = False
+    """Whether parts must not require gradients even if a loader lets all parameters require them:
+    the product of the form has no gradient, and does not say so itself."""
+
+    site = ""
+    """The name of the layer in its model, set when the model is complete."""
+
+    def __init__(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.is_conv = isinstance(layer, nn.Conv2d)
+        for name in layer.__constants__:
+            setattr(self, name, getattr(layer, name))
+        self.weight_shape = tuple(layer.weight.shape)
+        self.train(layer.training)
+        self._store(layer, parts)
+        # Fused kernels read weights without calling layers, and stand back when there are hooks.
+        self.register_forward_pre_hook(_check_exporting)
+
+    @classmethod
+    def build(cls, layer: Dense) -> Self | None:
+        """The layer in this form, or None if the layer has no such form."""
+        parts = cls.parts(layer)
+        return None if parts is None else cls(layer, parts)
+
+    @classmethod
+    @abstractmethod
+    def parts(cls, layer: Dense) -> Parts | None:
+        """The tensors that this form stores of a layer, or None if the layer has no such form."""
+
+    @staticmethod
+    def why_not(weight: Tensor) -> str:
+        """Why this form cannot run with such a weight: its device, its type; empty if it can."""
+        return ""
+
+    @staticmethod
+    def unavailable() -> str:
+        """Why no layer can have this form on this machine, for plans to say; empty if some can."""
+        return ""
+
+    @classmethod
+    def is_portable(cls) -> bool:
+        """Whether all exporters can export the form."""
+        return cls.exporters == EXPORTERS
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The numbers that inputs are multiplied by, zeros among them included."""
+        return [part for name, part in self.named_parameters() if not name.endswith("bias")]
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The dense weight, made anew: for code that reads it instead of calling the layer."""
+
+    def _store(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
+        """Register the parts: numbers as parameters, indices as buffers."""
+        for name, part in parts.items():
+            if part.is_floating_point():
+                self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+            else:
+                self.register_buffer(name, part)
+        if "bias" not in parts:
+            self.register_parameter("bias", None)
+
+    def _pair(self, name: str) -> tuple[int, int]:
+        """A setting of a convolution, for height and width."""
+        height, width = getattr(self, name)
+        return height, width
+
+    @override
+    def extra_repr(self) -> str:
+        sizes = "x".join(str(size) for size in self.weight_shape)
+        return f"{sizes}, {self.choice}"
+
+
+def bias_part(layer: Dense) -> Parts:
+    """A copy of the layer's bias as a part, if the layer has one."""
+    return {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A Linear that holds these very parameters, which may be empty.
+
+    Args:
+        weight: ``[outputs, inputs]``.
+        bias: ``[outputs]`` or None.
+    """
+    outputs, inputs = weight.shape
+    # Built without memory, and with a size that torch does not warn of.
+    layer = nn.Linear(max(1, inputs), max(1, outputs), bias is not None, "meta")
+    layer.in_features, layer.out_features = inputs, outputs
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def _check_exporting(form: nn.Module, args: Any) -> None:
+    """A hook that names the layer at which an export fails: torch fails without a name."""
+    assert isinstance(form, Form)
+    if form.exporters == EXPORTERS:
+        return
+    exporting = getattr(torch.compiler, "is_exporting", bool)
+    onnx = torch.onnx.is_in_onnx_export()
+    if (onnx and "ONNX" not in form.exporters) or (
+        exporting() and "torch.export" not in form.exporters
+    ):
+        unable = " and ".join(name for name in EXPORTERS if name not in form.exporters)
+        raise RuntimeError(
+            f"Layer '{form.site}' has the form '{form.choice}', which {unable} "
+            f"cannot take. Compress again with portable=True, or with "
+            f"plan=mtprune.plan_of(model).replace({form.site!r}, 'dense')."
+        )

@@ -1,0 +1,407 @@
+"""Native code: the sparse product of ``sparse.c``, compiled by the machine's own compiler.
+
+Nothing is compiled at import: the first use compiles. The library is kept in the user's cache
+directory, under a key of source, compiler and processor, and called without the interpreter's lock.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["convolve", "multiply", "unavailable", "unpack"]
+
+SOURCE = Path(__file__).with_name("sparse.c")
+
+COMPILERS = ("cc", "gcc", "clang")
+
+FLAGS = (
+    # Without linking OpenMP's runtime: torch has loaded one, and two would disturb each other.
+    ("-O3", "-march=native", "-fopenmp"),
+    ("-O3", "-march=native"),
+    ("-O3",),
+)
+"""Flags of the compiler, best first; none changes the order of sums or the meaning of infinity."""
+
+_LIBRARY = "sparse.so"
+_DIGEST = "sha256"
+
+
+def unavailable() -> str:
+    """Why this machine has no native code; empty if it has. The first call compiles.
+
+    Example:
+        >>> reason = unavailable()
+        >>> reason == "" or "compiler" in reason
+        True
+    """
+    library = _library()
+    return library if isinstance(library, str) else ""
+
+
+def multiply(
+    x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    """``x W^T + b`` for a sparse weight ``[outputs, inputs]``.
+
+    Args:
+        x: ``[..., inputs]``, float32 on the CPU, as are all other numbers.
+        start: ``[outputs + 1]``, int32: the index at which the values of each output begin.
+        column: ``[nonzero]``, int16 or int32: the input of each value.
+        value: ``[nonzero]``.
+        bias: ``[outputs]`` or None.
+        outputs: The number of outputs.
+
+    Returns:
+        ``[..., outputs]``.
+
+    Example:
+        >>> start, column = torch.tensor([0, 1, 3]).int(), torch.tensor([2, 0, 1]).int()
+        >>> multiply(torch.tensor([[1., 10, 100]]), start, column, torch.ones(3), None, 2)
+        tensor([[100.,  11.]])
+    """
+    call = _multiply if _is_eager(x) else _multiply_op
+    y: Tensor = call(x, start, column, value, bias, outputs)
+    return y
+
+
+def convolve(
+    x: Tensor,
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    geometry: Sequence[int],
+) -> Tensor:
+    """The convolution of images with a sparse weight ``[outputs, height, width, channels]``.
+
+    Args:
+        x: ``[images, channels, height, width]``, float32 on the CPU.
+        start: ``[outputs * kernel height + 1]``, int32: the index at which the values of each
+            output and kernel row begin.
+        column: ``[nonzero]``, int16 or int32: the index of each value in its output's flat weight.
+        value: ``[nonzero]``.
+        bias: ``[outputs]`` or None.
+        size: The size of the result, ``(outputs, height, width)``.
+        geometry: Kernel, stride, padding at the top and left, dilation: height and width of each.
+
+    Returns:
+        ``[images, outputs, height, width]``.
+    """
+    call = _convolve if _is_eager(x) else _convolve_op
+    y: Tensor = call(x, start, column, value, bias, size, geometry)
+    return y
+
+
+def unpack(start: Tensor, column: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
+    """The dense matrix ``[rows, columns]`` of a sparse one, each row of which has as many groups.
+
+    Args:
+        start: ``[rows * groups + 1]``, the index at which the values of each group begin.
+        column: ``[nonzero]``, the column of each value.
+        value: ``[nonzero]``.
+        rows: The number of rows.
+        columns: The number of columns.
+
+    Example:
+        >>> unpack(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.ones(3), 2, 3)
+        tensor([[0., 0., 1.],
+                [1., 1., 0.]])
+    """
+    groups = (len(start) - 1) // max(1, rows)
+    row = torch.arange(len(start) - 1, device=start.device).div(
+        max(1, groups), rounding_mode="floor"
+    )
+    row = row.repeat_interleave(start.long().diff(), output_size=len(value))
+    full = value.new_zeros(rows, columns)
+    full[row, column.long()] = value
+    return full
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether a plain tensor is computed with now: no gradient, no compiler, no tracing.
+
+    Then torch's dispatcher is passed by: it takes longer than the product for a short sentence.
+    """
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _multiply(
+    x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    *batch, inputs = x.shape
+    library = _library()
+    if isinstance(library, str):
+        _warn(library)
+        return F.linear(x, unpack(start, column, value, outputs, inputs), bias)
+    x = x.contiguous()
+    y = x.new_empty((*batch, outputs))
+    code = library.mtprune_linear(
+        *_weight(start, column, value, bias, outputs, 1),
+        inputs,
+        x.data_ptr(),
+        math.prod(batch),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if code:
+        _fail(code)
+    return y
+
+
+def _convolve(
+    x: Tensor,
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    geometry: Sequence[int],
+) -> Tensor:
+    library = _library()
+    if isinstance(library, str):
+        _warn(library)
+        return _convolve_dense(x, start, column, value, bias, size, geometry)
+    x = x.contiguous()
+    y = x.new_empty((x.shape[0], *size))
+    sizes = (*x.shape, *size[1:], *geometry)
+    code = library.mtprune_conv(
+        *_weight(start, column, value, bias, size[0], geometry[0]),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        x.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if code:
+        _fail(code)
+    return y
+
+
+def _convolve_dense(
+    x: Tensor,
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    geometry: Sequence[int],
+) -> Tensor:
+    kernel, stride, before, dilation = (tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6))
+    flat = unpack(start, column, value, size[0], x.shape[1] * kernel[0] * kernel[1])
+    weight = flat.view(size[0], *kernel, x.shape[1]).permute(0, 3, 1, 2)
+    after = [
+        max(0, (size[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - x.shape[2 + i])
+        for i in range(2)
+    ]
+    padded = F.pad(x, (before[1], after[1], before[0], after[0]))
+    y = F.conv2d(padded, weight, bias, stride, 0, dilation)
+    return y[..., : size[1], : size[2]].contiguous()
+
+
+def _weight(
+    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int, groups: int
+) -> tuple[int | None, ...]:
+    """The first arguments of both C functions, which check the indices themselves."""
+    count = value.numel()
+    if (
+        start.numel() != outputs * groups + 1
+        or column.numel() != count
+        or start.dtype != torch.int32
+        or column.dtype not in (torch.int16, torch.int32)
+        or value.dtype != torch.float32
+        or (bias is not None and (bias.numel() != outputs or bias.dtype != torch.float32))
+    ):
+        raise ValueError(_BROKEN)
+    return (
+        start.data_ptr(),
+        column.data_ptr(),
+        value.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        count,
+        column.dtype == torch.int32,
+        outputs,
+    )
+
+
+_BROKEN = "The parts of a sparse weight do not fit each other. Compress or load the model again."
+
+
+def _fail(code: int) -> NoReturn:
+    if code == 1:
+        raise MemoryError("There is no memory left for a sparse product.")
+    raise ValueError(_BROKEN)
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"Sparse layers are multiplied as dense ones: {reason}.", stacklevel=2)
+
+
+_SPARSE = "Tensor x, Tensor start, Tensor column, Tensor value, Tensor? bias"
+
+_multiply_op = torch.library.custom_op(
+    "mtprune::sparse_linear",
+    _multiply,
+    mutates_args=(),
+    schema=f"({_SPARSE}, int outputs) -> Tensor",
+)
+_convolve_op = torch.library.custom_op(
+    "mtprune::sparse_conv2d",
+    _convolve,
+    mutates_args=(),
+    schema=f"({_SPARSE}, SymInt[] size, int[] geometry) -> Tensor",
+)
+
+
+@_multiply_op.register_fake
+def _shape_of_product(x: Tensor, *weight: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight[-1]))
+
+
+@_convolve_op.register_fake
+def _shape_of_convolution(x: Tensor, *weight: Any) -> Tensor:
+    return x.new_empty((x.shape[0], *weight[-2]))
+
+
+def _no_backward(context: Any, gradient: Tensor) -> None:
+    raise RuntimeError(
+        "Sparse layers are for inference: there is no gradient through them. Train the dense model "
+        "and compress it then."
+    )
+
+
+_multiply_op.register_autograd(_no_backward)
+_convolve_op.register_autograd(_no_backward)
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, from the cache or compiled now; or the reason why there is none."""
+    compiler = _compiler()
+    if not compiler:
+        return f"no C compiler was found ({', '.join(COMPILERS)}, or the variable CC)"
+    reason = ""
+    try:
+        directory = _cache_directory()
+        for flags in FLAGS:
+            folder = directory / _key(compiler, flags)
+            try:
+                if not _is_intact(folder):
+                    _compile(compiler, flags, folder)
+                return _declared(ctypes.CDLL(str(folder / _LIBRARY)))
+            except OSError as error:
+                reason = reason or str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = reason or str(error)
+    return f"the C compiler {compiler[0]} made no library: {_first_line(reason)}"
+
+
+def _compiler() -> list[str]:
+    wanted = shlex.split(os.environ.get("CC", ""))
+    for command in [wanted, *([name] for name in COMPILERS)]:
+        if command and shutil.which(command[0]):
+            return command
+    return []
+
+
+def _cache_directory() -> Path:
+    """A directory that only this user can write to: libraries in it are executed."""
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    candidates = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
+    with suppress(RuntimeError):  # a user without a home
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        candidates.insert(0, Path(home) / "mtprune")
+    for directory in candidates:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.lstat()
+            is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+            if is_own and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
+                return directory
+        except OSError:
+            continue
+    return Path(tempfile.mkdtemp(prefix="mtprune-"))
+
+
+def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, timeout=60
+    ).stdout
+    parts = (SOURCE.read_text(), *compiler, version, *flags, torch.__version__, _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """The features of the processor, which ``-march=native`` depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.exists() else []
+    features = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU"))]
+    return "\n".join([platform.machine(), platform.processor(), *features])
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder holds the library as it was compiled: a broken one may crash the process."""
+    try:
+        digest = hashlib.sha256((folder / _LIBRARY).read_bytes()).hexdigest()
+        return digest == (folder / _DIGEST).read_text()
+    except OSError:
+        return False
+
+
+def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> None:
+    """Compile into a folder that appears when it is complete."""
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for command in (
+            [*compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", "sparse.o"],
+            [*compiler, "-shared", "sparse.o", "-o", _LIBRARY],
+        ):
+            run = subprocess.run(command, cwd=draft, capture_output=True, text=True, timeout=300)
+            if run.returncode:
+                raise OSError(_first_line(run.stderr) or f"it returned {run.returncode}")
+        (draft / "sparse.o").unlink()
+        (draft / _DIGEST).write_text(hashlib.sha256((draft / _LIBRARY).read_bytes()).hexdigest())
+        if _is_intact(folder):  # another process was faster
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not _is_intact(folder):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
+    pointer, short, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    weight: tuple[Any, ...] = (pointer, pointer, pointer, pointer, long, short, long)
+    library.mtprune_linear.argtypes = (*weight, long, pointer, long, pointer, short)
+    library.mtprune_conv.argtypes = (*weight, pointer, pointer, pointer, short)
+    return library
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:200]

@@ -1,0 +1,259 @@
+"""Facts: the numbers of an update, kept for the report when scores and masks are gone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor
+
+from mtprune.model import factors
+from mtprune.model.layers import Layer
+
+__all__ = [
+    "Count",
+    "Facts",
+    "GroupRow",
+    "Moment",
+    "Subject",
+    "count",
+    "count_rank",
+    "mean",
+    "share",
+    "total",
+]
+
+_MOMENTS = 512
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer that an update decides about.
+
+    Attributes:
+        name: The layer.
+        component: Its component.
+        shape: Its shape.
+        tasks: The tasks that use it.
+        cost: Multiply-adds of each of its weights, if that was measured.
+    """
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    tasks: tuple[str, ...]
+    cost: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """The numbers of one layer after an update.
+
+    Attributes:
+        name: The layer.
+        component: Its component.
+        parameters: How many weights it has.
+        kept: How many of them are kept.
+        wanted: For each task that uses it, how many of the kept ones that task alone would keep.
+        unanimous: How many of the kept ones each of these tasks alone would keep.
+        tasks: The tasks that use it.
+        threshold: Its threshold, if it has one.
+        cost: Multiply-adds of each of its weights, if that was measured.
+        rank: How many singular directions it keeps, if ranks are pruned.
+        full_rank: How many it had.
+    """
+
+    name: str
+    component: str
+    parameters: int
+    kept: int
+    wanted: Mapping[str, int]
+    unanimous: int
+    tasks: tuple[str, ...] = ()
+    threshold: float | None = None
+    cost: float | None = None
+    rank: int | None = None
+    full_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The state of pruning after one update.
+
+    Attributes:
+        step: The step of the update.
+        sparsity: Share pruned.
+        components: For each component its ``"sparsity"``, its ``"share"`` of all kept weights, and
+            its ``"threshold"``, if it has one: the mean over its weights.
+        weights: The factor on each task's loss.
+    """
+
+    step: int
+    sparsity: float
+    components: Mapping[str, Mapping[str, float]]
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """The numbers of a group of units after an update.
+
+    Attributes:
+        name: The group.
+        units: How many there are.
+        kept: How many of them are kept.
+    """
+
+    name: str
+    units: int
+    kept: int
+
+    @classmethod
+    def of(cls, name: str, mask: Tensor) -> "GroupRow":
+        """The numbers of a group from the mask of its units."""
+        return cls(name, mask.numel(), int(mask.count_nonzero()))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is remembered of an update.
+
+    Attributes:
+        counts: One for each pruned layer.
+        observations: Observations of each task behind it.
+        stable: See `mtprune.report.Report`.
+        discarded: See `mtprune.report.Report`.
+        history: See `mtprune.report.Report`.
+        groups: See `mtprune.report.Report`.
+    """
+
+    counts: tuple[Count, ...] = ()
+    observations: Mapping[str, int] = field(default_factory=dict)
+    stable: bool | None = None
+    discarded: Mapping[str, int] = field(default_factory=dict)
+    history: tuple[Moment, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
+
+    @classmethod
+    def before(cls, layers: Iterable[Layer]) -> "Facts":
+        """The facts before the first update: everything is kept."""
+        sizes = {layer.name: layer.parameter.numel() for layer in layers}
+        return cls(tuple(Count(name, "", n, n, {}, n) for name, n in sizes.items()))
+
+    def remembering(self, step: int, weights: Mapping[str, float]) -> "Facts":
+        """The same with one more moment in the history: the state of these counts.
+
+        Args:
+            step: The step of the update.
+            weights: The factor on each task's loss.
+        """
+        longer = (*self.history, moment(self.counts, step, weights))
+        short = longer if len(longer) <= _MOMENTS else longer[len(longer) % 2 - 1 :: 2]
+        return replace(self, history=short)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return {
+            **asdict(self),
+            "counts": [asdict(c) for c in self.counts],
+            "history": [asdict(m) for m in self.history],
+            "groups": [asdict(g) for g in self.groups],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Facts":
+        """The inverse of `state_dict`."""
+        counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
+        history = tuple(Moment(**m) for m in state["history"])
+        groups = tuple(GroupRow(**g) for g in state["groups"])
+        return cls(**{**state, "counts": counts, "history": history, "groups": groups})
+
+
+def count(
+    subject: Subject,
+    mask: Tensor,
+    alone: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+) -> Count:
+    """Count one layer.
+
+    Args:
+        subject: The layer.
+        mask: The weights that are kept, flat bool.
+        alone: For each task that has a say, those that task alone would keep, flat bool.
+        threshold: Its threshold, if it has one.
+    """
+    every = mask
+    for wish in alone.values():
+        every = every & wish
+    return Count(
+        name=subject.name,
+        component=subject.component,
+        parameters=mask.numel(),
+        kept=int(mask.count_nonzero()),
+        wanted={task: int((mask & wish).count_nonzero()) for task, wish in alone.items()},
+        unanimous=int(every.count_nonzero()),
+        tasks=subject.tasks,
+        threshold=threshold,
+        cost=None if subject.cost is None else float(subject.cost),
+    )
+
+
+def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> Count:
+    """Count one layer whose rank is pruned.
+
+    Its weights count as kept as far as its factors have parameters. For one row of input a
+    parameter is a multiply-add, before and after.
+
+    Args:
+        subject: The layer.
+        kept: The singular directions of the weight that are kept, bool ``[m]``.
+        alone: For each task that has a say, those that task alone would keep, bool ``[m]``.
+    """
+    directions = count(replace(subject, cost=Fraction(1)), kept, alone)
+    size = factors.parameters(subject.shape, directions.kept)
+
+    def part(number: int) -> int:
+        return round(size * number / max(1, directions.kept))
+
+    return replace(
+        directions,
+        parameters=subject.shape[0] * subject.shape[1],
+        kept=size,
+        wanted={task: part(number) for task, number in directions.wanted.items()},
+        unanimous=part(directions.unanimous),
+        rank=directions.kept,
+        full_rank=directions.parameters,
+    )
+
+
+def moment(counts: Sequence[Count], step: int, weights: Mapping[str, float]) -> Moment:
+    """The state of pruning that the counts of an update show."""
+    kept = sum(c.kept for c in counts)
+    components: dict[str, Mapping[str, float]] = {}
+    for name in dict.fromkeys(c.component for c in counts):
+        own = [c for c in counts if c.component == name]
+        parameters, left = sum(c.parameters for c in own), sum(c.kept for c in own)
+        numbers = {"sparsity": share(parameters - left, parameters), "share": share(left, kept)}
+        tau = mean([(c.threshold, c.parameters) for c in own])
+        components[name] = numbers if tau is None else {**numbers, "threshold": tau}
+    parameters = sum(c.parameters for c in counts)
+    return Moment(step, share(parameters - kept, parameters), components, dict(weights))
+
+
+def share(part: int, whole: int) -> float:
+    """A part of a whole, 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def total(pairs: Sequence[tuple[float | None, int]]) -> float | None:
+    """The sum of value times number; None if some value is not known."""
+    known = [value * number for value, number in pairs if value is not None]
+    return sum(known) if len(known) == len(pairs) else None
+
+
+def mean(pairs: Sequence[tuple[float | None, int]]) -> float | None:
+    """The mean of values that stand for a number each; None if some value is not known."""
+    summed = total(pairs)
+    return None if summed is None else summed / max(1, sum(number for _, number in pairs))

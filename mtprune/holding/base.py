@@ -1,0 +1,279 @@
+"""Holding: how a decision takes hold of a model, and how it lets go.
+
+A method decides; its decision is a frozen value. The hold that goes with it puts the decision into
+the model, keeps it there after every optimizer step, and says how each weight looks to those who
+train it, score it and count it. A new way to take hold is one file beside this one: its decision
+and its hold.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from mtprune.bits import pack_bits, unpack_bits
+from mtprune.facts import Count, Subject, count
+from mtprune.holding.masking import Gate, Masking
+from mtprune.model.layers import Layer
+from mtprune.statistics import JOINT
+
+__all__ = [
+    "Decision",
+    "Hold",
+    "MaskHold",
+    "Masks",
+    "View",
+    "by_task",
+    "differ",
+    "packed",
+    "shaped",
+    "unpacked",
+]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided at an update, layer by layer.
+
+    Attributes:
+        masks: The weights that are kept from now on, flat bool ``[n]`` for each layer.
+        alone: For each voter and each layer it uses, the weights that voter alone would keep.
+        memory: What the method wants to be told at its next update.
+        units: For each group of units, which of them are kept; empty if units are single weights.
+    """
+
+    masks: Sequence[Tensor]
+    alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    units: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def slopes(self) -> Mapping[str, float]:
+        """For each task, the slope of its log-loss in the strength of pruning, if it is known."""
+        return {}
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that must be equal on every rank."""
+        return self.masks
+
+    def alone_for(self, tasks: Iterable[str], place: int) -> dict[str, Tensor]:
+        """The weights of one layer that each of some tasks alone would keep."""
+        return by_task(self.alone, tasks, place)
+
+    def wishes(self, tasks: Iterable[str], place: int) -> dict[str, Tensor]:
+        """The same; all that is kept where the tasks were not asked."""
+        asked = self.alone_for(tasks, place)
+        return {task: asked.get(task, self.masks[place]) for task in tasks}
+
+    def count(self, subject: Subject, place: int) -> Count:
+        """The numbers of one layer, for the report."""
+        return count(subject, self.masks[place], self.alone_for(subject.tasks, place))
+
+
+@dataclass(frozen=True)
+class Masks(Decision):
+    """Masks that hold: pruned weights are zero from now on.
+
+    Attributes:
+        final: Whether they are for good; False where masks may open again.
+    """
+
+    final: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """A layer's weight as statistics see it.
+
+    Attributes:
+        weight: The weight, of the layer's shape or in the basis.
+        mask: Where it counts as zero; None for nowhere.
+        basis: Columns ``[m, m]`` in which the gradient is to be seen too; None for the usual ones.
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+    basis: Tensor | None = None
+
+
+D = TypeVar("D", bound=Decision)
+
+
+class Hold(ABC, Generic[D]):
+    """How decisions of one kind take hold of a model.
+
+    Attributes:
+        gate: Whether gradients pass where weights are masked.
+        no_fold: Why a training's backward cannot be the scoring's too; empty if it can.
+    """
+
+    gate: Gate
+    no_fold: str = ""
+
+    @abstractmethod
+    def take(self, layers: Sequence[Layer], decision: D) -> bool:
+        """Let a decision hold from now on; whether it changed anything."""
+
+    @abstractmethod
+    def enforce(self) -> None:
+        """Put right what an optimizer step has moved."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Leave plain modules that compute the same; masks and counts stay readable."""
+
+    @abstractmethod
+    def mask(self, layer: Layer) -> Tensor:
+        """The weights of a layer that are kept; all True before the first decision."""
+
+    @abstractmethod
+    def view(self, layer: Layer) -> View:
+        """A layer's weight as statistics see it."""
+
+    @abstractmethod
+    def trained(self, layer: Layer) -> Tensor:
+        """A layer's weight as the optimizer has it, but zero where it is pruned for good."""
+
+    @abstractmethod
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        """The mask that a layer's gradient goes through on its way to ``.grad``, if any."""
+
+    def kept(self, layer: Layer) -> int:
+        """How many of a layer's parameters are kept."""
+        return int(self.mask(layer).count_nonzero())
+
+    def noted(self) -> list[float]:
+        """One number for each layer that was noted since the last decision; often none."""
+        return []
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The decision that holds now, as plain containers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: What it returned.
+            layers: The layers that are pruned.
+        """
+
+
+class MaskHold(Hold[Masks]):
+    """Masked weights are zero, and stay so.
+
+    Args:
+        masks: The back-end.
+    """
+
+    def __init__(self, masks: Masking) -> None:
+        self._masks = masks
+        self._layers: list[Layer] = []
+        self._released: dict[str, Tensor] = {}
+        self.gate = masks.gate
+
+    @override
+    def take(self, layers: Sequence[Layer], decision: Masks) -> bool:
+        masks = shaped(layers, decision.masks)
+        before = [self.mask(layer).clone() for layer in layers]
+        self._put(layers, masks)
+        return differ(before, masks)
+
+    @override
+    def enforce(self) -> None:
+        self._masks.zero()
+
+    @override
+    def release(self) -> None:
+        self._released = self._packed()
+        self._masks.zero()
+        self._masks.lift()
+
+    @override
+    def mask(self, layer: Layer) -> Tensor:
+        mask = self._masks.mask(layer)
+        if mask is not None:
+            return mask
+        if layer.name in self._released:
+            return unpack_bits(self._released[layer.name], layer.shape)
+        return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+
+    @override
+    def view(self, layer: Layer) -> View:
+        return View(layer.parameter.detach(), self._masks.mask(layer))
+
+    @override
+    def trained(self, layer: Layer) -> Tensor:
+        return self._masks.masked(layer)
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        return self._masks.gradient_mask(layer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": self._packed() or dict(self._released)}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        known, masks = unpacked(state["masks"], layers)
+        if known:
+            self._put(known, masks)
+        else:
+            self.discard()
+
+    def discard(self) -> None:
+        """Forget all masks, and leave weights as they are."""
+        self._masks.lift()
+        self._layers = []
+
+    def _put(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
+        self._layers = list(layers)
+        self._masks.put(layers, masks)
+        self._masks.zero()
+
+    def _packed(self) -> dict[str, Tensor]:
+        return packed(self._layers, self._masks)
+
+
+def shaped(layers: Sequence[Layer], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Flat masks in the shapes of their layers, and where those are."""
+    return [
+        mask.view(layer.shape).to(layer.parameter.device)
+        for layer, mask in zip(layers, masks, strict=True)
+    ]
+
+
+def packed(layers: Iterable[Layer], masks: Masking) -> dict[str, Tensor]:
+    """The masks of layers as bits, by name."""
+    kept = {layer.name: masks.mask(layer) for layer in layers}
+    return {name: pack_bits(mask) for name, mask in kept.items() if mask is not None}
+
+
+def unpacked(
+    bits: Mapping[str, Tensor], layers: Iterable[Layer]
+) -> tuple[list[Layer], list[Tensor]]:
+    """The layers that have bits, and their masks."""
+    known = [layer for layer in layers if layer.name in bits]
+    return known, [unpack_bits(bits[x.name].to(x.parameter.device), x.shape) for x in known]
+
+
+def differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether some mask is not as before."""
+    return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def by_task(
+    alone: Mapping[str, Mapping[int, Tensor]], tasks: Iterable[str], place: int
+) -> dict[str, Tensor]:
+    """What each task alone would keep of a layer; all of them the same where one voter speaks."""
+    if not alone:
+        return {}
+    voters = {task: JOINT if JOINT in alone else task for task in tasks}
+    known = {voter: alone[voter][place] for voter in dict.fromkeys(voters.values())}
+    return {task: known[voter] for task, voter in voters.items()}

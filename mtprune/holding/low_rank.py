@@ -1,0 +1,216 @@
+"""Weights of low rank, held there after every optimizer step.
+
+A pruned direction of a weight is one in which the weight is zero. So the Parameter itself holds the
+weight of low rank, whatever the back-end: forwards run at full speed, parameter names stay, and
+every reader of the weight reads the one the model uses. An optimizer step leads out of the kept
+directions a little, and after it the weight is projected back.
+
+While gates are learned no direction is removed. The Parameter holds every one times its gate.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from mtprune import distributed
+from mtprune.facts import Count, Subject, count_rank
+from mtprune.holding.base import Decision, Hold, View, by_task
+from mtprune.holding.masking import Gate
+from mtprune.model import factors
+from mtprune.model.layers import Layer
+
+__all__ = ["LowRankHold", "LowRanks"]
+
+_ROUNDING = 16  # times the precision of its type: how far off a projected weight may be
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRanks(Decision):
+    """The singular directions of its weight that each layer keeps, largest first.
+
+    Masks stay all True: a matrix of low rank has no zeros.
+
+    Attributes:
+        directions: For each layer, bool ``[m]``, True = keep.
+        directions_alone: For each voter and each layer it uses, those that voter alone would keep.
+        gates: The factor on each direction, ``[m]`` for each layer, while none is removed yet;
+            None once they are.
+    """
+
+    directions: Sequence[Tensor]
+    directions_alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    gates: Sequence[Tensor] | None = None
+
+    @override
+    def tensors(self) -> Iterable[Tensor]:
+        return [*self.masks, *self.directions]
+
+    @override
+    def count(self, subject: Subject, place: int) -> Count:
+        alone = by_task(self.directions_alone, subject.tasks, place)
+        return count_rank(subject, self.directions[place], alone)
+
+
+class LowRankHold(Hold[LowRanks]):
+    """Projections instead of masks, which stay all True."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self._layers: list[Layer] = []
+        self._vectors: dict[str, Tensor] = {}  # the directions that are scored, or gated
+        self._gates: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] = {}
+        self._spans: dict[str, tuple[Tensor, bool]] = {}
+
+    @override
+    @torch.no_grad()
+    def take(self, layers: Sequence[Layer], decision: LowRanks) -> bool:
+        self._layers = list(layers)
+        before = [self._rank(layer) for layer in layers]
+        for place, layer in enumerate(layers):
+            if decision.gates is not None:
+                self._let_through(layer, decision.gates[place])
+            elif not bool(decision.directions[place].all()):
+                self._keep(layer, decision.directions[place])
+        if decision.gates is None:
+            self._gates, self._vectors = {}, {}  # a new basis for the next update
+        self.enforce()
+        return before != [self._rank(layer) for layer in layers]
+
+    @override
+    def kept(self, layer: Layer) -> int:
+        """How many parameters two factors of the layer have, or the layer if that is less."""
+        return factors.parameters(layer.shape, self._rank(layer))
+
+    @override
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Project the weights back to the directions that are kept."""
+        for layer in self._layers:
+            if layer.name in self._spans:
+                layer.parameter.detach().copy_(self._projected(layer))
+
+    @override
+    @torch.no_grad()
+    def release(self) -> None:
+        """Let go; a weight that has left its directions since is projected once more.
+
+        The directions stay known, for a checkpoint that is taken later.
+        """
+        for layer in self._layers:
+            if layer.name in self._spans:
+                weight, there = layer.parameter.detach(), self._projected(layer)
+                off, size = (weight - there).norm(), there.norm()
+                if not bool(off <= _ROUNDING * torch.finfo(weight.dtype).eps * size):
+                    weight.copy_(there)
+        self._layers = []
+
+    @override
+    def mask(self, layer: Layer) -> Tensor:
+        return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+
+    @override
+    @torch.no_grad()
+    def view(self, layer: Layer) -> View:
+        """The weight, each of its directions a column, or a row of a wide one.
+
+        The directions are found when they are first asked for after an update.
+        """
+        vectors = self._basis(layer)
+        weight = layer.parameter.detach().to(vectors.dtype)
+        return View(factors.rotate(weight, vectors), basis=vectors)
+
+    @override
+    def trained(self, layer: Layer) -> Tensor:
+        return layer.parameter.detach()
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        return None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masks": {},
+            "vectors": {name: vectors.clone() for name, vectors in self._vectors.items()},
+            "gates": {name: gates.clone() for name, gates in self._gates.items()},
+            "ranks": dict(self._ranks),
+            "spans": {name: [span.clone(), inside] for name, (span, inside) in self._spans.items()},
+        }
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        self._layers = list(layers)
+        self._vectors = {name: vectors.clone() for name, vectors in state["vectors"].items()}
+        self._gates = {name: gates.clone() for name, gates in state["gates"].items()}
+        self._ranks = dict(state["ranks"])
+        self._spans = {
+            name: (span.clone(), bool(inside)) for name, (span, inside) in state["spans"].items()
+        }
+
+    def _rank(self, layer: Layer) -> int:
+        """How many directions a layer has left."""
+        return self._ranks.get(layer.name, min(layer.shape))
+
+    def _basis(self, layer: Layer) -> Tensor:
+        """The directions that are scored until the next update, columns ``[m, m]``."""
+        vectors = self._vectors.get(layer.name)
+        if vectors is None:
+            try:
+                _, exact = factors.components(layer.parameter)
+            except ValueError:
+                raise RuntimeError(
+                    f"Weights of '{layer.name}' are not finite. Check the training; ranks are "
+                    "unchanged."
+                ) from None
+            # Equal on all ranks to the last bit, also where their libraries differ.
+            vectors = distributed.first_(exact.to(_dtype(layer.parameter)).contiguous())
+        self._vectors[layer.name] = _moved(vectors, layer)
+        return self._vectors[layer.name]
+
+    def _keep(self, layer: Layer, kept: Tensor) -> None:
+        """Remember the kept directions or the others, whichever are fewer."""
+        vectors = self._basis(layer)
+        kept = kept.to(vectors.device)
+        rank = int(kept.count_nonzero())
+        inside = 2 * rank < len(kept)
+        self._spans[layer.name] = vectors[:, kept if inside else ~kept].contiguous(), inside
+        self._ranks[layer.name] = rank
+
+    def _projected(self, layer: Layer) -> Tensor:
+        """A layer's weight, zero in the directions that are not kept."""
+        span, inside = self._spans[layer.name]
+        span = _moved(span, layer)
+        self._spans[layer.name] = span, inside
+        weight = layer.parameter.detach()
+        seen = weight.to(span.dtype)
+        part = factors.spread(factors.rotate(seen, span), span, layer.shape)
+        return (part if inside else seen - part).to(weight.dtype)
+
+    def _let_through(self, layer: Layer, gates: Tensor) -> None:
+        """Multiply every direction by its gate as it is now."""
+        vectors = self._basis(layer)
+        gates = gates.to(vectors)
+        before = self._gates.get(layer.name, torch.ones_like(gates)).to(vectors)
+        weight = layer.parameter.detach()
+        seen = weight.to(vectors.dtype)
+        # Only the difference is computed in the basis: what does not change is not rounded.
+        change = factors.rotate(seen, vectors) * factors.per_component(
+            gates / before - 1.0, layer.shape
+        )
+        weight.copy_(seen + factors.spread(change, vectors, layer.shape))
+        self._gates[layer.name] = gates
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """The type to compute in: half precision cannot tell directions apart."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _moved(vectors: Tensor, layer: Layer) -> Tensor:
+    """Vectors on the device of the model now, and of a type that its weights can use."""
+    return vectors.to(layer.parameter.device, _dtype(layer.parameter))

@@ -1,0 +1,285 @@
+"""Soft thresholds while they are learned.
+
+A weight is there twice, as the optimizer trains it and as the model sees it: shrunk by its layer's
+threshold, zero below it, and multiplied by its layer's gain. Closing the phase writes the weights
+that the model sees into the Parameters.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from mtprune import distributed
+from mtprune.facts import Count, Subject, count
+from mtprune.holding.base import Masks, View, packed, shaped, unpacked
+from mtprune.holding.masking import Gate, Masking
+from mtprune.holding.phases import OpenHold
+from mtprune.model.layers import Layer
+from mtprune.thresholds import soft_threshold
+
+__all__ = ["EDGE", "SoftHold", "SoftThresholds", "Watch"]
+
+Watch = Literal["slope", "edge"]
+
+EDGE = 0.1
+"""How far above the threshold weights are at its edge, as a share of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftThresholds(Masks):
+    """Soft thresholds; masks say which weights are above them.
+
+    Attributes:
+        thresholds: For each layer, its threshold, 0-dim.
+        leak: The share of the gradient that passes to weights below.
+        gains: For each layer, the factor on the weights that are left, 0-dim; None for none.
+    """
+
+    thresholds: Sequence[Tensor]
+    leak: float = 0.0
+    gains: Sequence[Tensor] | None = None
+
+    @property
+    @override
+    def slopes(self) -> Mapping[str, float]:
+        slopes: Mapping[str, float] = self.memory.get("slopes", {})
+        return slopes
+
+    @override
+    def tensors(self) -> Iterable[Tensor]:
+        return [*self.masks, *self.thresholds]
+
+    @override
+    def count(self, subject: Subject, place: int) -> Count:
+        tau = float(self.thresholds[place])
+        alone = self.alone_for(subject.tasks, place)
+        return count(subject, self.masks[place], alone, threshold=tau)
+
+
+class _Leak:
+    """How much gradient passes below the thresholds: all of it while the gate is open."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.share = 0.0
+        self._tensor = torch.tensor(0.0)
+
+    def set(self, share: float) -> None:
+        """Set the share that passes."""
+        self.share = share
+        self._tensor.data.fill_(share)
+
+    @property
+    def now(self) -> float:
+        """See `mtprune.thresholds.Leak`."""
+        return 1.0 if self.gate.dense else self.share
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `mtprune.thresholds.Leak`."""
+        return self._tensor, self.gate.flag
+
+
+class _Threshold:
+    """The threshold of one layer: the product of its weight.
+
+    Args:
+        leak: How much gradient passes below it.
+        like: The layer's weight.
+        watch: The number to note in every backward; see `SoftHold`.
+    """
+
+    def __init__(self, leak: _Leak, like: Tensor, watch: Watch | None) -> None:
+        self.leak = leak
+        self.fixed = like.new_zeros((), requires_grad=False)
+        self.gain = like.new_ones((), requires_grad=False)
+        self.gained = False
+        self.edge = EDGE if watch == "edge" else 0.0
+        self.slack = like.new_zeros((), dtype=torch.float32, requires_grad=True) if watch else None
+        self.called = False
+
+    def tau(self, weight: Tensor) -> Tensor:
+        """The threshold for a weight, 0-dim, of its type and where it is."""
+        if self.fixed.device != weight.device or self.fixed.dtype != weight.dtype:
+            # The model has moved, or become another type.
+            self.fixed, self.gain = self.fixed.to(weight), self.gain.to(weight)
+        return self.fixed
+
+    def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The weight as the model sees it."""
+        self.called = True
+        if self.slack is not None and self.slack.device != weight.device:
+            self.slack = self.slack.detach().to(weight.device).requires_grad_()
+        soft = soft_threshold(weight, self.tau(weight), self.leak, self.slack, self.edge)
+        return soft * self.gain if self.gained else soft
+
+    def seen(self, weight: Tensor) -> Tensor:
+        """The weight as the model sees it, without a graph."""
+        soft = soft_threshold(weight, self.tau(weight))
+        return soft * self.gain if self.gained else soft
+
+
+class SoftHold(OpenHold[SoftThresholds]):
+    """Soft thresholds in front of every weight.
+
+    Args:
+        masks: The back-end.
+        watch: The number to note of every layer in every backward: ``"slope"``, the derivative of
+            the loss in the log-threshold; ``"edge"``, the sum of ``|gradient|`` over the weights
+            just above it; or none.
+    """
+
+    no_fold = (
+        "fold=True cannot train thresholds. Call observe() without it, then "
+        "pruner.weigh(losses).backward()."
+    )
+
+    def __init__(self, masks: Masking, watch: Watch | None = None) -> None:
+        self.gate = masks.gate
+        self._masks = masks
+        self._layers: list[Layer] = []
+        self._leak = _Leak(self.gate)
+        self._thresholds: dict[str, _Threshold] = {}
+        self._watch = watch
+        self._noted = torch.zeros(0)
+        self._warned = False
+
+    @property
+    @override
+    def is_open(self) -> bool:
+        return bool(self._thresholds)
+
+    @override
+    def take(self, layers: Sequence[Layer], decision: SoftThresholds) -> bool:
+        """See `Hold`.
+
+        Warns:
+            UserWarning: If some weights are read without their modules being called.
+        """
+        silent = [name for name, threshold in self._thresholds.items() if not threshold.called]
+        if self._warned or len(silent) == len(self._thresholds):  # said, or the model has not run
+            silent = []
+        self._set(layers, shaped(layers, decision.masks), decision)
+        if silent:
+            self._warned = True
+            warnings.warn(
+                f"The weights {silent} are read without their modules being called, so they are "
+                "not thresholded until masks are fixed. Call the modules, or exclude them.",
+                stacklevel=5,
+            )
+        return True
+
+    @override
+    @torch.no_grad()
+    def close(self, layers: Sequence[Layer], decision: SoftThresholds | None) -> None:
+        if decision is not None:
+            self.take(layers, decision)
+        for layer in self._layers:
+            layer.parameter.copy_(self._effective(layer))
+        self.discard()
+
+    @override
+    def discard(self) -> None:
+        for threshold in self._thresholds.values():
+            threshold.fixed.zero_()
+            threshold.gain.fill_(1.0)
+        self._masks.lift()
+        self._layers = []
+        self._thresholds.clear()
+
+    @override
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Weights below their threshold move on, for they may come back; the watch is read."""
+        if not self._watch:
+            return
+        slack = [threshold.slack for threshold in self._thresholds.values()]
+        grads = [x.new_zeros(()) if x.grad is None else x.grad for x in slack if x is not None]
+        found = torch.stack([grad.to(grads[0].device) for grad in grads])
+        # Neither infinite nor NaN, as where a GradScaler overflows.
+        self._noted = self._noted.to(found.device) + torch.where(found.isfinite(), found, 0.0)
+        for x in slack:
+            if x is not None:
+                x.grad = None
+
+    @override
+    @torch.no_grad()
+    def mask(self, layer: Layer) -> Tensor:
+        threshold, weight = self._thresholds.get(layer.name), layer.parameter
+        if threshold is None:
+            return torch.ones_like(weight, dtype=torch.bool)
+        return weight.abs() > threshold.tau(weight)
+
+    @override
+    def view(self, layer: Layer) -> View:
+        return View(self._effective(layer))
+
+    @override
+    def trained(self, layer: Layer) -> Tensor:
+        return layer.parameter.detach()
+
+    @override
+    def gradient_mask(self, layer: Layer) -> Tensor | None:
+        return None
+
+    @override
+    def noted(self) -> list[float]:
+        """The watch, summed over backwards since thresholds were last set, its mean over ranks."""
+        noted: list[float] = distributed.mean_(self._noted.clone()).tolist()
+        return noted
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        now = [(layer, self._thresholds[layer.name]) for layer in self._layers]
+        gained = all(threshold.gained for _, threshold in now)
+        return {
+            "masks": packed(self._layers, self._masks),
+            "thresholds": {x.name: t.tau(x.parameter).detach().clone() for x, t in now},
+            "gains": {x.name: t.gain.clone() for x, t in now} if gained else {},
+            "leak": self._leak.share,
+            "noted": self._noted.clone(),
+        }
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        known, masks = unpacked(state["masks"], layers)
+        gains = state["gains"]
+        thresholds = SoftThresholds(
+            masks,
+            thresholds=[state["thresholds"][layer.name] for layer in known],
+            leak=state["leak"],
+            gains=[gains[layer.name] for layer in known] if gains else None,
+        )
+        self._set(known, masks, thresholds)
+        self._noted = state["noted"].clone()
+
+    @torch.no_grad()
+    def _set(
+        self, layers: Sequence[Layer], masks: Sequence[Tensor], decision: SoftThresholds
+    ) -> None:
+        """Let thresholds hold, for the first time or anew."""
+        self._layers = list(layers)
+        self._leak.set(decision.leak)
+        for layer, tau in zip(layers, decision.thresholds, strict=True):
+            if layer.name not in self._thresholds:
+                self._thresholds[layer.name] = _Threshold(self._leak, layer.parameter, self._watch)
+            self._thresholds[layer.name].fixed.fill_(tau)
+        gains = decision.gains
+        for layer, gain in zip(layers, gains or (), strict=gains is not None):
+            self._thresholds[layer.name].gain.fill_(gain)
+            self._thresholds[layer.name].gained = True
+        self._noted = torch.zeros(len(layers))
+        self._masks.show(layers, masks, [self._thresholds[layer.name] for layer in layers])
+        for threshold in self._thresholds.values():
+            threshold.called = False  # a back-end may ask once at first
+
+    @torch.no_grad()
+    def _effective(self, layer: Layer) -> Tensor:
+        """A layer's weight as the model sees it."""
+        weight, threshold = layer.parameter.detach(), self._thresholds.get(layer.name)
+        return weight if threshold is None else threshold.seen(weight)

@@ -1,0 +1,83 @@
+"""Taking stock: what a method can prune of a model, and what it must be shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mtprune.methods.base import Method, Needs
+from mtprune.model.components import declare
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import find_layers
+from mtprune.model.selectors import Spec
+from mtprune.model.units import cover
+
+__all__ = ["Selection", "take_inventory"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules a user names.
+
+    Attributes:
+        shared: What the tasks share.
+        include: Embeddings and bare Parameters to prune too.
+        exclude: What not to prune.
+    """
+
+    shared: Spec = "auto"
+    include: Spec = ()
+    exclude: Spec = ()
+
+
+def take_inventory(
+    model: nn.Module, tasks: Sequence[str], selection: Selection, method: Method[Any]
+) -> tuple[Inventory, Needs]:
+    """Sort the prunable layers of a model into those that take part and those that do not.
+
+    Args:
+        model: The model, unwrapped.
+        tasks: The tasks.
+        selection: The modules that are shared, included and excluded.
+        method: The method.
+
+    Returns:
+        What the model has to prune, and what the method must be shown of it.
+
+    Raises:
+        ValueError: If no layer takes part, a component has the name of a task, or the method
+            refuses the model.
+    """
+    prunable = find_layers(model, selection.include, selection.exclude)
+    if not prunable:
+        raise ValueError("The model has nothing prunable.")
+    declared = declare(model, prunable, selection.shared)
+    for component in dict.fromkeys(d.component for d in declared):
+        if component in tasks:
+            raise ValueError(
+                f"Component '{component}' has the name of a task. A task's private weights are "
+                "a component of that name: call the shared one something else."
+            )
+    reasons = {layer.name: method.fits(layer) for layer in prunable}
+    unfit = {name: reason for name, reason in reasons.items() if reason}
+    if len(unfit) == len(prunable):
+        name, reason = next(iter(unfit.items()))
+        raise ValueError(
+            f"{type(method).__name__} can prune none of these layers: '{name}' and "
+            f"{len(prunable) - 1} more are left dense ({reason})."
+        )
+    covered = cover(method.granularity, model, [x for x in prunable if x.name not in unfit])
+    inventory = Inventory(
+        tasks=tuple(tasks),
+        layers=covered.layers,
+        declared=[d for d in declared if not unfit.keys() >= set(d.names)],
+        units=covered.units,
+        left_dense=covered.dense,
+        unfit=unfit,
+    )
+    needs = method.needs(inventory)
+    if needs.macs:
+        inventory = inventory.measured(model, prunable, needs.example_inputs)
+    method.check(inventory)
+    return inventory, needs

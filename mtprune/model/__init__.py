@@ -1,0 +1,1 @@
+"""The model: its layers, their units and components, and what they cost."""

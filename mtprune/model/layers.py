@@ -1,0 +1,200 @@
+"""Layers: the prunable tensors of a model.
+
+A `Layer` is remembered by where it lives, module and attribute, never as a Parameter object,
+because wrappers and checkpoints replace those.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, normalization
+from torch.nn.utils import parametrize
+
+from mtprune.model.names import own_name, strip
+from mtprune.model.selectors import Spec, resolve, selected
+
+__all__ = ["KINDS", "Layer", "find_layers", "prunable"]
+
+_PLAIN = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_NORMS = (
+    batchnorm._NormBase,
+    normalization.LayerNorm,
+    normalization.GroupNorm,
+    normalization.RMSNorm,
+)
+KINDS = (
+    "Linear, Bilinear, Conv1d-3d, ConvTranspose1d-3d, RNN, LSTM, GRU and their cells, "
+    "MultiheadAttention"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One prunable tensor.
+
+    Attributes:
+        name: Its name in ``model.named_parameters()`` before pruning, without wrapper prefixes.
+        places: Module and attribute of each of its uses: several when weights are tied.
+        shape: Its shape.
+    """
+
+    name: str
+    places: tuple[tuple[nn.Module, str], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter as it is now, pruned or not."""
+        module, attribute = self.places[0]
+        held = module._parameters
+        found = held.get(attribute, held.get(attribute + "_orig"))
+        if found is None:
+            raise RuntimeError(f"'{self.name}' is gone: its module no longer has '{attribute}'.")
+        return found
+
+
+def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> list[Layer]:
+    """The prunable layers of a model, in order of ``named_parameters()``.
+
+    Args:
+        model: The model, unwrapped.
+        include: Also prune these embeddings and bare Parameters.
+        exclude: Do not prune these.
+
+    Raises:
+        ValueError: If a layer that would be pruned cannot be: parametrized, pruned already, lazy,
+            scripted or quantized.
+    """
+    exclude = resolve(model, exclude, "exclude")
+    excluded = selected(model, exclude, "exclude")
+    included = selected(model, include, "include")
+    held_out = _excluded_modules(model, exclude)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        if path in held_out:
+            continue
+        for attribute in _refuse_unless_plain(path, module, excluded):
+            places.setdefault(id(module._parameters[attribute]), []).append((module, attribute))
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in included or _never(module, attribute):
+                continue
+            if (module, attribute) not in places.get(id(parameter), ()):
+                places.setdefault(id(parameter), []).append((module, attribute))
+    # A tied weight is one layer with every place it is used in, prunable by itself or not.
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            known = places.get(id(parameter))
+            if known is not None and (module, attribute) not in known:
+                known.append((module, attribute))
+    layers = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
+            found = tuple(places[id(parameter)])
+            layers.append(Layer(own_name(model, name), found, tuple(parameter.shape)))
+    return layers
+
+
+def prunable(model: nn.Module, include: Spec = ()) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    """Every weight that is, was or could be pruned, with its mask if its module holds one.
+
+    Args:
+        model: The model, unwrapped, pruned or not.
+        include: As for `find_layers`.
+    """
+    included = selected(model, include, "include")
+    for module in model.modules():
+        default = _default_attributes(module)
+        for name, parameter in module._parameters.items():
+            mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
+            masked = name.endswith("_orig") and mask is not None
+            chosen = name in default or (id(parameter) in included and not _never(module, name))
+            if parameter is not None and (masked or chosen):
+                yield parameter, mask if masked else None
+
+
+def _never(module: nn.Module, attribute: str) -> bool:
+    """Biases and norms are never pruned, whoever asks."""
+    return isinstance(module, _NORMS) or attribute.startswith("bias") or attribute.endswith("bias")
+
+
+def _default_attributes(module: nn.Module) -> list[str]:
+    """The attributes under which a module of a prunable kind keeps its weights."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [a for a in _ATTENTION if getattr(module, a, None) is not None]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    if isinstance(module, nn.RNNBase):
+        return [a for group in module._all_weights for a in group if a.startswith("weight")]
+    return ["weight"] if isinstance(module, _PLAIN) else []
+
+
+def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]) -> list[str]:
+    """The prunable attributes of one module.
+
+    Raises:
+        ValueError: If one of them is not a plain Parameter.
+    """
+    kind = type(module)
+    where = f"'{path}' ({kind.__name__})" if path else f"The model ({kind.__name__})"
+    if kind.__module__.startswith("torch.jit") or kind.__name__ in (
+        "RecursiveScriptModule",
+        "TopLevelTracedModule",
+    ):
+        raise ValueError(f"{where} is scripted and cannot be pruned. Prune before scripting.")
+    if ".quantized" in kind.__module__ or "torch.nn.quantized" in kind.__module__:
+        raise ValueError(
+            f"{where} is quantized and cannot be pruned. Prune before quantizing, or exclude it."
+        )
+    found = []
+    for attribute in _default_attributes(module):
+        parameter = module._parameters.get(attribute)
+        if parameter is not None:
+            if id(parameter) in excluded:
+                continue
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ValueError(
+                    f"{where} is lazy: its '{attribute}' has no shape yet. Run one forward pass "
+                    "before building the pruner."
+                )
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"{where} is sharded (FSDP2): its '{attribute}' is a DTensor. Sharded models "
+                    "cannot be pruned yet; use DistributedDataParallel."
+                )
+            found.append(attribute)
+        elif attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers:
+            raise ValueError(
+                f"{where} is pruned already: it has '{attribute}_orig'. Call "
+                f"torch.nn.utils.prune.remove(module, '{attribute}') first."
+            )
+        elif parametrize.is_parametrized(module, attribute) or attribute in module.__dict__:
+            raise ValueError(
+                f"{where} computes its '{attribute}' from other parameters (weight_norm, "
+                "spectral_norm or another parametrization), so a mask on it would not hold. "
+                f"Remove the parametrization, or pass exclude=['{path}']."
+            )
+    return found
+
+
+def _excluded_modules(model: nn.Module, exclude: Sequence[Any]) -> set[str]:
+    """Paths of all modules inside an excluded one: nothing in them is even looked at."""
+    result: set[str] = set()
+    for path, module in model.named_modules():
+        for item in exclude:
+            named = isinstance(item, str) and fnmatchcase(strip(path), strip(item))
+            if named or item is module:
+                result.update(sub for sub, _ in module.named_modules(prefix=path))
+    return result

@@ -1,0 +1,79 @@
+"""Task masks: the weights that each task alone would keep.
+
+`finalize()` leaves plain modules, so nothing in the model says which task voted for which weight.
+Taking one task's subnetwork out of a model later needs that. One bit is kept for each weight and
+task, as long as the model lives; a copy of the model, or one loaded from a file, has none.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mtprune.bits import pack_bits, unpack_bits
+from mtprune.model.layers import Layer
+
+__all__ = ["PackedTaskMasks", "TaskMasks", "recall_task_masks", "remember_task_masks"]
+
+TaskMasks = Mapping[str, Mapping[str, Tensor]]
+"""For each task, by parameter name, the weights it would keep: True = keep."""
+
+
+@dataclass(frozen=True)
+class PackedTaskMasks:
+    """Task masks as bits.
+
+    Attributes:
+        bits: For each task, by parameter name.
+        shapes: The shapes of the layers.
+    """
+
+    bits: Mapping[str, Mapping[str, Tensor]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def pack(
+        cls,
+        tasks: Iterable[str],
+        layers: Sequence[Layer],
+        wishes: Sequence[Mapping[str, Tensor]],
+    ) -> "PackedTaskMasks":
+        """Pack masks.
+
+        Args:
+            tasks: All tasks.
+            layers: The layers.
+            wishes: For each layer, the mask of each task that uses it.
+        """
+        pairs = list(zip(layers, wishes, strict=True))
+        bits = {
+            task: {layer.name: pack_bits(own[task]) for layer, own in pairs if task in own}
+            for task in tasks
+        }
+        return cls(bits, {layer.name: layer.shape for layer in layers})
+
+    def unpack(self) -> dict[str, dict[str, Tensor]]:
+        """The masks again, bool, in the shapes of their layers."""
+        return {
+            task: {name: unpack_bits(bits, self.shapes[name]) for name, bits in masks.items()}
+            for task, masks in self.bits.items()
+        }
+
+
+_REMEMBERED: "weakref.WeakKeyDictionary[nn.Module, PackedTaskMasks]" = weakref.WeakKeyDictionary()
+
+
+def remember_task_masks(model: nn.Module, masks: PackedTaskMasks) -> None:
+    """Remember the task masks of a model."""
+    _REMEMBERED[model] = masks
+
+
+def recall_task_masks(model: nn.Module) -> dict[str, dict[str, Tensor]] | None:
+    """The task masks that are remembered for a model; None if there are none.
+
+    Example:
+        >>> recall_task_masks(nn.Linear(2, 2)) is None
+        True
+    """
+    return _REMEMBERED[model].unpack() if model in _REMEMBERED else None

@@ -1,0 +1,1 @@
+"""Observing: from losses to the ballot that a method decides on."""

@@ -1,0 +1,64 @@
+"""The clock: where a run stands in its schedule."""
+
+from mtprune.schedule import Schedule
+
+__all__ = ["Clock"]
+
+_PATIENCE = 1_000
+
+
+class Clock:
+    """Counts steps and says which update is due.
+
+    Args:
+        schedule: When updates are to be made.
+        opening: Whether the first update is unlike the others, and made even when later ones are
+            due as well. Otherwise the latest of several late updates stands for all of them.
+
+    Attributes:
+        step: Steps so far.
+        done: The step of the last update made; -1 before the first.
+    """
+
+    def __init__(self, schedule: Schedule, opening: bool) -> None:
+        self._schedule = schedule
+        self._opening = opening
+        self.step = 0
+        self.done = -1
+
+    @property
+    def next(self) -> int | None:
+        """The step of the first update not yet made, None when all are."""
+        return self._schedule.next_update(self.done)
+
+    @property
+    def final(self) -> int | None:
+        """The step of the last update, None when all are made."""
+        final = self.next
+        while final is not None and (later := self._schedule.next_update(final)) is not None:
+            final = later
+        return final
+
+    def due(self) -> int | None:
+        """The update to make now, or None."""
+        update = self.next
+        if update is None or update > self.step:
+            return None
+        if self._opening and self.done < 0:
+            return update
+        while (later := self._schedule.next_update(update)) is not None and later <= self.step:
+            update = later
+        return update
+
+    def near(self, lead: float) -> bool:
+        """Whether an update is due, or will be within ``lead`` steps."""
+        update = self.next
+        return update is not None and update - self.step <= lead
+
+    def overdue(self) -> bool:
+        """Whether the next update has waited until the one after it, or for 1,000 steps."""
+        update = self.next
+        if update is None:
+            return False
+        later = self._schedule.next_update(update)
+        return self.step >= (update + _PATIENCE if later is None else later)

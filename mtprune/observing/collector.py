@@ -1,0 +1,290 @@
+"""Collecting: each task's statistics from the graph that is already there.
+
+One forward, the user's, and one autograd sweep per task. A hook on every weight consumes its
+gradient as it arrives, adds the statistics to the task's sums and hands on an empty gradient, so
+that gradients of different tasks, or of all layers, are never alive together. ``.grad`` is not
+written, and random state and buffers are as before, also when a checkpointed forward is run again.
+Hooks exist only while a sweep runs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtprune import distributed
+from mtprune.holding import Hold
+from mtprune.methods.base import Needs
+from mtprune.model import factors
+from mtprune.model.graph import reachable
+from mtprune.model.layers import Layer
+from mtprune.model.running import untouched
+from mtprune.observing.evidence import Evidence, Store
+from mtprune.observing.inputs import Inputs
+from mtprune.observing.sweeps import backward, fold, gather, stream
+from mtprune.statistics import JOINT, Seen
+
+__all__ = ["Collector", "Losses"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one batch.
+
+    Attributes:
+        scored: Those to observe, by task: scalars whose graphs are alive.
+        others: If not None, the sweeps are the training's backward as well: ``.grad`` receives the
+            gradient of the sum of ``scored`` and of these, which are not observed.
+        scale: Factor for the sweep, taken out of the gradients again.
+        guarded: Discard a task's observation if a gradient is not finite.
+    """
+
+    scored: Mapping[str, Tensor]
+    others: Sequence[Tensor] | None = None
+    scale: float = 1.0
+    guarded: bool = False
+
+
+class Collector:
+    """Turns losses into evidence.
+
+    Args:
+        model: The model, for its buffers.
+        layers: Its prunable layers.
+        hold: What holds the weights: statistics are those of the effective weight.
+        needs: The statistics, and whether each loss is scored apart from the others.
+        store: How their sums are kept.
+        generator: The pruner's own source of randomness.
+
+    Attributes:
+        evidence: All that has been observed since the last update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        hold: Hold[Any],
+        needs: Needs,
+        store: Store,
+        generator: torch.Generator,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._hold = hold
+        self._apart = needs.apart
+        self._swept = {name: s for name, s in needs.statistics.items() if s.when == "sweep"}
+        self._store = store
+        self._generator = generator
+        self._inputs = Inputs(layers, hold, needs.statistics, store)
+        self.evidence = Evidence()
+
+    def reset(self) -> None:
+        """Forget all evidence."""
+        self.evidence = Evidence()
+        self._inputs.forget()
+
+    def listen(self, near: bool) -> None:
+        """Before a step's forward: gather inputs in it if an update is near, or stop."""
+        self._inputs.listen(near)
+
+    def skip(self) -> None:
+        """Let a batch pass that is not observed."""
+        self._inputs.forget()
+
+    def add(self, losses: Losses, users: Mapping[str, Tensor] | None) -> None:
+        """One observation of each task in ``losses``.
+
+        Args:
+            losses: The losses of one batch.
+            users: For each task, bool ``[layers]``, the layers it uses; None while that is unknown.
+
+        If this fails half way, all evidence is forgotten.
+        """
+        try:
+            self._add(losses, users)
+        except BaseException:
+            self.reset()  # half an observation is none
+            raise
+        finally:
+            self._inputs.forget()
+
+    def _add(self, losses: Losses, users: Mapping[str, Tensor] | None) -> None:
+        evidence, scored = self.evidence, bool(self._swept)
+        rest = list(losses.others or ())  # losses that no sweep has folded yet
+        with untouched(self._model), self._dense_gradients():
+            flags, able = {}, []
+            for task, loss in losses.scored.items():
+                flags[task] = ~distributed.any_rank(~torch.isfinite(loss.detach()))
+                if not losses.guarded or bool(flags[task]):
+                    able.append(task)
+                else:
+                    rest.append(loss)
+            valid = []
+            folds = losses.others is not None and scored
+            for task in able:
+                last = not rest and task == able[-1]
+                folding = _Fold(keep=not last) if folds and self._apart else None
+                if self._probe(task, losses, users, folding):
+                    valid.append(task)
+            if scored and not self._apart and valid:
+                walked = [evidence.walked[task] for task in valid]
+                targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
+                rest += [losses.scored[task] for task in able if task not in valid]
+                folding = _Fold(keep=bool(rest)) if folds else None
+                sweep = _Sweep(valid, targets, JOINT, False, folding)
+                if not self._sweep(losses, sweep):
+                    valid = []
+            elif not (scored and self._apart):
+                rest += [losses.scored[task] for task in able]
+            if valid:
+                self._inputs.add_to(evidence)
+            for task in losses.scored:
+                if task in valid:
+                    self._count(task, losses.scored[task], flags[task])
+                else:
+                    evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+        if losses.others is not None and rest:
+            backward(rest, losses.scale)
+
+    def _count(self, task: str, loss: Tensor, finite: Tensor) -> None:
+        """Note one observation of a task that counts."""
+        evidence = self.evidence
+        evidence.counts[task] = evidence.counts.get(task, 0) + 1
+        evidence.finite.setdefault(task, []).append(finite)
+        value = distributed.mean_(loss.detach().to(torch.float32).clone())
+        evidence.losses[task] = evidence.losses.get(task, 0.0) + value
+
+    def _probe(
+        self,
+        task: str,
+        losses: Losses,
+        users: Mapping[str, Tensor] | None,
+        folding: "_Fold | None",
+    ) -> bool:
+        """Sweep for the statistics of one task alone; whether its gradients could be used."""
+        targets = self._targets(task, losses.scored[task], users)
+        scored = self._apart and bool(self._swept)
+        if not scored and users is not None:
+            return True
+        voter = task if scored else None
+        return self._sweep(losses, _Sweep([task], targets, voter, users is None, folding))
+
+    def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
+        """The layers worth sweeping for a task; remembers where its graph leads."""
+        if users is not None:
+            self.evidence.walked[task] = users[task]
+            return [int(i) for i in users[task].nonzero().flatten()]
+        leaves = reachable(loss)
+        walked = torch.tensor([id(layer.parameter) in leaves for layer in self._layers])
+        if distributed.world() > 1:
+            walked = distributed.any_rank(walked.to(loss.device)).cpu()
+        before = self.evidence.walked.get(task)
+        self.evidence.walked[task] = walked if before is None else walked | before
+        return [int(i) for i in walked.nonzero().flatten()]
+
+    def _sweep(self, losses: Losses, sweep: "_Sweep") -> bool:
+        """One pass over the graph of summed losses; whether its gradients could be used."""
+        first, *others = sweep.tasks
+        loss = losses.scored[first]
+        for task in others:
+            loss = loss + losses.scored[task]
+        if losses.scale != 1.0:
+            loss = loss * losses.scale
+        hits = self.evidence.hits.setdefault(first, {}) if sweep.probes else {}
+
+        def sink(index: int, grad: Tensor) -> None:
+            grad = grad.detach()
+            if sweep.probes:
+                hits[index] = _any(grad) | hits[index] if index in hits else _any(grad)
+            if sweep.voter is not None:
+                self._score(sweep.voter, index, grad, losses.scale)
+
+        targets, parameters = sweep.targets, [self._layers[i].parameter for i in sweep.targets]
+        if sweep.folding is not None:
+            shown = {i: self._hold.gradient_mask(self._layers[i]) for i in targets}
+            return fold(loss, targets, parameters, sink, losses.guarded, shown, sweep.folding.keep)
+        if not parameters:
+            return True
+        if losses.guarded or distributed.world() > 1:
+            return gather(loss, targets, parameters, sink, losses.guarded)
+        stream(loss, targets, parameters, sink)
+        return True
+
+    def _score(self, voter: str, index: int, grad: Tensor, scale: float) -> None:
+        """Add a layer's statistics to a voter's sums."""
+        layer = self._layers[index]
+        view = self._hold.view(layer)
+        if view.basis is not None:
+            grad = factors.rotate(grad.to(view.basis.dtype), view.basis)
+        for name, statistic in self._swept.items():
+            seen = Seen(
+                layer,
+                view.weight,
+                mask=view.mask,
+                grad=grad,
+                scale=scale,
+                inputs=self._inputs.of(layer) if "inputs" in statistic.asks else None,
+                task=voter,
+                generator=self._generator,
+            )
+            sums = self.evidence.statistics.setdefault(name, {}).setdefault(voter, {})
+            new = partial(self._store.empty, name)
+            if "inputs" in statistic.asks and distributed.world() > 1:
+                # Rows of inputs differ between ranks, so values add up over them.
+                value = statistic.add(seen, None, new)
+                distributed.sum_(value)
+                sums[index] = value if index not in sums else sums[index].add_(value)
+            else:
+                sums[index] = statistic.add(seen, sums.get(index), new)
+
+    @contextmanager
+    def _dense_gradients(self) -> Iterator[None]:
+        """Let the gradient of masked weights through, so that growth can see them."""
+        self._hold.gate.set(True)
+        try:
+            yield
+        finally:
+            self._hold.gate.set(False)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A sweep is to be part of the training's backward.
+
+    Attributes:
+        keep: Whether the graph is needed again after it.
+    """
+
+    keep: bool
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One pass over a graph.
+
+    Attributes:
+        tasks: The tasks whose losses are summed.
+        targets: The layers to sweep.
+        voter: Whose statistics are gathered; None for nobody's.
+        probes: Whether to note where gradients are not zero.
+        folding: If it is part of the training's backward.
+    """
+
+    tasks: Sequence[str]
+    targets: Sequence[int]
+    voter: str | None
+    probes: bool
+    folding: _Fold | None
+
+
+def _any(grad: Tensor) -> Tensor:
+    """Whether any of a gradient is not zero, bool, on its device."""
+    if grad.device.type != "cpu":
+        return grad.any()
+    flat = grad.reshape(-1)
+    return flat[:1024].any() or flat.any()  # the first few tell, as a rule

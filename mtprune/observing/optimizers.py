@@ -1,0 +1,51 @@
+"""Optimizers: finding them inside wrappers, and counting their real steps."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from mtprune.model.layers import Layer
+
+__all__ = ["Follower", "follow", "raw"]
+
+
+class Follower(Protocol):
+    """Who wants to know of optimizer steps."""
+
+    def _after_optimizer_step(self) -> None: ...
+
+
+def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
+    """The torch optimizer itself, also from inside a wrapper that holds it as ``optimizer``.
+
+    Raises:
+        TypeError: If there is none.
+        ValueError: If it trains none of the layers.
+    """
+    inner = optimizer
+    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Got {optimizer!r}.")
+    trained = {id(p) for group in inner.param_groups for p in group["params"]}
+    if not any(id(layer.parameter) in trained for layer in layers):
+        raise ValueError(
+            "`optimizer` trains none of the prunable weights of this model. Build it on the "
+            "parameters of the same model."
+        )
+    return inner
+
+
+def follow(optimizer: Optimizer, follower: Follower) -> RemovableHandle:
+    """Call the follower after every real step; a step that a GradScaler skips is none."""
+    reference = weakref.ref(follower)
+
+    def after_step(*_: object) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._after_optimizer_step()
+
+    return optimizer.register_step_post_hook(after_step)

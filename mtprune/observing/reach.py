@@ -1,0 +1,168 @@
+"""Reach: which task uses which layer, as seen in gradients.
+
+The autograd graph alone does not tell: losses taken from a stack, or from a compiled model, lead
+to every head. A task uses a layer if some gradient of its loss there was not zero. One observation
+is enough where the graph says the same; where it does not, a second one is asked for. At the first
+update the answer is settled, for good.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtprune.facts import Subject
+from mtprune.model.components import assign
+from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.observing.evidence import Evidence
+
+__all__ = ["Reach", "Users"]
+
+Users = Mapping[str, Tensor]
+"""For each task, bool ``[layers]``: what it uses."""
+
+
+class Reach:
+    """Which task uses which layer: unknown, then settled.
+
+    Args:
+        inventory: What the model has to prune.
+
+    Attributes:
+        settled: What each task uses, or None while that is unknown.
+    """
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._costs = inventory.costs
+        self._layers = inventory.layers
+        self._tasks = inventory.tasks
+        self._declared = inventory.declared
+        self.settled: dict[str, Tensor] | None = None
+
+    def is_clear(self, evidence: Evidence, task: str) -> bool:
+        """Whether graph and gradients agree on what an observed task uses."""
+        if self.settled is not None:
+            return True
+        return torch.equal(evidence.walked[task], self._reached(evidence, task))
+
+    def now(self, evidence: Evidence) -> dict[str, Tensor]:
+        """What each task uses, as far as the evidence goes."""
+        if self.settled is not None:
+            return self.settled
+        return {task: self._reached(evidence, task) for task in self._tasks}
+
+    def settle(self, evidence: Evidence) -> None:
+        """Settle for good what each task uses.
+
+        Raises:
+            RuntimeError: If a module that was declared shared is not.
+
+        Warns:
+            UserWarning: If the graph leads where no gradient did.
+        """
+        if self.settled is not None:
+            return
+        reached = self.now(evidence)
+        walked = {task: evidence.walked[task] for task in self._tasks}
+        hidden = self._check_declared(reached, walked)
+        reachable = torch.stack(list(walked.values())).any(0)
+        seen = torch.stack(list(reached.values())).any(0)
+        if not bool(seen.any()):
+            raise RuntimeError(
+                "No task has a non-zero gradient in any prunable layer. Are the outputs detached, "
+                "or all weights frozen or zero?"
+            )
+        hidden += [
+            f"'{self._layers[i].name}'" for i in (reachable & ~seen).nonzero().flatten().tolist()
+        ]
+        hidden += self._undeclared(reached, walked, seen)
+        self.settled = reached
+        if hidden:
+            warnings.warn(
+                f"The autograd graph leads to {', '.join(hidden)}, but no gradient there was other "
+                "than zero, so these do not take part. A zero-initialised head hides the trunk at "
+                "step 0: let the schedule begin a few steps later.",
+                stacklevel=5,
+            )
+
+    def active(self, users: Users | None = None) -> list[tuple[int, Layer]]:
+        """The layers that are pruned: all candidates until it is known who uses what."""
+        users = self.settled if users is None else users
+        if users is None:
+            return list(enumerate(self._layers))
+        used = torch.stack(list(users.values())).any(0)
+        return [(i, layer) for i, layer in enumerate(self._layers) if used[i]]
+
+    def subjects(self, users: Users) -> list[Subject]:
+        """The layers that are pruned: component, tasks and cost of each."""
+        using = {
+            layer.name: [task for task in self._tasks if users[task][i]]
+            for i, layer in enumerate(self._layers)
+        }
+        components = assign(list(using), using, self._declared, self._tasks)
+        return [
+            Subject(
+                x.name, components[x.name], x.shape, tuple(using[x.name]), self._costs.get(x.name)
+            )
+            for _, x in self.active(users)
+        ]
+
+    def left_alone(self) -> dict[str, str]:
+        """Layers that are not pruned, and why."""
+        if self.settled is None:
+            return {}
+        active = {layer.name for _, layer in self.active()}
+        return {
+            layer.name: "no task uses it" if layer.parameter.requires_grad else "frozen"
+            for layer in self._layers
+            if layer.name not in active
+        }
+
+    def _reached(self, evidence: Evidence, task: str) -> Tensor:
+        return evidence.reached(task, len(self._layers))
+
+    def _check_declared(self, reached: Users, walked: Users) -> list[str]:
+        """Refuse what is not shared; name what the graph promises and no gradient bears out."""
+        hidden = []
+        for declared in self._declared:
+            inside = torch.tensor([layer.name in declared.names for layer in self._layers])
+            if not bool(inside.any()):
+                continue  # no unit lies in it
+            using = [task for task, flags in reached.items() if bool((flags & inside).any())]
+            if len(using) < min(2, len(self._tasks)):
+                raise RuntimeError(_not_shared(declared.label, using))
+            hidden += [
+                f"{declared.label} from task '{task}'"
+                for task, flags in walked.items()
+                if task not in using and bool((flags & inside).any())
+            ]
+        return hidden
+
+    def _undeclared(self, reached: Users, walked: Users, seen: Tensor) -> list[str]:
+        """Where a task's graph leads to others' weights, but no gradient of its own does."""
+        first, *others = walked.values()
+        if all(torch.equal(first, other) for other in others):
+            return []  # losses from one stack, or a compiled graph: it leads everywhere
+        declared = {name for d in self._declared for name in d.names}
+        return [
+            f"'{self._layers[i].name}' from task '{task}'"
+            for task, flags in walked.items()
+            for i in (flags & ~reached[task] & seen).nonzero().flatten().tolist()
+            if self._layers[i].name not in declared
+        ]
+
+
+def _not_shared(label: str, using: Sequence[str]) -> str:
+    if using:
+        return (
+            f"Shared {label} is used by task '{using[0]}' alone: no other task has a non-zero "
+            "gradient there. Are the others' representations detached, or their heads "
+            "zero-initialised? If it is private, leave it out of `shared_modules`."
+        )
+    return (
+        f"Shared {label} is used by no task: every gradient there is zero. Is the representation "
+        "detached, or are all heads zero-initialised (then let the schedule begin a few steps "
+        "later)?"
+    )
