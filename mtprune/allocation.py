@@ -16,18 +16,16 @@ Each allocation is a frozen value, an `Allocation`; `parse_allocation` finds it 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from typing_extensions import override
 
 from mtprune import checks
-from mtprune.selection import Quota
+from mtprune.selection.units import Marks, Queue, Shape
+from mtprune.selection.weights import Quota
 
 __all__ = [
     "NAMES",
@@ -40,17 +38,11 @@ __all__ = [
     "Global",
     "Layerwise",
     "Proportional",
-    "Queue",
     "Uniform",
     "apportion",
     "guard",
     "parse_allocation",
 ]
-
-Shape = Sequence[int]
-
-Marks = npt.NDArray[np.bool_]
-"""A mark on some units of a queue, ``[units]``."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +82,6 @@ class Budget:
             keep=keep,
             upper=[self.upper[i] for i in layers],
         )
-
-
-class Queue(Protocol):
-    """Units that wait to be kept within a budget, as an allocation sees them."""
-
-    def by_worth(self, sure: Marks) -> Marks:
-        """The units that fit if the sure ones come first, then those of highest worth."""
-        ...
-
-    def by_density(self, raw: Callable[[Shape], float], sure: Marks) -> Marks:
-        """The units that fit if the sure ones come first, then each group's best in proportion.
-
-        Args:
-            raw: The density of a layer of a given shape, up to a factor common to all.
-            sure: The units that come first.
-        """
-        ...
-
-    def best(self, counts: Sequence[int]) -> Marks:
-        """The best units of each group, so many of it."""
-        ...
-
-    def count(self, marks: Marks) -> list[int]:
-        """How many units of each group are marked."""
-        ...
 
 
 class Allocation(ABC):

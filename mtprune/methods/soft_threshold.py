@@ -28,8 +28,9 @@ from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.schedule import Cubic, Regrow, Schedule
+from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
-from mtprune.thresholds import between, follow, shrinkage, waterline
+from mtprune.thresholds import between, follow, shrinkage
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
 __all__ = ["SoftThreshold"]

@@ -44,10 +44,19 @@ from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.units import Units, is_single
-from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.selection import Best, Quota, Ranking, rank, select
+from mtprune.selection import (
+    Best,
+    Quota,
+    Ranking,
+    fitting_units,
+    least_cost,
+    rank,
+    select,
+    select_units,
+    worths,
+)
 from mtprune.statistics import PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -297,7 +306,7 @@ class Vote(Method[Masks]):
             return
         units, fixed = self._priced(units, costs, total_macs)
         every = fixed + units.weigh(units.everything())
-        needed = fixed + least(units, self.min_keep)
+        needed = fixed + least_cost(units, self.min_keep)
         if needed <= self._room(every, 1.0):
             return
         what, may = describe(self.granularity), f"more than the {float(self._stays):.1%} that may"
@@ -371,11 +380,11 @@ class Vote(Method[Masks]):
             kept = self._per_task(scores, eligible, alone)
         else:
             self._check_room(units, ballot.costs, ballot.total_macs)
-            kept = pack(
+            kept = select_units(
                 worths(scores, self.vote, rank(scores, self.priority)),
                 units,
                 self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-                self._allocation,
+                self._allocation.units,
                 eligible=eligible,
                 min_keep=self.min_keep,
             )
@@ -571,7 +580,7 @@ def _alone_of_units(
     """The units each voter would keep, given how much of how much."""
 
     def ask(task: str) -> Mapping[int, Tensor]:
-        return fitting(_own(electorate.scores, task), units, keep, electorate.used[task])
+        return fitting_units(_own(electorate.scores, task), units, keep, electorate.used[task])
 
     return _Alone(electorate.used, ask)
 

@@ -1,4 +1,4 @@
-r"""Packing: from the worth of units to what stays within a budget.
+r"""Units: from the worth of units larger than a weight to those that fit into a budget.
 
 Units differ in size, and a weight may belong to two of them, so there is no fixed number of units
 to keep. Instead they are put in an order, and the longest beginning of it that fits into the
@@ -19,57 +19,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtprune.allocation import Allocation, Marks, Shape
 from mtprune.model.units import Units
-from mtprune.selection import Ranking
-from mtprune.votes import Vote
 
-__all__ = ["fitting", "least", "pack", "worths"]
+__all__ = ["Marks", "Queue", "Shape", "fitting_units", "least_cost", "select_units"]
 
 Weigh = Callable[[Sequence[Tensor]], Fraction]
 """What masks keep, in the currency of the budget."""
 
+Shape = Sequence[int]
 
-def worths(
-    scores: Sequence[Mapping[str, Tensor]], vote: Vote, rankings: Mapping[str, Ranking]
-) -> list[Tensor]:
-    """The exact worth of everything, float64 ``[n]`` for each group or layer.
-
-    Args:
-        scores: For each, its voters' saliencies ``{task: [n]}``, flat.
-        vote: Reduces percentiles ``[voters, n]`` to worth ``[n]``.
-        rankings: Every task's ranking of all it uses.
-
-    Example:
-        >>> from mtprune import votes
-        >>> from mtprune.selection import rank
-        >>> scores = [{"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([0.0, 1.0])}]
-        >>> worths(scores, votes.mean, rank(scores))
-        [tensor([0.2500, 0.2500], dtype=torch.float64)]
-    """
-    below = {
-        task: iter(_below([voters[task] for voters in scores if task in voters]))
-        for task in rankings
-    }
-    found = []
-    for voters in scores:
-        rows = torch.stack([rankings[task].percentile(next(below[task])) for task in voters])
-        worth = vote(rows)
-        if not isinstance(worth, Tensor) or worth.shape != rows.shape[1:]:
-            got = tuple(worth.shape) if isinstance(worth, Tensor) else type(worth).__name__
-            raise ValueError(
-                "A vote must turn percentiles [voters, weights] into worth [weights]. Got "
-                f"{got} for percentiles of shape {tuple(rows.shape)}."
-            )
-        found.append(worth)
-    return found
+Marks = npt.NDArray[np.bool_]
+"""A mark on some units of a queue, ``[units]``."""
 
 
-def pack(
+def select_units(
     worth: Sequence[Tensor],
     units: Units,
     budget: Fraction | int,
-    allocation: Allocation,
+    spread: "Spread",
     *,
     eligible: Sequence[Tensor],
     min_keep: int = 1,
@@ -80,18 +47,19 @@ def pack(
         worth: Of the units, for each group float64 ``[n]``.
         units: What they cost, one by one and together.
         budget: What may stay.
-        allocation: How the budget is spread over groups (`mtprune.allocation`).
+        spread: From the queue of units and those that come first to those that stay; that of an
+            allocation is `Allocation.units`.
         eligible: The units that may stay, for each group bool ``[n]``.
         min_keep: How many units each group is sure of, as far as the budget goes.
 
     Returns:
         For each group a bool tensor ``[n]``, True = keep.
     """
-    queue = _Queue(worth, units, eligible, budget, units.weigh)
-    return queue.masks(allocation.units(queue, queue.best([min_keep] * len(worth))))
+    queue = Queue(worth, units, eligible, budget, units.weigh)
+    return queue.masks(spread(queue, queue.best([min_keep] * len(worth))))
 
 
-def least(units: Units, min_keep: int) -> Fraction:
+def least_cost(units: Units, min_keep: int) -> Fraction:
     """The least that can stay if every group keeps ``min_keep`` units: the cheapest of each."""
     masks = []
     for cost in units.costs:
@@ -101,7 +69,7 @@ def least(units: Units, min_keep: int) -> Fraction:
     return units.weigh(masks)
 
 
-def fitting(
+def fitting_units(
     worth: Mapping[int, Tensor],
     units: Units,
     keep: Callable[[Fraction], Fraction | int],
@@ -125,26 +93,12 @@ def fitting(
     def weigh(masks: Sequence[Tensor]) -> Fraction:
         return units.weigh([m if g in worth else every[g] for g, m in enumerate(masks)], places)
 
-    queue = _Queue(shown, units, able, keep(units.weigh(every, places)), weigh)
+    queue = Queue(shown, units, able, keep(units.weigh(every, places)), weigh)
     kept = queue.masks(queue.by_worth(queue.best([0] * len(shown))))
     return {group: kept[group] for group in worth}
 
 
-def _below(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """For each value of each piece, how many of all are strictly less."""
-    values = torch.cat([piece.to(torch.float32) for piece in pieces])
-    if values.device.type == "cpu":  # several times as fast as torch
-        order = torch.from_numpy(np.argsort(values.numpy()))
-    else:
-        order = values.argsort()
-    ascending = values[order]
-    place = torch.arange(len(order), device=order.device)
-    place[1:][ascending[1:] == ascending[:-1]] = 0
-    counts = torch.empty_like(place).scatter_(0, order, place.cummax(0).values)
-    return list(counts.split([piece.numel() for piece in pieces]))
-
-
-class _Queue:
+class Queue:
     """Eligible units of all groups, one after the other, in order of position.
 
     Args:
@@ -179,20 +133,25 @@ class _Queue:
         self._rank[self._best] = np.arange(len(self._best)) - self._starts[self._group[self._best]]
 
     def best(self, counts: Sequence[int]) -> Marks:
-        """See `Queue`."""
+        """The best units of each group, so many of it."""
         return np.asarray(self._rank < np.asarray(counts)[self._group])
 
     def count(self, marks: Marks) -> list[int]:
-        """See `Queue`."""
+        """How many units of each group are marked."""
         found: list[int] = np.bincount(self._group[marks], minlength=len(self._sizes)).tolist()
         return found
 
     def by_worth(self, sure: Marks) -> Marks:
-        """See `Queue`."""
+        """The units that fit if the sure ones come first, then those of highest worth."""
         return self._fitting(np.lexsort((-self._worth, ~sure)))
 
     def by_density(self, raw: Callable[[Shape], float], sure: Marks) -> Marks:
-        """See `Queue`."""
+        """The units that fit if the sure ones come first, then each group's best in proportion.
+
+        Args:
+            raw: The density of a layer of a given shape, up to a factor common to all.
+            sure: The units that come first.
+        """
         costs = [float(cost.sum()) for cost in self._units.costs]
         before = np.concatenate([[0.0], np.cumsum(self._cost[self._best])])
         until = np.empty_like(self._cost)
@@ -224,6 +183,10 @@ class _Queue:
             else:
                 fails = middle
         return _marks(order[:fits], len(order))
+
+
+Spread = Callable[[Queue, Marks], Marks]
+"""From a queue, and the units that come first, to the units that stay."""
 
 
 def _marks(places: npt.NDArray[np.int64], length: int) -> Marks:
