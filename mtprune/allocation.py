@@ -9,22 +9,210 @@ r"""Allocation: how a budget is spread over layers.
   give it, filled by its own best; the rest goes by one ranking.
 
 Whatever the allocation, the total is exact, and layers that would be emptied keep ``min_keep``
-weights as long as the budget has one for each.
+weights as long as the budget has one for each. Units larger than a weight are spread over their
+groups in the same way, by what they cost.
+
+Each allocation is a frozen value, an `Allocation`; `parse_allocation` finds it by its name.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
-from mtprune import checks
-from mtprune.selection import Quota
+from typing_extensions import override
 
-__all__ = ["Allocation", "Erk", "Floor", "apportion", "erk_densities", "layer_counts", "quotas"]
+from mtprune import checks
+from mtprune.selection.units import Marks, Queue, Shape
+from mtprune.selection.weights import Quota
+
+__all__ = [
+    "NAMES",
+    "Allocation",
+    "AllocationLike",
+    "Budget",
+    "ByComponent",
+    "Erk",
+    "Floor",
+    "Global",
+    "Layerwise",
+    "Proportional",
+    "Uniform",
+    "apportion",
+    "guard",
+    "parse_allocation",
+]
 
 
 @dataclass(frozen=True)
-class Erk:
+class Budget:
+    """How many weights some layers keep together, and how many each of them can keep.
+
+    Attributes:
+        shapes: The layers' shapes, in order of position.
+        components: The component of each layer.
+        keep: The total, exact.
+        upper: The most each layer can keep, that is, the weights not yet pruned for good.
+        min_keep: The least each layer keeps, as far as the total allows.
+    """
+
+    shapes: Sequence[Shape]
+    components: Sequence[str]
+    keep: int
+    upper: Sequence[int]
+    min_keep: int = 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many weights each layer has."""
+        return [prod(shape) for shape in self.shapes]
+
+    @property
+    def floors(self) -> list[int]:
+        """The least each layer keeps."""
+        return guard(self.keep, self.upper, self.min_keep)
+
+    def part(self, layers: Sequence[int], keep: int) -> "Budget":
+        """A budget of some of the layers."""
+        return replace(
+            self,
+            shapes=[self.shapes[i] for i in layers],
+            components=[self.components[i] for i in layers],
+            keep=keep,
+            upper=[self.upper[i] for i in layers],
+        )
+
+
+class Allocation(ABC):
+    """How a budget is spread over layers."""
+
+    @property
+    def layerwise(self) -> "Layerwise | None":
+        """The allocation that says how many weights each layer keeps; None if layers compete."""
+        return None
+
+    def at(self, progress: float) -> "Allocation":
+        """The allocation when that share of the final sparsity is due."""
+        return self
+
+    @abstractmethod
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """The quotas by which a budget is spread over its layers.
+
+        Raises:
+            ValueError: If the allocation contradicts the budget.
+        """
+
+    @abstractmethod
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """The units that stay.
+
+        Args:
+            queue: All units.
+            sure: The units that come first, whatever they are worth.
+        """
+
+
+@dataclass(frozen=True)
+class Global(Allocation):
+    """One ranking over all layers."""
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`."""
+        return [Quota(tuple(range(len(budget.shapes))), budget.keep, tuple(budget.floors))]
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """See `Allocation`."""
+        return queue.by_worth(sure)
+
+
+class Layerwise(Allocation):
+    """An allocation that says how many weights each layer keeps."""
+
+    @property
+    @override
+    def layerwise(self) -> "Layerwise":
+        """See `Allocation`."""
+        return self
+
+    @abstractmethod
+    def counts(self, budget: Budget) -> list[int]:
+        """How many weights each layer keeps."""
+
+
+class Proportional(Layerwise):
+    """The density of a layer is proportional to a number that depends on its shape."""
+
+    @abstractmethod
+    def raw(self, shape: Shape) -> float:
+        """The density of a layer, up to a factor common to all layers."""
+
+    def densities(self, shapes: Sequence[Shape], density: float) -> list[float]:
+        r"""Densities :math:`d_l = \min(1, \epsilon\, r_l)` with :math:`\sum d_l n_l = d \cdot N`.
+
+        Args:
+            shapes: The layers' shapes: r is `raw`, and n the number of weights.
+            density: d, the overall share of weights kept, in [0, 1].
+
+        Returns:
+            One density per layer, in [0, 1].
+
+        Example:
+            >>> [round(d, 4) for d in Erk().densities([(10, 10), (100, 100)], density=0.1)]
+            [0.9182, 0.0918]
+        """
+        sizes, raw = [prod(shape) for shape in shapes], [self.raw(shape) for shape in shapes]
+        dense: set[int] = set()
+        while len(dense) < len(shapes):
+            free = [i for i in range(len(shapes)) if i not in dense]
+            room = density * sum(sizes) - sum(sizes[i] for i in dense)
+            scale = room / sum(raw[i] * sizes[i] for i in free)
+            full = {i for i in free if scale * raw[i] > 1.0}
+            if not full:
+                return [1.0 if i in dense else max(0.0, scale * raw[i]) for i in range(len(shapes))]
+            dense |= full
+        return [1.0] * len(shapes)
+
+    @override
+    def counts(self, budget: Budget) -> list[int]:
+        """See `Layerwise`."""
+        sizes = budget.sizes
+        densities = self.densities(budget.shapes, budget.keep / max(sum(sizes), 1))
+        ideal = [d * n for d, n in zip(densities, sizes, strict=True)]
+        return apportion(ideal, budget.keep, budget.floors, budget.upper)
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`."""
+        counts = enumerate(self.counts(budget))
+        return [Quota((layer,), count, (count,)) for layer, count in counts]
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """See `Allocation`."""
+        return queue.by_density(self.raw, sure)
+
+
+@dataclass(frozen=True)
+class Uniform(Proportional):
+    """The same density in every layer."""
+
+    @override
+    def raw(self, shape: Shape) -> float:
+        """See `Proportional`."""
+        return 1.0
+
+    @override
+    def densities(self, shapes: Sequence[Shape], density: float) -> list[float]:
+        """See `Proportional`."""
+        return [density] * len(shapes)
+
+
+@dataclass(frozen=True)
+class Erk(Proportional):
     """Erdős-Rényi-kernel densities: small layers stay denser than large ones.
 
     Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
@@ -40,9 +228,14 @@ class Erk:
         """Validate."""
         checks.inside("power", self.power, "[0, inf)", must="must be at least 0")
 
+    @override
+    def raw(self, shape: Shape) -> float:
+        """See `Proportional`."""
+        return float((sum(shape) / prod(shape)) ** self.power)
+
 
 @dataclass(frozen=True)
-class Floor:
+class Floor(Allocation):
     """A guaranteed share for every layer; the rest goes to the best wherever they are.
 
     Attributes:
@@ -51,49 +244,157 @@ class Floor:
     """
 
     fraction: float = 0.5
-    of: str | Erk = "erk"
+    of: str | Proportional = "erk"
 
     def __post_init__(self) -> None:
         """Validate."""
         checks.inside("fraction", self.fraction, "[0, 1]")
-        if not isinstance(self.of, Erk):
-            checks.either("of", self.of, ("erk", "uniform"), other="Erk(power)")
+        if not isinstance(self.of, Proportional):
+            checks.either("of", self.of, tuple(_PROPORTIONAL), other="Erk(power)")
+
+    @property
+    @override
+    def layerwise(self) -> Proportional:
+        """See `Allocation`."""
+        return _PROPORTIONAL[self.of] if isinstance(self.of, str) else self.of
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`."""
+        guaranteed = self._guaranteed(self.layerwise.counts(budget))
+        floors = tuple(map(max, budget.floors, guaranteed))
+        return [Quota(tuple(range(len(floors))), budget.keep, floors)]
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """See `Allocation`."""
+        guaranteed = self._guaranteed(queue.count(self.layerwise.units(queue, sure)))
+        return queue.by_worth(sure | queue.best(guaranteed))
+
+    def _guaranteed(self, counts: Sequence[int]) -> list[int]:
+        """The guaranteed part of these counts."""
+        # Exact arithmetic: 0.3 * 10 must not be 2 in one layer and 3 in its twin.
+        share = Fraction(str(self.fraction))
+        return [int(share * count) for count in counts]
 
 
-Allocation = str | Erk | Floor | Mapping[str, float]
+@dataclass(frozen=True)
+class ByComponent(Layerwise):
+    """A sparsity for some components, with one ranking in each; the others share what is left.
 
-NAMES = ("floor", "global", "uniform", "erk")
+    Attributes:
+        sparsities: ``{component: share of zeros}``.
+    """
+
+    sparsities: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for component, sparsity in self.sparsities.items():
+            checks.sparsity(f"allocation[{component!r}]", sparsity)
+
+    @override
+    def at(self, progress: float) -> "ByComponent":
+        """See `Allocation`."""
+        return ByComponent({name: s * progress for name, s in self.sparsities.items()})
+
+    @override
+    def counts(self, budget: Budget) -> list[int]:
+        """See `Layerwise`; inside a component all layers are as dense."""
+        counts = [0] * len(budget.shapes)
+        for quota in self.quotas(budget):
+            inside = Uniform().counts(budget.part(quota.layers, quota.keep))
+            for layer, count in zip(quota.layers, inside, strict=True):
+                counts[layer] = count
+        return counts
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`."""
+        sizes, keep, total = budget.sizes, budget.keep, sum(budget.sizes)
+        unknown = sorted(set(self.sparsities) - set(budget.components))
+        if unknown:
+            raise ValueError(
+                f"`allocation` names components {unknown}, which do not exist. "
+                f"Components: {sorted(set(budget.components))}."
+            )
+        components = list(enumerate(budget.components))
+        members = [tuple(i for i, name in components if name == c) for c in self.sparsities]
+        ideal = [
+            sum(sizes[i] for i in layers) - round(sparsity * sum(sizes[i] for i in layers))
+            for layers, sparsity in zip(members, self.sparsities.values(), strict=True)
+        ]
+        named = sum(ideal)
+        rest = tuple(i for i, name in components if name not in self.sparsities)
+        if rest:
+            members.append(rest)
+            ideal.append(keep - named)
+        floors = budget.floors
+        least = [sum(floors[i] for i in layers) for layers in members]
+        most = [sum(budget.upper[i] for i in layers) for layers in members]
+        # Named components may give way to the guard, and to rounding, but not to each other.
+        slack = len(members) + sum(max(0, low - n) for low, n in zip(least, ideal, strict=True))
+        fits = least[-1] <= ideal[-1] <= most[-1] if rest else abs(keep - named) <= slack
+        if not fits:
+            raise ValueError(
+                f"`allocation` keeps {named} of {total} weights, which cannot give the sparsity "
+                f"asked for ({1 - keep / total:.6g}: {keep} kept). Name fewer components, or ask "
+                f"for sparsity={1 - named / total:.6g}."
+            )
+        counts = apportion([float(n) for n in ideal], keep, least, most)
+        return [
+            Quota(layers, count, tuple(budget.part(layers, count).floors))
+            for layers, count in zip(members, counts, strict=True)
+        ]
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """Units may lie in two components.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("An allocation by component spreads single weights, not units.")
 
 
-def erk_densities(
-    shapes: Sequence[Sequence[int]], density: float, power: float = 1.0
-) -> list[float]:
-    r"""Densities :math:`d_l = \min(1, \epsilon\, r_l)` with :math:`\sum d_l n_l = density \cdot N`.
+AllocationLike = str | Allocation | Mapping[str, float]
+"""An allocation, its name, or a mapping component -> sparsity."""
+
+_PROPORTIONAL: Mapping[str, Proportional] = {"erk": Erk(), "uniform": Uniform()}
+
+_NAMED: Mapping[str, Allocation] = {
+    "floor": Floor(),
+    "global": Global(),
+    "uniform": Uniform(),
+    "erk": Erk(),
+}
+
+NAMES = tuple(_NAMED)
+
+
+def parse_allocation(given: object) -> Allocation:
+    """The allocation that is meant.
 
     Args:
-        shapes: The layers' shapes; :math:`r_l = (\sum shape_l / \prod shape_l)^{power}`.
-        density: Overall share of weights kept, in [0, 1].
-        power: See `Erk`.
+        given: An allocation, its name, or a mapping component -> sparsity.
 
-    Returns:
-        One density per layer, in [0, 1].
+    Raises:
+        ValueError: If there is none of that name, or a sparsity is out of range.
+        TypeError: If it is no allocation.
 
     Example:
-        >>> [round(d, 4) for d in erk_densities([(10, 10), (100, 100)], density=0.1)]
-        [0.9182, 0.0918]
+        >>> parse_allocation("floor")
+        Floor(fraction=0.5, of='erk')
     """
-    sizes = [prod(shape) for shape in shapes]
-    raw = [(sum(shape) / size) ** power for shape, size in zip(shapes, sizes, strict=True)]
-    dense: set[int] = set()
-    while len(dense) < len(shapes):
-        free = [i for i in range(len(shapes)) if i not in dense]
-        room = density * sum(sizes) - sum(sizes[i] for i in dense)
-        scale = room / sum(raw[i] * sizes[i] for i in free)
-        full = {i for i in free if scale * raw[i] > 1.0}
-        if not full:
-            return [1.0 if i in dense else max(0.0, scale * raw[i]) for i in range(len(shapes))]
-        dense |= full
-    return [1.0] * len(shapes)
+    if isinstance(given, Allocation):
+        return given
+    if isinstance(given, Mapping):
+        return ByComponent(given)
+    if not isinstance(given, str):
+        must = f"must be one of {NAMES}, Erk(...), Floor(...) or a mapping component -> sparsity"
+        raise TypeError(checks.message("allocation", given, must))
+    checks.one_of("allocation", given, NAMES)
+    return _NAMED[given]
 
 
 def apportion(
@@ -129,121 +430,7 @@ def apportion(
     return counts
 
 
-def layer_counts(
-    of: str | Erk,
-    shapes: Sequence[Sequence[int]],
-    keep: int,
-    upper: Sequence[int],
-    min_keep: int = 1,
-) -> list[int]:
-    """How many weights each layer keeps under ``"uniform"``, ``"erk"`` or ``Erk(power)``.
-
-    Args:
-        of: The layerwise allocation.
-        shapes: The layers' shapes.
-        keep: The total, exact.
-        upper: The most each layer can keep.
-        min_keep: The least each layer keeps, as far as the total allows.
-    """
-    sizes = [prod(shape) for shape in shapes]
-    density = keep / max(sum(sizes), 1)
-    if of == "uniform":
-        densities = [density] * len(shapes)
-    else:
-        densities = erk_densities(shapes, density, of.power if isinstance(of, Erk) else 1.0)
-    ideal = [d * n for d, n in zip(densities, sizes, strict=True)]
-    return apportion(ideal, keep, guard(keep, upper, min_keep), upper)
-
-
 def guard(keep: int, upper: Sequence[int], min_keep: int) -> list[int]:
     """The least each layer keeps: ``min_keep``, unless the budget is too small for all."""
     least = [min(min_keep, most) for most in upper]
     return least if sum(least) <= keep else [0] * len(upper)
-
-
-def quotas(
-    allocation: Allocation,
-    shapes: Sequence[Sequence[int]],
-    components: Sequence[str],
-    keep: int,
-    upper: Sequence[int],
-    min_keep: int = 1,
-) -> list[Quota]:
-    """The quotas by which ``keep`` weights are spread over the layers.
-
-    Args:
-        allocation: See the module.
-        shapes: The layers' shapes, in order of position.
-        components: The component of each layer.
-        keep: The total, exact.
-        upper: The most each layer can keep, that is, the weights not yet pruned for good.
-        min_keep: The least each layer keeps, as far as the total allows.
-    """
-    everything = tuple(range(len(shapes)))
-    floors = guard(keep, upper, min_keep)
-    if allocation == "floor":
-        allocation = Floor()
-    if isinstance(allocation, Floor):
-        counts = layer_counts(allocation.of, shapes, keep, upper, min_keep)
-        # Exact arithmetic: 0.3 * 10 must not be 2 in one layer and 3 in its twin.
-        share = Fraction(str(allocation.fraction))
-        floors = [max(least, int(share * n)) for least, n in zip(floors, counts, strict=True)]
-        return [Quota(everything, keep, tuple(floors))]
-    if allocation == "global":
-        return [Quota(everything, keep, tuple(floors))]
-    if isinstance(allocation, Mapping):
-        return _by_component(allocation, shapes, components, keep, upper, min_keep)
-    if not isinstance(allocation, (str, Erk)):
-        raise TypeError(f"Unknown allocation {allocation!r}.")
-    counts = layer_counts(allocation, shapes, keep, upper, min_keep)
-    return [Quota((layer,), count, (count,)) for layer, count in enumerate(counts)]
-
-
-def _by_component(
-    allocation: Mapping[str, float],
-    shapes: Sequence[Sequence[int]],
-    components: Sequence[str],
-    keep: int,
-    upper: Sequence[int],
-    min_keep: int,
-) -> list[Quota]:
-    """One ranking in each named component; the others share what is left in one more."""
-    sizes = [prod(shape) for shape in shapes]
-    total = sum(sizes)
-    unknown = sorted(set(allocation) - set(components))
-    if unknown:
-        raise ValueError(
-            f"`allocation` names components {unknown}, which do not exist. "
-            f"Components: {sorted(set(components))}."
-        )
-    members = [tuple(i for i, name in enumerate(components) if name == c) for c in allocation]
-    ideal = [
-        sum(sizes[i] for i in layers) - round(sparsity * sum(sizes[i] for i in layers))
-        for layers, sparsity in zip(members, allocation.values(), strict=True)
-    ]
-    asked = sum(ideal)
-    rest = tuple(i for i, name in enumerate(components) if name not in allocation)
-    if rest:
-        members.append(rest)
-        ideal.append(keep - asked)
-    floors = guard(keep, upper, min_keep)
-    least = [sum(floors[i] for i in layers) for layers in members]
-    most = [sum(upper[i] for i in layers) for layers in members]
-    # Named components may give way to the guard, and to rounding, but not to each other.
-    slack = len(members) + sum(max(0, low - n) for low, n in zip(least, ideal, strict=True))
-    fits = least[-1] <= ideal[-1] <= most[-1] if rest else abs(keep - asked) <= slack
-    if not fits:
-        raise ValueError(
-            f"`allocation` keeps {asked} of {total} weights, which is no way to the sparsity asked "
-            f"for ({1 - keep / total:.6g}: {keep} kept). Name fewer components, or ask for "
-            f"sparsity={1 - asked / total:.6g}."
-        )
-    counts = apportion([float(n) for n in ideal], keep, least, most)
-    return [
-        _among(layers, count, upper, min_keep)
-        for layers, count in zip(members, counts, strict=True)
-    ]
-
-
-def _among(layers: tuple[int, ...], keep: int, upper: Sequence[int], min_keep: int) -> Quota:
-    return Quota(layers, keep, tuple(guard(keep, [upper[i] for i in layers], min_keep)))

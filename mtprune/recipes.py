@@ -7,7 +7,7 @@ own models `Vote(sparsity=...)`, with a floor under every layer, is the better s
 from typing import Literal
 
 from mtprune import checks, saliency
-from mtprune.allocation import Allocation, Erk
+from mtprune.allocation import AllocationLike, Erk
 from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Schedule
 
@@ -245,7 +245,7 @@ def movement(
     steps: int,
     *,
     disentangled: bool = True,
-    allocation: Allocation = "global",
+    allocation: AllocationLike = "global",
     warmup: float = 0.1,
     cooldown: float = 0.3,
     updates: int = 200,

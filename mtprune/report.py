@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mtprune.facts import Count, Facts, GroupRow, Moment, mean, share, total
+from mtprune.text import columns
 
 __all__ = ["Count", "Facts", "GroupRow", "Moment", "Report", "Row", "make_report"]
 
@@ -116,10 +117,10 @@ class Report:
         body = [_cells(row, asked, soft) for row in rows]
         total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
         body.append(total + [""] * (len(head) - len(total)))
-        lines = _columns([head, *body])
+        lines = columns([head, *body])
         if self.groups:
             counts = [[g.name, f"{g.units:,}", f"{g.kept:,}"] for g in self.groups]
-            lines += _columns([["group", "units", "kept"], *counts])
+            lines += columns([["group", "units", "kept"], *counts])
         return "\n".join([*lines, *self._notes()])
 
     def __str__(self) -> str:
@@ -248,14 +249,3 @@ def _cells(row: Row, tasks: Sequence[str], soft: bool) -> list[str]:
     counts += [f"{row.rank:,} of {row.full_rank:,}"] if row.rank is not None else []
     counts += [f"{row.threshold:.3g}" if row.threshold is not None else "-"] if soft else []
     return [row.name, *counts, *want, *([f"{row.unanimity:.1%}"] if tasks else [])]
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

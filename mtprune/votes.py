@@ -103,6 +103,40 @@ def check(vote: object) -> None:
         raise TypeError("`vote` must be at_least(m), with a number of tasks, not at_least.")
 
 
+def order_statistic(vote: Vote) -> Callable[[int], int] | None:
+    """For a vote known to be the m-th smallest percentile: m for a number of voters.
+
+    Example:
+        >>> m = order_statistic(majority)
+        >>> m(3), m(4), order_statistic(mean)
+        (2, 3, None)
+    """
+    if isinstance(vote, partial) and vote.func is mth_smallest:
+        most = vote.keywords["m"]
+        return lambda voters: min(most, voters)
+    if vote is unanimous:
+        return lambda voters: voters
+    if vote is majority:
+        return lambda voters: voters // 2 + 1
+    return (lambda voters: 1) if vote is intersection else None
+
+
+def tally(vote: Vote, percentiles: Tensor) -> Tensor:
+    """The worth ``[n]`` that a vote makes of percentiles ``[voters, n]``.
+
+    Raises:
+        ValueError: If it is not one worth for each weight.
+    """
+    worth: object = vote(percentiles)
+    if not isinstance(worth, Tensor) or worth.shape != percentiles.shape[1:]:
+        got = tuple(worth.shape) if isinstance(worth, Tensor) else type(worth).__name__
+        raise ValueError(
+            "A vote must turn percentiles [voters, weights] into worth [weights]. Got "
+            f"{got} for percentiles of shape {tuple(percentiles.shape)}."
+        )
+    return worth
+
+
 def _ascending(
     rows: Sequence[Tensor],
     upto: int,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtprune import votes
-from mtprune.allocation import Erk, Floor, apportion, erk_densities, guard, layer_counts, quotas
+from mtprune.allocation import Budget, Erk, Floor, apportion, guard, parse_allocation
 from mtprune.selection import Quota, select
 from tests import oracles
 from tests.oracles import EXACT, ODD, sampler
@@ -14,9 +14,17 @@ DENSITIES = [0.5, 0.3, 0.1, 0.05, 0.01, 0.001]
 
 
 def plan(allocation, net, keep, min_keep=1, upper=None):
-    return quotas(
-        allocation, net.shapes, net.components, keep, upper or net.sizes, min_keep=min_keep
-    )
+    budget = Budget(net.shapes, net.components, keep, upper or net.sizes, min_keep)
+    return parse_allocation(allocation).quotas(budget)
+
+
+def layer_counts(of, shapes, keep, upper, min_keep=1):
+    budget = Budget(shapes, ["trunk"] * len(shapes), keep, upper, min_keep)
+    return parse_allocation(of).counts(budget)
+
+
+def erk_densities(shapes, density, power=1.0):
+    return Erk(power).densities(shapes, density)
 
 
 # --- ERK -----------------------------------------------------------------------------------------
@@ -181,7 +189,8 @@ def test_floor_by_name_is_half_of_erk():
 
 def test_a_floor_is_not_lost_to_rounding():
     # In floats 0.29 * 100 is 28.999999999999996.
-    [quota] = quotas(Floor(0.29, "uniform"), [(200, 1)] * 2, ["a", "b"], 200, [200, 200])
+    budget = Budget([(200, 1)] * 2, ["a", "b"], 200, [200, 200])
+    [quota] = Floor(0.29, "uniform").quotas(budget)
     assert quota.floors == (29, 29)
 
 
@@ -246,7 +255,7 @@ def test_a_mapping_of_all_components_is_exact_in_each_and_in_all(sparsity, devic
 
 def test_a_mapping_that_leaves_nothing_for_the_other_layers_is_a_contradiction():
     # 448 and 96 of trunk and b are all of the budget, which has room for one weight in each layer.
-    with pytest.raises(ValueError, match="no way to the sparsity asked for"):
+    with pytest.raises(ValueError, match="cannot give the sparsity asked for"):
         plan({"trunk": 0.5, "b": 0.25}, EXACT, 544)
 
 
@@ -268,7 +277,7 @@ def test_an_unknown_component_is_named_with_those_there_are():
     ],
 )
 def test_contradictory_totals_say_what_the_mapping_amounts_to(allocation, keep):
-    with pytest.raises(ValueError, match=r"`allocation` keeps \d+ of 202 weights, .* no way to"):
+    with pytest.raises(ValueError, match=r"`allocation` keeps \d+ of 202 weights, .* cannot give"):
         plan(allocation, ODD, keep)
 
 
@@ -303,5 +312,5 @@ def test_the_power_of_erk_is_not_negative(power):
 
 
 def test_an_allocation_of_another_type_is_refused():
-    with pytest.raises(TypeError, match=r"Unknown allocation \('erk', 1\)"):
+    with pytest.raises(TypeError, match=r"`allocation` must be one of .* Got \('erk', 1\)"):
         plan(("erk", 1), ODD, 100)

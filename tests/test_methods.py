@@ -22,7 +22,7 @@ from mtprune import (
     saliency,
     votes,
 )
-from mtprune.allocation import layer_counts
+from mtprune.allocation import Budget, parse_allocation
 from mtprune.facts import Subject
 from mtprune.methods import Ballot, describe
 from mtprune.statistics import JOINT
@@ -300,7 +300,8 @@ def test_the_first_draw_has_the_allocations_count_in_every_layer(allocation, of,
     masks = method.decide(ballot(ODD, device), 0).masks
     keep = ODD.total - round(sparsity * ODD.total)
     assert sum(counts(masks)) == keep
-    assert counts(masks) == layer_counts(of, ODD.shapes, keep, ODD.sizes)
+    budget = Budget(ODD.shapes, ODD.components, keep, ODD.sizes)
+    assert counts(masks) == parse_allocation(of).counts(budget)
     assert min(counts(masks)) >= 1
 
 

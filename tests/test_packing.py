@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from mtprune import votes
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Erk, Floor, Global, parse_allocation
 from mtprune.granularity import Block, Grouped
 from mtprune.model.layers import find_layers
 from mtprune.model.units import Units, cover
-from mtprune.packing import fitting, pack, worths
-from mtprune.selection import Quota, rank, select
+from mtprune.selection import Quota, fitting_units, rank, select, select_units, worths
 from mtprune.structure import Group, Member
 
 
@@ -29,11 +28,11 @@ def rows(*sizes: tuple[int, int]) -> Units:
 
 def chosen(worth, units, budget, allocation="global", eligible=None, **options):
     eligible = units.everything() if eligible is None else eligible
-    masks = pack(
+    masks = select_units(
         [torch.tensor(w, dtype=torch.float64) for w in worth],
         units,
         budget,
-        allocation,
+        parse_allocation(allocation).units,
         eligible=eligible,
         **options,
     )
@@ -107,7 +106,9 @@ def test_what_is_left_over_is_less_than_the_next_unit(allocation, density):
     worth = [torch.rand(len(cost), dtype=torch.float64) for cost in units.costs]
     total = units.weigh(units.everything())
     budget = round(density * total)
-    masks = pack(worth, units, budget, allocation, eligible=units.everything())
+    masks = select_units(
+        worth, units, budget, parse_allocation(allocation).units, eligible=units.everything()
+    )
     kept = units.weigh(masks)
     assert kept <= budget
     assert budget - kept < max(float(cost.max()) for cost in units.costs) or kept == total
@@ -132,7 +133,7 @@ def test_where_units_cross_what_is_left_over_is_still_less_than_one():
     worth = [torch.rand(12, dtype=torch.float64) for _ in range(3)]
     for density in (0.1, 0.25, 0.5, 0.9):
         budget = round(density * 4 * 144)
-        masks = pack(worth, units, budget, "global", eligible=units.everything())
+        masks = select_units(worth, units, budget, Global().units, eligible=units.everything())
         zeros = sum(int((~mask).sum()) for mask in units.spread(masks))
         assert 576 - zeros == units.weigh(masks)
         assert 0 <= budget - units.weigh(masks) < 24
@@ -154,7 +155,7 @@ def test_units_of_one_weight_are_what_selection_selects(vote, floors):
         expected = select(scores, vote, [Quota((0, 1, 2), keep, floors)], rankings=rankings)
         worth = worths(scores, vote, rankings)
         every = units.everything()
-        masks = pack(worth, units, keep, "global", eligible=every, min_keep=floors[0])
+        masks = select_units(worth, units, keep, Global().units, eligible=every, min_keep=floors[0])
         assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
 
 
@@ -169,7 +170,7 @@ def test_one_voters_own_choice_leaves_the_others_units_alone():
     """Of 2 * 2 + 2 * 3 weights 5 may stay; the group it does not know is not asked."""
     units = rows((2, 2), (2, 3), (5, 7))
     worth = {0: torch.tensor([0.1, 0.2]), 1: torch.tensor([0.9, 0.0])}
-    kept = fitting(worth, units, lambda cost: cost / 2, [0, 1])
+    kept = fitting_units(worth, units, lambda cost: cost / 2, [0, 1])
     assert {group: mask.tolist() for group, mask in kept.items()} == {
         0: [False, True],
         1: [True, False],

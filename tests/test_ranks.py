@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mtprune.model import factors
+from mtprune.selection import select_directions
 
 SHAPES = pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1)])
 
@@ -86,7 +87,7 @@ def test_what_is_not_finite_has_no_components():
 
 def test_the_budget_goes_to_the_highest_worth():
     worths = [torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([0.8, 0.2, 0.7, 0.3])]
-    kept = factors.select(worths, [(9, 4), (9, 4)], 39)
+    kept = select_directions(worths, [(9, 4), (9, 4)], 39)
     assert [mask.tolist() for mask in kept] == [
         [True, False, False, False],
         [True, False, True, False],
@@ -94,35 +95,35 @@ def test_the_budget_goes_to_the_highest_worth():
 
 
 def test_equals_go_to_earlier_layers_and_larger_singular_values():
-    kept = factors.select([torch.zeros(4), torch.zeros(4)], [(9, 4), (9, 4)], 26)
+    kept = select_directions([torch.zeros(4), torch.zeros(4)], [(9, 4), (9, 4)], 26)
     assert [mask.tolist() for mask in kept] == [[True, True, False, False], [False] * 4]
 
 
 def test_above_break_even_the_matrix_is_whole():
     worth = torch.tensor([0.9, 0.8, 0.7, 0.1])
-    (kept,) = factors.select([worth], [(4, 4)], 16)
+    (kept,) = select_directions([worth], [(4, 4)], 16)
     assert kept.all()
-    (kept,) = factors.select([worth], [(4, 4)], 15)
+    (kept,) = select_directions([worth], [(4, 4)], 15)
     assert kept.tolist() == [True, False, False, False]
 
 
 def test_a_component_that_does_not_fit_leaves_room_for_a_cheaper_one():
     worths = [torch.tensor([0.9, 0.8, 0.7, 0.0]), torch.tensor([0.2, 0.1])]
-    kept = factors.select(worths, [(20, 4), (5, 2)], 55)
+    kept = select_directions(worths, [(20, 4), (5, 2)], 55)
     assert [int(mask.sum()) for mask in kept] == [2, 1]
 
 
 def test_least_is_sure_if_the_budget_allows():
     worths = [torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0.1, 0.2, 0.3, 0.0])]
     shapes = [(9, 4), (9, 4)]
-    kept = factors.select(worths, shapes, 26, least=[1, 1])
+    kept = select_directions(worths, shapes, 26, least=[1, 1])
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], [2]]
-    kept = factors.select(worths, shapes, 25, least=[1, 1])
+    kept = select_directions(worths, shapes, 25, least=[1, 1])
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], []]
 
 
 def test_what_is_gone_is_not_kept():
-    kept = factors.select([torch.tensor([0.1, 0.2, 0.9, 0.9])], [(9, 4)], 1_000, alive=[2])
+    kept = select_directions([torch.tensor([0.1, 0.2, 0.9, 0.9])], [(9, 4)], 1_000, alive=[2])
     assert kept[0].tolist() == [True, True, False, False]
 
 
@@ -134,7 +135,7 @@ def test_budgets_are_met_to_less_than_a_component(seed):
     total = sum(a * b for a, b in shapes)
     before = None
     for budget in range(0, total + 1, 7):
-        kept = factors.select(worths, shapes, budget)
+        kept = select_directions(worths, shapes, budget)
         counts = [int(mask.sum()) for mask in kept]
         spent = sum(factors.parameters(s, n) for s, n in zip(shapes, counts, strict=True))
         assert spent <= budget
@@ -152,7 +153,7 @@ def test_selection_is_that_of_brute_force_where_costs_are_equal():
     shapes = [(9, 3), (9, 3)]
     worths = [torch.tensor([0.9, 0.3, 0.2]), torch.tensor([0.8, 0.5, 0.4])]
     for count in range(4):
-        kept = torch.cat(factors.select(worths, shapes, count * 12))
+        kept = torch.cat(select_directions(worths, shapes, count * 12))
         flat = torch.cat(worths)
         best = max(itertools.combinations(range(6), count), key=lambda c: flat[list(c)].sum())
         assert kept.nonzero().flatten().tolist() == sorted(best)

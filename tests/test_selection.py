@@ -3,8 +3,9 @@ from itertools import permutations
 import pytest
 import torch
 
-from mtprune import allocation, selection, votes
-from mtprune.selection import Quota, Ranking, select
+from mtprune import votes
+from mtprune.allocation import Budget, Floor, Global, parse_allocation
+from mtprune.selection import Best, Quota, Ranking, arrays, select
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
 from tests.test_votes import EVERY_VOTE, VOTES
@@ -22,7 +23,8 @@ def count(masks):
 
 
 def everything(net, keep, min_keep=1):
-    return allocation.quotas("global", net.shapes, net.components, keep, net.sizes, min_keep)
+    budget = Budget(net.shapes, net.components, keep, net.sizes, min_keep)
+    return Global().quotas(budget)
 
 
 def on(device, *values):
@@ -125,7 +127,8 @@ def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
         if 0 < sparsity < 0.9:
             allocations.append({"trunk": sparsity / 2, "b": sparsity})
         for spread in allocations:
-            plan = allocation.quotas(spread, net.shapes, net.components, keep, net.sizes)
+            budget = Budget(net.shapes, net.components, keep, net.sizes)
+            plan = parse_allocation(spread).quotas(budget)
             expected = set().union(
                 *(oracles.keep_best(order, q.layers, q.keep, q.floors) for q in plan)
             )
@@ -174,9 +177,9 @@ def test_percentiles_are_the_oracles_and_inside_their_bounds(kind, device):
 @pytest.mark.parametrize("kind", ["random", "80 % zero", "crowded"])
 def test_the_size_of_chunks_changes_nothing(name, kind, device, monkeypatch):
     scores = EXACT.scores(sampler(kind, device))
-    plan = allocation.quotas("floor", EXACT.shapes, EXACT.components, 333, EXACT.sizes)
+    plan = Floor().quotas(Budget(EXACT.shapes, EXACT.components, 333, EXACT.sizes))
     whole = select(scores, VOTES[name], plan)
-    monkeypatch.setattr(selection, "_CHUNK", 64)
+    monkeypatch.setattr(arrays, "CHUNK", 64)
     assert listed(select(scores, VOTES[name], plan)) == listed(whole)
 
 
@@ -465,12 +468,12 @@ def test_without_numpy_masks_are_the_same(name, kind, device, monkeypatch):
     scores = drawn(kind, device)
     plans = list(cases(scores, device))
     usual = [select(scores, VOTES[name], plan, eligible=may) for plan, may in plans]
-    best = selection.Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0]
-    monkeypatch.setattr(selection, "_uses_numpy", lambda values: False)
+    best = Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0]
+    monkeypatch.setattr(arrays, "uses_numpy", lambda values: False)
     for (plan, eligible), masks in zip(plans, usual, strict=True):
         again = select(scores, VOTES[name], plan, eligible=eligible)
         assert all(torch.equal(a, m) for a, m in zip(again, masks, strict=True))
-    assert torch.equal(selection.Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0], best)
+    assert torch.equal(Best({0: scores[0]["a"]}, Ranking([scores[0]["a"]]), 777)[0], best)
 
 
 @pytest.mark.parametrize("name", ["unanimous", "majority", "mean"])
@@ -492,7 +495,7 @@ def test_a_tasks_own_best_are_the_highest_and_earlier_ones_of_equals(kind, devic
     order = torch.sort(flat, descending=True, stable=True).indices
     ranking = Ranking(list(pieces.values()))
     for keep in (0, 1, 17, flat.numel() // 3, flat.numel() - 1, flat.numel()):
-        best = selection.Best(pieces, ranking, keep)
+        best = Best(pieces, ranking, keep)
         expected = torch.zeros_like(flat, dtype=torch.bool)
         expected[order[:keep]] = True
         assert list(best) == list(pieces)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import grad as derivative
 from torch.func import vmap
 
-from mtprune.thresholds import between, follow, shrinkage, soft_threshold, waterline
+from mtprune.selection import waterline
+from mtprune.thresholds import between, follow, shrinkage, soft_threshold
 
 
 class Leaky:

@@ -18,6 +18,7 @@ from mtprune.compression.timing import sampled
 from mtprune.model.macs import MacCounter
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
+from mtprune.text import columns
 
 __all__ = ["Sizes", "measure", "sizes_of"]
 
@@ -111,16 +112,7 @@ class Sizes:
         if all(model.spread is not None for model in models):
             spreads = [model.spread or (0.0, 0.0) for model in models]
             lines.append(["  quartiles", *(f"{low:.3f}-{high:.3f}" for low, high in spreads)])
-        width = max(len(line) for line in lines)
-        lines = [line + [""] * (width - len(line)) for line in lines if any(line)]
-        widths = [max(len(line[i]) for line in lines) for i in range(width)]
-        printed = [
-            "  ".join(
-                cell.rjust(size) if i else cell.ljust(size)
-                for i, (cell, size) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        printed = columns([line for line in lines if any(line)])
         if self.ms is not None:
             printed.append(f"({self.device}, threads: {self.threads}, {self.rounds} rounds)")
         return "\n".join(printed)

@@ -8,6 +8,7 @@ from mtprune import checks
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.forms import CHOICES
 from mtprune.compression.measure import Sizes
+from mtprune.text import columns
 
 __all__ = ["Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
@@ -283,15 +284,7 @@ def _table(rows: Iterable[Row]) -> list[str]:
     """The lines of a table, with the note of each row at its end."""
     rows = list(rows)
     head = ("layer", "shape", "choice", "dense ms", "chosen ms", "dense bytes", "bytes")
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
+    lines = columns([head, *(_cells(row) for row in rows)], left=3)
     notes = ["", *(row.note for row in rows)]
     return [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
 

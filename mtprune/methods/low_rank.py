@@ -28,7 +28,7 @@ from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.saliency import movement
 from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.selection import rank
+from mtprune.selection import rank, select_directions
 from mtprune.statistics import PerWeight
 
 __all__ = ["LowRank"]
@@ -165,7 +165,7 @@ class LowRank(Method[LowRanks]):
         shapes = [ballot.shapes[i] for i in layers or range(len(ballot.shapes))]
         total = sum(map(math.prod, shapes))
         budget, least = total - round(share * total), self._least(shapes, share)
-        return factors.select(worths, shapes, budget, least=least, alive=alive)
+        return select_directions(worths, shapes, budget, least=least, alive=alive)
 
     def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
         """How many of its own best components each layer is sure of."""

@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from mtprune import checks
-from mtprune.allocation import quotas
+from mtprune.allocation import Budget, ByComponent
 from mtprune.holding import EDGE, Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds, Watch
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.schedule import Cubic, Regrow, Schedule
-from mtprune.selection import Quota
+from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
-from mtprune.thresholds import between, follow, shrinkage, waterline
+from mtprune.thresholds import between, follow, shrinkage
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
 __all__ = ["SoftThreshold"]
@@ -291,12 +291,14 @@ class SoftThreshold(Method[SoftThresholds]):
         zeros = round(self.sparsity * progress * sum(sizes))
         if not isinstance(self.budget_unit, Mapping):
             return [(everything, zeros, [1] * len(sizes))]
-        due = {name: s * progress for name, s in self.budget_unit.items()}
-        plan: Sequence[Quota] = quotas(
-            due, ballot.shapes, ballot.components, sum(sizes) - zeros, sizes
+        quotas = (
+            ByComponent(self.budget_unit)
+            .at(progress)
+            .quotas(Budget(ballot.shapes, ballot.components, sum(sizes) - zeros, sizes))
         )
         return [
-            (q.layers, sum(sizes[i] for i in q.layers) - q.keep, [1] * len(q.layers)) for q in plan
+            (q.layers, sum(sizes[i] for i in q.layers) - q.keep, [1] * len(q.layers))
+            for q in quotas
         ]
 
     def _protected(

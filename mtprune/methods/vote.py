@@ -13,7 +13,16 @@ from typing_extensions import override
 
 from mtprune import checks, votes
 from mtprune import saliency as saliencies
-from mtprune.allocation import NAMES, Allocation, Erk, Floor, layer_counts, quotas
+from mtprune.allocation import (
+    NAMES,
+    Allocation,
+    AllocationLike,
+    Budget,
+    ByComponent,
+    Floor,
+    Uniform,
+    parse_allocation,
+)
 from mtprune.granularity import (
     NM,
     Element,
@@ -35,10 +44,19 @@ from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.units import Units, is_single
-from mtprune.packing import fitting, least, pack, worths
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.selection import Best, Quota, Ranking, rank, select
+from mtprune.selection import (
+    Best,
+    Quota,
+    Ranking,
+    fitting_units,
+    least_cost,
+    rank,
+    select,
+    select_units,
+    worths,
+)
 from mtprune.statistics import PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -102,7 +120,7 @@ class Vote(Method[Masks]):
     vote: votes.Vote = votes.unanimous
     schedule: Schedule = field(default_factory=OneShot)
     granularity: Granularity = field(default_factory=Element)
-    allocation: Allocation = "floor"
+    allocation: AllocationLike = "floor"
     priority: Mapping[str, float] = field(default_factory=dict)
     observations: int | Literal["auto"] = 1
     disentangled: bool = True
@@ -121,7 +139,7 @@ class Vote(Method[Masks]):
         saliencies.asks(self.saliency)
         must = "must be a schedule such as OneShot() or Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
-        _check_allocation(self.allocation)
+        layerwise = self._allocation.layerwise
         checks.mapping("priority", self.priority, "task -> factor")
         for task, factor in self.priority.items():
             of = f" of task '{task}'"
@@ -137,7 +155,7 @@ class Vote(Method[Masks]):
             must = "must be at least 1, or 'auto'"
             checks.whole("observations", self.observations, least=1, must=must)
         checks.whole("min_keep", self.min_keep, least=0, must="must be a whole number")
-        if self.regrows and (self.allocation == "global" or isinstance(self.target, PerTaskKeep)):
+        if self.regrows and (layerwise is None or isinstance(self.target, PerTaskKeep)):
             raise ValueError(
                 "Regrow keeps the number of weights of every layer, so it needs an allocation that "
                 "says how many: allocation='erk' or 'uniform', with a number for `sparsity`."
@@ -200,13 +218,13 @@ class Vote(Method[Masks]):
                 f"Regrow exchanges single weights; {what} prunes what it prunes as one. Use "
                 "OneShot(), Linear(...) or Cubic(...)."
             )
-        if isinstance(self.allocation, Mapping):
+        if isinstance(self._allocation, ByComponent):
             raise ValueError(
                 f"An allocation by component counts single weights, and a unit of {what} may lie "
                 f"in two components. Use one of {NAMES}."
             )
         if isinstance(self.granularity, NM) and (
-            isinstance(self.target, PerTaskKeep) or self.allocation not in ("floor", "uniform")
+            isinstance(self.target, PerTaskKeep) or self._allocation not in (Floor(), Uniform())
         ):
             raise ValueError(
                 f"{what} keeps the same share of every layer: leave `allocation` out, and "
@@ -260,6 +278,11 @@ class Vote(Method[Masks]):
         return self.example_inputs
 
     @property
+    def _allocation(self) -> Allocation:
+        """How the budget is spread."""
+        return parse_allocation(self.allocation)
+
+    @property
     def target(self) -> float | PerTaskKeep | None:
         """The sparsity in the end: what was given, or what the pattern fixes."""
         return self.granularity.sparsity if isinstance(self.granularity, NM) else self.sparsity
@@ -283,7 +306,7 @@ class Vote(Method[Masks]):
             return
         units, fixed = self._priced(units, costs, total_macs)
         every = fixed + units.weigh(units.everything())
-        needed = fixed + least(units, self.min_keep)
+        needed = fixed + least_cost(units, self.min_keep)
         if needed <= self._room(every, 1.0):
             return
         what, may = describe(self.granularity), f"more than the {float(self._stays):.1%} that may"
@@ -357,12 +380,11 @@ class Vote(Method[Masks]):
             kept = self._per_task(scores, eligible, alone)
         else:
             self._check_room(units, ballot.costs, ballot.total_macs)
-            assert not isinstance(self.allocation, Mapping)
-            kept = pack(
+            kept = select_units(
                 worths(scores, self.vote, rank(scores, self.priority)),
                 units,
                 self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-                self.allocation,
+                self._allocation.units,
                 eligible=eligible,
                 min_keep=self.min_keep,
             )
@@ -400,15 +422,14 @@ class Vote(Method[Masks]):
     def _shrink(
         self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
     ) -> list[Tensor]:
-        allocation = self.allocation
-        if isinstance(allocation, Mapping):
-            allocation = {name: s * progress for name, s in allocation.items()}
         upper = [int(mask.sum()) for mask in ballot.masks]
-        plan = quotas(
-            allocation, ballot.shapes, ballot.components, keep, upper, min_keep=self.min_keep
-        )
+        budget = Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
         return select(
-            ballot.scores, self.vote, plan, eligible=_unless_all(ballot.masks), rankings=rankings
+            ballot.scores,
+            self.vote,
+            self._allocation.at(progress).quotas(budget),
+            eligible=_unless_all(ballot.masks),
+            rankings=rankings,
         )
 
     def _exchange(
@@ -448,22 +469,12 @@ class Vote(Method[Masks]):
 
     def _layer_counts(self, ballot: Ballot, keep: int) -> list[int]:
         """How many weights each layer keeps for the whole of sparse training."""
-        of = self.allocation
+        layerwise = self._allocation.layerwise
+        assert layerwise is not None
         upper = [prod(shape) for shape in ballot.shapes]
-        if isinstance(of, Mapping):
-            plan = quotas(of, ballot.shapes, ballot.components, keep, upper, self.min_keep)
-            counts = [0] * len(upper)
-            for quota in plan:
-                inside = [ballot.shapes[i] for i in quota.layers]
-                most = [upper[i] for i in quota.layers]
-                spread = layer_counts("uniform", inside, quota.keep, most, self.min_keep)
-                for layer, count in zip(quota.layers, spread, strict=True):
-                    counts[layer] = count
-            return counts
-        if of == "floor":
-            of = Floor()
-        of = of.of if isinstance(of, Floor) else of
-        return layer_counts(of, ballot.shapes, keep, upper, self.min_keep)
+        return layerwise.counts(
+            Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
+        )
 
     def _per_task(
         self,
@@ -569,7 +580,7 @@ def _alone_of_units(
     """The units each voter would keep, given how much of how much."""
 
     def ask(task: str) -> Mapping[int, Tensor]:
-        return fitting(_own(electorate.scores, task), units, keep, electorate.used[task])
+        return fitting_units(_own(electorate.scores, task), units, keep, electorate.used[task])
 
     return _Alone(electorate.used, ask)
 
@@ -590,19 +601,6 @@ def _per_cost(
         {voter: values / cost.clamp_min(1e-30).float() for voter, values in voters.items()}
         for voters, cost in zip(scores, costs, strict=True)
     ]
-
-
-def _check_allocation(allocation: object) -> None:
-    if isinstance(allocation, Mapping):
-        for component, sparsity in allocation.items():
-            checks.sparsity(f"allocation[{component!r}]", sparsity)
-    elif isinstance(allocation, str):
-        checks.one_of("allocation", allocation, NAMES)
-    elif not isinstance(allocation, (Erk, Floor)):
-        raise TypeError(
-            f"`allocation` must be one of {NAMES}, Erk(...), Floor(...) or a mapping "
-            f"component -> sparsity. Got {allocation!r}."
-        )
 
 
 def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtprune import votes
-from mtprune.allocation import quotas
+from mtprune.allocation import Budget, Floor, Global
 from mtprune.selection import select
 from tests.benchmarks.harness import (
     Row,
@@ -75,7 +75,7 @@ def timed(total: int, private: float, repeats: int) -> dict[str, object]:
     scores = ballots(total, private)
     shapes, keep = plan(scores)
     sizes = [prod(shape) for shape in shapes]
-    quota = quotas("floor", shapes, ["shared"] * len(shapes), keep, sizes)
+    quota = Floor().quotas(Budget(shapes, ["shared"] * len(shapes), keep, sizes))
     generator = torch.Generator().manual_seed(1)
     mixed = torch.rand(sum(sizes), generator=generator).to(device())
     return interleaved(
@@ -88,9 +88,10 @@ def measure(total: int, private: float) -> tuple[int, int]:
     scores = ballots(total, private)
     shapes, keep = plan(scores)
     sizes = [prod(shape) for shape in shapes]
-    quota = quotas("floor", shapes, ["shared"] * len(shapes), keep, sizes)
+    quota = Floor().quotas(Budget(shapes, ["shared"] * len(shapes), keep, sizes))
     small = [{task: values[:1000] for task, values in layer.items()} for layer in scores[:2]]
-    select(small, votes.unanimous, quotas("global", [(1000, 1)] * 2, ["s"] * 2, 99, [1000] * 2))
+    few = Budget([(1000, 1)] * 2, ["s"] * 2, 99, [1000] * 2)
+    select(small, votes.unanimous, Global().quotas(few))
     used = peak(lambda: select(scores, votes.unanimous, quota))
     return used - sum(sizes), sum(v.nbytes for layer in scores for v in layer.values())
 

@@ -1,0 +1,23 @@
+"""Selection: the exact budgets, of weights, of units, of weights by a level, of directions."""
+
+from mtprune.selection.directions import select_directions
+from mtprune.selection.ranking import Best, Ranking, rank, worths
+from mtprune.selection.units import Marks, Queue, fitting_units, least_cost, select_units
+from mtprune.selection.waterline import waterline
+from mtprune.selection.weights import Quota, select
+
+__all__ = [
+    "Best",
+    "Marks",
+    "Queue",
+    "Quota",
+    "Ranking",
+    "fitting_units",
+    "least_cost",
+    "rank",
+    "select",
+    "select_directions",
+    "select_units",
+    "waterline",
+    "worths",
+]

@@ -1,0 +1,88 @@
+"""Directions: a budget of parameters spent on the singular triples of matrices.
+
+What a matrix of a given rank takes is said in `mtprune.model.factors`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtprune.model import factors
+
+__all__ = ["select_directions"]
+
+Shape = tuple[int, ...]
+
+
+def select_directions(
+    worths: Sequence[Tensor],
+    shapes: Sequence[Shape],
+    budget: int,
+    *,
+    least: Sequence[int] | None = None,
+    alive: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Keep the directions of highest worth that a budget of parameters pays for.
+
+    From the highest worth down, each is kept if it fits in what is left of the budget. When a
+    matrix reaches break-even it is kept whole, and its other directions cost nothing. So what is
+    left at the end is less than a direction costs. Among equals earlier layers, and in them larger
+    singular values, come first.
+
+    Args:
+        worths: For each layer ``[m]``: comparable between layers, per parameter.
+        shapes: Of the layers.
+        budget: How many parameters there may be in all.
+        least: How many of its own best each layer is sure of, if that is within the budget.
+        alive: How many of its first directions each layer still has; all of them unless given.
+
+    Returns:
+        For each layer a bool tensor ``[m]``, True = keep.
+
+    Example:
+        >>> worths = [torch.tensor([0.9, 0.1, 0.2, 0.3]), torch.tensor([0.8, 0.7, 0.6, 0.5])]
+        >>> select_directions(worths, [(4, 6), (4, 4)], 26)
+        [tensor([ True, False, False, False]), tensor([True, True, True, True])]
+    """
+    kept = [torch.zeros(len(worth), dtype=torch.bool) for worth in worths]
+    ranks = [0] * len(kept)
+    there = [len(worth) for worth in worths] if alive is None else alive
+    left = budget
+
+    def price(layer: int) -> int:
+        shape, rank = shapes[layer], ranks[layer]
+        return factors.parameters(shape, rank + 1) - factors.parameters(shape, rank)
+
+    def take(layer: int, direction: int) -> None:
+        nonlocal left
+        left -= price(layer)
+        kept[layer][direction] = True
+        ranks[layer] += 1
+
+    orders = [
+        worth[:count].cpu().to(torch.float64).argsort(descending=True, stable=True).tolist()
+        for worth, count in zip(worths, there, strict=True)
+    ]
+    sure = [min(n, len(order)) for n, order in zip(least or [0] * len(kept), orders, strict=True)]
+    if sum(factors.parameters(shape, n) for shape, n in zip(shapes, sure, strict=True)) <= budget:
+        for layer, (order, count) in enumerate(zip(orders, sure, strict=True)):
+            for direction in order[:count]:
+                take(layer, direction)
+    values = torch.cat([worth[:n].cpu().double() for worth, n in zip(worths, there, strict=True)])
+    places = [(layer, direction) for layer, n in enumerate(there) for direction in range(n)]
+    for index in values.argsort(descending=True, stable=True).tolist():
+        layer, direction = places[index]
+        if not kept[layer][direction] and price(layer) <= left:
+            take(layer, direction)
+    return _completed(kept, ranks, shapes, there)
+
+
+def _completed(
+    kept: list[Tensor], ranks: Sequence[int], shapes: Sequence[Shape], there: Sequence[int]
+) -> list[Tensor]:
+    """Give back to a layer that costs as much as the whole what was passed over before."""
+    for mask, rank, shape, n in zip(kept, ranks, shapes, there, strict=True):
+        if factors.parameters(shape, rank) == shape[0] * shape[1]:
+            mask[:n] = True
+    return kept

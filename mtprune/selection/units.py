@@ -1,0 +1,195 @@
+r"""Units: from the worth of units larger than a weight to those that fit into a budget.
+
+Units differ in size, and a weight may belong to two of them, so there is no fixed number of units
+to keep. Instead they are put in an order, and the longest beginning of it that fits into the
+budget stays. What is left over is less than the next unit would take.
+
+In what order is a matter of allocation. In one ranking units come by worth. A layerwise allocation
+gives each group a density, so there a unit comes when the rising density of its group reaches it:
+with :math:`c_u` the cost of the units of its group that are worth as much as u or more, that is at
+:math:`c_u / (C_g\, r_g)`, for a group of cost :math:`C_g` and raw density :math:`r_g`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mtprune.model.units import Units
+
+__all__ = ["Marks", "Queue", "Shape", "fitting_units", "least_cost", "select_units"]
+
+Weigh = Callable[[Sequence[Tensor]], Fraction]
+"""What masks keep, in the currency of the budget."""
+
+Shape = Sequence[int]
+
+Marks = npt.NDArray[np.bool_]
+"""A mark on some units of a queue, ``[units]``."""
+
+
+def select_units(
+    worth: Sequence[Tensor],
+    units: Units,
+    budget: Fraction | int,
+    spread: "Spread",
+    *,
+    eligible: Sequence[Tensor],
+    min_keep: int = 1,
+) -> list[Tensor]:
+    """Keep the units of highest worth that fit into a budget.
+
+    Args:
+        worth: Of the units, for each group float64 ``[n]``.
+        units: What they cost, one by one and together.
+        budget: What may stay.
+        spread: From the queue of units and those that come first to those that stay; that of an
+            allocation is `Allocation.units`.
+        eligible: The units that may stay, for each group bool ``[n]``.
+        min_keep: How many units each group is sure of, as far as the budget goes.
+
+    Returns:
+        For each group a bool tensor ``[n]``, True = keep.
+    """
+    queue = Queue(worth, units, eligible, budget, units.weigh)
+    return queue.masks(spread(queue, queue.best([min_keep] * len(worth))))
+
+
+def least_cost(units: Units, min_keep: int) -> Fraction:
+    """The least that can stay if every group keeps ``min_keep`` units: the cheapest of each."""
+    masks = []
+    for cost in units.costs:
+        mask = torch.zeros(len(cost), dtype=torch.bool)
+        mask[cost.argsort(stable=True)[:min_keep]] = True
+        masks.append(mask)
+    return units.weigh(masks)
+
+
+def fitting_units(
+    worth: Mapping[int, Tensor],
+    units: Units,
+    keep: Callable[[Fraction], Fraction | int],
+    places: Sequence[int],
+) -> dict[int, Tensor]:
+    """The units of highest worth that fit into a part of some layers, whatever else is there.
+
+    Args:
+        worth: ``{group: [n]}``.
+        units: What they cost together.
+        keep: What may stay of what all of the layers cost.
+        places: The layers.
+
+    Returns:
+        For each of these groups a bool tensor ``[n]``, True = keep.
+    """
+    every = units.everything()
+    shown = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(every)]
+    able = [mask & (group in worth) for group, mask in enumerate(every)]
+
+    def weigh(masks: Sequence[Tensor]) -> Fraction:
+        return units.weigh([m if g in worth else every[g] for g, m in enumerate(masks)], places)
+
+    queue = Queue(shown, units, able, keep(units.weigh(every, places)), weigh)
+    kept = queue.masks(queue.by_worth(queue.best([0] * len(shown))))
+    return {group: kept[group] for group in worth}
+
+
+class Queue:
+    """Eligible units of all groups, one after the other, in order of position.
+
+    Args:
+        worth: Of the units, for each group float64 ``[n]``.
+        units: What they cost one by one.
+        eligible: The units that may stay, for each group bool ``[n]``.
+        budget: What may stay.
+        weigh: What units cost together.
+    """
+
+    def __init__(
+        self,
+        worth: Sequence[Tensor],
+        units: Units,
+        eligible: Sequence[Tensor],
+        budget: Fraction | int,
+        weigh: Weigh,
+    ) -> None:
+        self._sizes = [len(values) for values in worth]
+        self._units = units
+        self._budget = budget
+        self._weigh = weigh
+        groups = np.repeat(np.arange(len(worth)), self._sizes)
+        self._eligible = torch.cat(list(eligible)).cpu().numpy().nonzero()[0]
+        self._worth = torch.cat(list(worth)).double().cpu().numpy()[self._eligible]
+        self._cost = torch.cat(units.costs).numpy()[self._eligible]
+        self._group = groups[self._eligible]
+        # Group by group, the best first, earlier ones first among equals.
+        self._best = np.lexsort((-self._worth, self._group))
+        self._starts = np.searchsorted(self._group, np.arange(len(worth)))
+        self._rank = np.empty(len(self._best), dtype=np.int64)
+        self._rank[self._best] = np.arange(len(self._best)) - self._starts[self._group[self._best]]
+
+    def best(self, counts: Sequence[int]) -> Marks:
+        """The best units of each group, so many of it."""
+        return np.asarray(self._rank < np.asarray(counts)[self._group])
+
+    def count(self, marks: Marks) -> list[int]:
+        """How many units of each group are marked."""
+        found: list[int] = np.bincount(self._group[marks], minlength=len(self._sizes)).tolist()
+        return found
+
+    def by_worth(self, sure: Marks) -> Marks:
+        """The units that fit if the sure ones come first, then those of highest worth."""
+        return self._fitting(np.lexsort((-self._worth, ~sure)))
+
+    def by_density(self, raw: Callable[[Shape], float], sure: Marks) -> Marks:
+        """The units that fit if the sure ones come first, then each group's best in proportion.
+
+        Args:
+            raw: The density of a layer of a given shape, up to a factor common to all.
+            sure: The units that come first.
+        """
+        costs = [float(cost.sum()) for cost in self._units.costs]
+        before = np.concatenate([[0.0], np.cumsum(self._cost[self._best])])
+        until = np.empty_like(self._cost)
+        until[self._best] = before[1:] - before[self._starts][self._group[self._best]]
+        rates = [self._raw(group, raw) for group in range(len(costs))]
+        scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, rates, strict=True)])
+        return self._fitting(np.lexsort((until / scale[self._group], ~sure)))
+
+    def masks(self, marks: Marks) -> list[Tensor]:
+        """The marked units, for each group bool ``[n]``."""
+        whole = torch.zeros(sum(self._sizes), dtype=torch.bool)
+        whole[torch.from_numpy(self._eligible[marks])] = True
+        return list(whole.split(self._sizes))
+
+    def _raw(self, group: int, raw: Callable[[Shape], float]) -> float:
+        """The mean over the weights of a group's layers of the raw density of each layer."""
+        shapes = [self._units.layers[place].shape for place in self._units.holding(group)]
+        sizes = [prod(shape) for shape in shapes]
+        parts = [n * raw(shape) for n, shape in zip(sizes, shapes, strict=True)]
+        return float(sum(parts) / sum(sizes))
+
+    def _fitting(self, order: npt.NDArray[np.int64]) -> Marks:
+        """The longest beginning of an order that fits into the budget."""
+        fits, fails = 0, len(order) + 1
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if self._weigh(self.masks(_marks(order[:middle], len(order)))) <= self._budget:
+                fits = middle
+            else:
+                fails = middle
+        return _marks(order[:fits], len(order))
+
+
+Spread = Callable[[Queue, Marks], Marks]
+"""From a queue, and the units that come first, to the units that stay."""
+
+
+def _marks(places: npt.NDArray[np.int64], length: int) -> Marks:
+    marks = np.zeros(length, dtype=np.bool_)
+    marks[places] = True
+    return marks
