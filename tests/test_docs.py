@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mtprune
+from tests.test_layout import ORDER
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -111,6 +113,27 @@ def test_docstring_examples_are_true(name: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_walks_and_the_types_name_what_is_there() -> None:
+    stops = re.findall(r"`([\w/]+)\.py` `([\w.]+)`", ARCHITECTURE)
+    types = re.findall(r"\*\*`(\w+)`\*\* \(`([\w/]+)\.py`\)", ARCHITECTURE)
+    assert len(stops) > 30
+    assert len(types) > 10
+    for path, name in [*stops, *((path, name) for name, path in types)]:
+        attrgetter(name)(importlib.import_module(f"mtprune.{path.replace('/', '.')}"))
+
+
+def test_every_folder_and_every_file_beside_the_folders_is_explained() -> None:
+    package = ROOT / "mtprune"
+    folders = re.findall(r"^\| `(\w+)/` \|", ARCHITECTURE, re.MULTILINE)
+    assert sorted(folders) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    assert folders == list(ORDER)
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert files <= set(re.findall(r"`(\w+\.py)`", ARCHITECTURE))
 
 
 def test_import_is_cheap_in_packages() -> None:
