@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 torch.set_num_threads(1)  # tiny tensors: more threads only get in the way of other workers
+
+
+def pytest_collection_finish():
+    """Collecting garbage need not look at what is there for good: thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

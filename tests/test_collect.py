@@ -97,8 +97,8 @@ def test_without_a_graph_losses_are_computed_and_nothing_is_collected(backend, d
 
 
 @nets.EVERY_NET
-def test_scores_are_weight_times_gradient_of_a_plain_computation(name, backend, device):
-    run = Run(build(name, device), Vote(0.7, observations=2), backend)
+def test_scores_are_weight_times_gradient_of_a_plain_computation(name, device):
+    run = Run(build(name, device), Vote(0.7, observations=2))
     twin = build(name, device)
     named = dict(twin.model.named_parameters())
     outputs, batch = run.forward(0)
@@ -145,9 +145,9 @@ def test_scores_of_a_pruned_net_are_those_of_its_effective_weights(name, backend
 
 
 @nets.EVERY_NET
-def test_one_forward_and_k_sweeps_are_k_forwards_and_k_backwards(name, backend, device):
+def test_one_forward_and_k_sweeps_are_k_forwards_and_k_backwards(name, device):
     def masks(at_once):
-        run = Run(build(name, device), Vote(0.7, observations=2), backend)
+        run = Run(build(name, device), Vote(0.7, observations=2))
         for module in run.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -335,6 +335,7 @@ def damage_mode(root):
     return r"0001\.png must be of mode RGB\. Got L"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -174,6 +174,7 @@ def test_a_masked_head_is_one_that_nobody_reads():
 SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["", "ForSequenceClassification"])
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "DistilBert", "ModernBert"])
 def test_pretrained_architectures(name, head):

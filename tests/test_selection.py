@@ -115,7 +115,11 @@ def test_weights_of_equal_mean_are_kept_by_position(device):
 # --- Against the oracle --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:2], *(slow(kind) for kind in KINDS[2:])])
 @EVERY_VOTE
 def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
     net, total = EXACT, EXACT.total
@@ -449,6 +453,7 @@ def cases(scores, device):
     yield [Quota((i,), n // 3, (n // 3,)) for i, n in enumerate(upper)], able
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("name", ORDERED)
 def test_votes_that_pick_by_rank_give_what_any_vote_of_these_values_gives(name, kind, device):

@@ -1,7 +1,9 @@
 """The ``"inplace"`` back-end: bool masks beside the model. Parameter names never change."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -21,18 +23,24 @@ class InplaceMasking(Masking):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[str, _Mask] = {}
         self._handles: list[RemovableHandle] = []
         self._shown: set[str] = set()
         self._attention = attention_parents(model)
 
     @override
+    def show(
+        self, layers: Sequence[Layer], masks: Sequence[Tensor], products: Sequence[Product]
+    ) -> None:
+        hooks = len(self._handles)
+        super().show(layers, masks, products)
+        if len(self._handles) != hooks:
+            _compile_anew()
+
+    @override
     def mask(self, layer: Layer) -> Tensor | None:
         mask = self._masks.get(layer.name)
-        device = layer.parameter.device
-        if mask is not None and mask.device != device:  # the model has moved since
-            mask = self._masks[layer.name] = mask.to(device)
-        return mask
+        return None if mask is None else mask.at(layer.parameter.device)
 
     @override
     def gradient_mask(self, layer: Layer) -> Tensor | None:
@@ -40,18 +48,12 @@ class InplaceMasking(Masking):
 
     @override
     def _add(self, layer: Layer, mask: Tensor, product: Product | None) -> None:
-        self._masks[layer.name] = mask
+        own = self._masks[layer.name] = _Mask(mask)
         if product is None:
             return
         self._shown.add(layer.name)
-
-        def effective(parameter: Tensor) -> Tensor:
-            known = self.mask(layer)
-            assert known is not None
-            return product(parameter, known)
-
         for module, attribute in layer.places:
-            enter: Callable[..., None] = _Shadow(attribute, effective)
+            enter: Callable[..., None] = _Shadow(attribute, own, product)
             leave: Callable[..., None] = _Uncover(attribute)
             caller: nn.Module = module
             parent = self._attention.get(module)
@@ -64,20 +66,42 @@ class InplaceMasking(Masking):
     def _clear(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _compile_anew()
         self._masks, self._handles, self._shown = {}, [], set()
+
+
+def _compile_anew() -> None:
+    """Drop compiled code: it has no guard on hooks, and would go on without them or with them."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
+
+
+class _Mask:
+    """A mask, kept where its layer is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def at(self, device: torch.device) -> Tensor:
+        """The mask on a device."""
+        if self.tensor.device != device:  # the model has moved since
+            self.tensor = self.tensor.to(device)
+        return self.tensor
 
 
 class _Shadow:
     """Forward pre-hook: put the product before the Parameter, under the same name."""
 
-    def __init__(self, attribute: str, effective: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, attribute: str, mask: _Mask, product: Product) -> None:
         self.attribute = attribute
-        self.effective = effective
+        self.mask = mask
+        self.product = product
 
     def __call__(self, module: nn.Module, *_: object) -> None:
         parameter = module._parameters[self.attribute]
         assert parameter is not None
-        value = self.effective(parameter)
+        value = self.product(parameter, self.mask.at(parameter.device))
         # What stands in the instance's own dictionary is read first.
         module.__dict__[self.attribute] = value
         reads(module, self.attribute, value)

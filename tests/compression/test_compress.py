@@ -327,6 +327,7 @@ def test_a_form_that_cannot_run_here_is_dense_and_says_so():
     assert type(fast[0]) is nn.Linear
 
 
+@pytest.mark.slow
 def test_it_is_imported_when_asked_for():
     code = (
         "import sys, mtprune\n"

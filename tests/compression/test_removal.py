@@ -445,6 +445,7 @@ class Chain(nn.Module):
         return self.down(self.norm(self.up(x)).sigmoid())
 
 
+@pytest.mark.slow
 def test_what_is_saved_comes_back_in_a_new_process(tmp_path):
     model, x, units = Chain(), torch.randn(2, 1, 5, 5), tuple(range(6))
     with torch.no_grad():

@@ -287,6 +287,7 @@ def child(environment):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once(tmp_path):
     running = [child({"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(3)]
     for process in running:
@@ -297,6 +298,7 @@ def test_processes_that_compile_at_once(tmp_path):
     assert sorted(path.name for path in made[0].iterdir()) == ["sha256", "sparse.so"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [b"", b"no library", None])
 def test_a_broken_cache_is_made_anew(fresh, broken):
     assert native.unavailable() == ""
@@ -322,6 +324,7 @@ def test_a_cache_that_others_write_to_is_not_used(fresh, monkeypatch):
     assert list(elsewhere.glob("mtprune-*/*/sparse.so"))
 
 
+@pytest.mark.slow
 def test_without_openmp_it_is_one_thread(fresh, monkeypatch, set_threads):
     compile_ = native._compile
 
@@ -336,6 +339,7 @@ def test_without_openmp_it_is_one_thread(fresh, monkeypatch, set_threads):
     assert native.unavailable() == ""
 
 
+@pytest.mark.slow
 def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
     model, x = net(), torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(model, x, measure=prefer("sparse"))
@@ -371,6 +375,7 @@ class Classifier(nn.Module):
         return self.trunk(x, src_key_padding_mask=padding), self.stem(x[:, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_opened_and_travels(padded, tmp_path):
     torch.manual_seed(0)

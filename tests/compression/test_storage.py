@@ -55,6 +55,7 @@ def test_round_trip_is_bitwise(name, choice, tmp_path):
         assert loaded.trunk.first.weight is loaded.trunk.last.weight
 
 
+@pytest.mark.slow
 def test_a_new_process(tmp_path):
     x = torch.randn(3, 6)
     fast = compressed(Small(8), x)

@@ -45,6 +45,7 @@ def test_export_of_any_batch_size(choice):
     torch.testing.assert_close(program.module()(more), fast(more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", PORTABLE)
 def test_onnx(choice, tmp_path):
     pytest.importorskip("onnxscript")
@@ -60,6 +61,7 @@ def test_onnx(choice, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), fast(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["dense", *FORMS])
 def test_compile(choice):
     x = torch.randn(2, 3, 6, 6)
@@ -84,6 +86,7 @@ def test_what_cannot_be_exported_says_which_layer_and_what_to_do(choice):
     torch.testing.assert_close(program.module()(x), fast(x), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [c for c in EXPORTS if c not in PORTABLE])
 def test_what_onnx_alone_cannot_take_it_names(choice):
     pytest.importorskip("onnxscript")

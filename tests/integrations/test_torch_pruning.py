@@ -288,6 +288,7 @@ def hidden_convs(model):
     return {n for n, m in model.named_modules() if isinstance(m, kinds)} - last
 
 
+@pytest.mark.slow
 @needed
 @pytest.mark.parametrize("seed", range(100))
 def test_random_nets(seed):
@@ -324,6 +325,7 @@ def test_all_kept_and_none_kept(keep, seed):
     assert mtprune.plan_of(again) == mtprune.plan_of(fast)
 
 
+@pytest.mark.slow
 @needed
 def test_saved_and_loaded_in_a_new_process(tmp_path):
     model, x = RandomCNN(5).eval(), image()

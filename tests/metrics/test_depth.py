@@ -104,6 +104,7 @@ def test_agrees_with_numpy(seed):
     assert metric.compute() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_million_small_errors_are_not_lost():
     # A float32 sum stops growing at 2^24 times its step.
     metric = Depth()
