@@ -48,7 +48,7 @@ from scipy.stats import t as student
 from tqdm import tqdm
 
 from mtprune.metrics import delta_t, lower_is_better
-from mtprune.saliency import uses_gradient
+from mtprune.saliency import asks
 
 TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
 CHAINS = ("imp", "lth")
@@ -151,7 +151,7 @@ def looks_at_losses(spec: str) -> bool:
         sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None, pretrained=None
     )
     method = METHODS[name][0](stand_in)
-    return not hasattr(method, "saliency") or uses_gradient(method.saliency)
+    return not hasattr(method, "saliency") or "grad" in asks(method.saliency)
 
 
 def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[str, Any]:

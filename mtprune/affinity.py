@@ -1,10 +1,10 @@
-r"""Affinity: how alike the masks are that each task alone would want, against chance.
+r"""Affinity: the overlap of the masks that tasks would have on their own, against chance.
 
-The intersection over union of two masks is high wherever both are dense, whatever the tasks have
-to do with each other: independent masks of densities p and q have
-:math:`pq / (p + q - pq)`. Network architecture and layer density alone give a curve that falls
-with depth. So every figure here comes with its null, and a layer where sharing stops paying (a
-"watershed") is one whose *excess* over the null drops.
+The intersection over union of two masks is high wherever both are dense, even if the tasks have
+nothing in common: independent masks of densities p and q have :math:`pq / (p + q - pq)`. Network
+architecture and layer density alone give a curve that falls with depth. So every overlap here comes
+with its null, and sharing stops paying at a layer (a "watershed") where the *excess* over the null
+drops.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class LayerAffinity:
     Attributes:
         name: The layer.
         iou: Intersection over union of its masks; NaN if all are empty.
-        chance: What independent masks of the same densities would have.
+        chance: The expected overlap of independent masks of the same densities.
         densities: Share kept by each task.
     """
 
@@ -46,7 +46,7 @@ class Affinity:
     Attributes:
         layers: The layers that all these tasks use, in order of position.
         iou: Summed intersections over summed unions.
-        chance: The same, for independent masks of the same densities in every layer.
+        chance: The expected overlap of independent masks of the same densities in every layer.
     """
 
     layers: tuple[LayerAffinity, ...]
@@ -75,8 +75,8 @@ def iou(masks: Sequence[Tensor]) -> float:
         >>> iou([torch.tensor([True, True, False]), torch.tensor([True, False, False])])
         0.5
     """
-    both, either = _overlap(masks)
-    return both / either if either else nan
+    intersection, union = _overlap(masks)
+    return intersection / union if union else nan
 
 
 def chance(densities: Sequence[float]) -> float:
@@ -86,8 +86,8 @@ def chance(densities: Sequence[float]) -> float:
         >>> round(chance([0.5, 0.5]), 4)
         0.3333
     """
-    either = 1.0 - prod(1.0 - p for p in densities)
-    return prod(densities) / either if either else nan
+    union = 1.0 - prod(1.0 - p for p in densities)
+    return prod(densities) / union if union else nan
 
 
 def compare(task_masks: Mapping[str, Mapping[str, Tensor]]) -> Affinity:
@@ -106,27 +106,27 @@ def compare(task_masks: Mapping[str, Mapping[str, Tensor]]) -> Affinity:
     if not common:
         raise ValueError(f"No layer is used by all of the tasks {list(task_masks)}.")
     layers = []
-    both = either = both_by_chance = either_by_chance = 0.0
+    intersections = unions = chance_intersections = chance_unions = 0.0
     for name in common:
         masks = [masks[name] for masks in task_masks.values()]
         densities = [float(mask.float().mean()) for mask in masks]
-        inside, around = _overlap(masks)
+        intersection, union = _overlap(masks)
         size = masks[0].numel()
-        both, either = both + inside, either + around
-        both_by_chance += size * prod(densities)
-        either_by_chance += size * (1.0 - prod(1.0 - p for p in densities))
+        intersections, unions = intersections + intersection, unions + union
+        chance_intersections += size * prod(densities)
+        chance_unions += size * (1.0 - prod(1.0 - p for p in densities))
         layers.append(
             LayerAffinity(
                 name=name,
-                iou=inside / around if around else nan,
+                iou=intersection / union if union else nan,
                 chance=chance(densities),
                 densities=dict(zip(task_masks, densities, strict=True)),
             )
         )
     return Affinity(
         layers=tuple(layers),
-        iou=both / either if either else nan,
-        chance=both_by_chance / either_by_chance if either_by_chance else nan,
+        iou=intersections / unions if unions else nan,
+        chance=chance_intersections / chance_unions if chance_unions else nan,
     )
 
 
@@ -137,12 +137,12 @@ def watershed(
 
     Args:
         curve: Overlap of each layer, in order of depth. Layers without one (NaN) are passed over.
-        null: The same under no relation of the tasks: `LayerAffinity.chance`, or the curve that
-            permuted labels give. Without it the drop may be the architecture's own.
-        least: Drops below this are noise.
+        null: The curve of unrelated tasks: `LayerAffinity.chance`, or that of permuted labels.
+            Without it the drop may be the architecture's own.
+        least: Drops smaller than this are noise.
 
     Returns:
-        Where it is, or None if no drop is as large as ``least``.
+        The place of the drop, or None if no drop is as large as ``least``.
 
     Example:
         >>> watershed([0.9, 0.8, 0.3, 0.2])
@@ -160,7 +160,8 @@ def watershed(
 
 
 def _overlap(masks: Sequence[Tensor]) -> tuple[int, int]:
-    both, either = masks[0], masks[0]
+    """How many weights are in all of the masks, and how many in any of them."""
+    intersection, union = masks[0], masks[0]
     for mask in masks[1:]:
-        both, either = both & mask, either | mask
-    return int(both.sum()), int(either.sum())
+        intersection, union = intersection & mask, union | mask
+    return int(intersection.sum()), int(union.sum())

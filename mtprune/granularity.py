@@ -1,9 +1,8 @@
-"""Granularity: what is kept or pruned as one.
+"""Granularity: the units that are kept or pruned as a whole.
 
-A granularity is a frozen value. One that says `groups` finds the units of a model, which may span
-several layers: a neuron, a head, a channel. Anybody can write one. Others cut every layer on its
-own into `pieces`: single weights, blocks, patterns. Several of the first kind, in a tuple, share
-one budget.
+A granularity is a frozen value of one of two kinds. A `Spanning` one finds units that may span
+several layers: a neuron, a head, a channel. `Pieces` cut every layer on its own: into single
+weights, blocks, patterns. Several spanning ones, in a tuple, share one budget.
 """
 
 from collections.abc import Collection, Sequence
@@ -41,7 +40,7 @@ class Spanning(Protocol):
 
         Args:
             model: The model, unwrapped.
-            layers: What may be pruned of it.
+            layers: Its layers that may be pruned.
         """
         ...
 
@@ -50,7 +49,7 @@ class Pieces(Protocol):
     """A granularity that cuts every layer on its own."""
 
     def left_out(self, layer: Layer) -> str:
-        """Why a layer cannot be cut, or nothing."""
+        """Why a layer cannot be cut; empty if it can."""
         ...
 
     def pool(self, saliency: Tensor) -> Tensor:
@@ -116,31 +115,31 @@ class Block:
 
     def pool(self, saliency: Tensor) -> Tensor:
         """See `Pieces`."""
-        high, wide = _matrix(tuple(saliency.shape))
-        down, across = -(-high // self.rows), -(-wide // self.columns)
-        edge = (0, across * self.columns - wide, 0, down * self.rows - high)
-        whole = F.pad(saliency.reshape(high, wide), edge)
-        return whole.view(down, self.rows, across, self.columns).sum((1, 3)).reshape(-1)
+        height, width = _matrix(tuple(saliency.shape))
+        down, across = -(-height // self.rows), -(-width // self.columns)
+        edge = (0, across * self.columns - width, 0, down * self.rows - height)
+        padded = F.pad(saliency.reshape(height, width), edge)
+        return padded.view(down, self.rows, across, self.columns).sum((1, 3)).reshape(-1)
 
     def spread(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         """See `Pieces`."""
-        high, wide = _matrix(shape)
-        blocks = mask.view(-(-high // self.rows), -(-wide // self.columns))
-        whole = blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
-        return whole[:high, :wide].reshape(shape)
+        height, width = _matrix(shape)
+        blocks = mask.view(-(-height // self.rows), -(-width // self.columns))
+        padded = blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return padded[:height, :width].reshape(shape)
 
 
 @dataclass(frozen=True)
 class NM:
-    """Of every m consecutive inputs of an output, n are kept: 2 of 4 is what GPUs run faster.
+    """Of every m consecutive inputs of an output, n are kept: GPUs run 2 of 4 faster.
 
-    Which n is by the vote. Inputs are those of Linear layers, and input channels of convolutions,
+    The vote decides which n. Inputs are those of Linear layers, and input channels of convolutions,
     at each place of the kernel. Layers whose inputs are not a multiple of m, depthwise ones among
     them, and layers of other kinds stay dense.
 
     Attributes:
-        n: How many are kept.
-        m: Of how many.
+        n: How many of m inputs are kept.
+        m: How many consecutive inputs compete.
 
     Example:
         >>> NM(2, 4).best(torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0]]), 2)
@@ -161,7 +160,7 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros, which is not a choice."""
+        """The share of zeros, which the pattern fixes."""
         return (self.m - self.n) / self.m
 
     def left_out(self, layer: Layer) -> str:
@@ -186,12 +185,12 @@ class NM:
         """The ``keep`` highest of every m consecutive inputs, earlier ones first among equals.
 
         Args:
-            worth: Of a layer's weights, in its shape.
-            keep: How many of every m are kept.
+            worth: The worth of a layer's weights, in its shape.
+            keep: How many of every m inputs are kept.
         """
         places = worth.movedim(1, -1)
         columns = places.reshape(-1, self.m).t().contiguous()
-        # How many come before each one: comparing m columns is faster than sorting many short rows.
+        # How many come before each input: comparing m columns is faster than sorting short rows.
         before = torch.zeros_like(columns, dtype=torch.uint8)
         for one in range(self.m):
             for other in range(one):
@@ -256,7 +255,7 @@ class Neuron:
     """Neurons between the two layers of a transformer's feed-forward blocks.
 
     Attributes:
-        patterns: Where to look (`mtprune.patterns`); everywhere that is known unless given.
+        patterns: Where to look (`mtprune.patterns`); all known places unless given.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -278,7 +277,7 @@ class Head:
     """Heads of a transformer's attention blocks.
 
     Attributes:
-        patterns: Where to look (`mtprune.patterns`); everywhere that is known unless given.
+        patterns: Where to look (`mtprune.patterns`); all known places unless given.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -297,9 +296,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Channel:
-    """Channels of convolutional networks, with all that must go when one goes.
+    """Channels of convolutional networks, with all entries that must go with a channel.
 
-    What depends on what is found by torch-pruning (extra ``[structured]``), by running the model.
+    torch-pruning (extra ``[structured]``) finds these dependencies by running the model.
 
     Attributes:
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
@@ -320,10 +319,10 @@ class Channel:
 
 
 def check_granularity(granularity: object) -> None:
-    """Refuse what is no granularity.
+    """Refuse an object that is no granularity.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: With what to give instead.
     """
     several = granularity if isinstance(granularity, tuple) else (granularity,)
     for one in several:
@@ -343,10 +342,10 @@ def check_granularity(granularity: object) -> None:
 
 
 def example_inputs_of(granularity: Granularity) -> Any:
-    """What a granularity calls the model with; None if it does not."""
+    """The inputs that a granularity calls the model with; None if it does not call it."""
     several = granularity if isinstance(granularity, tuple) else (granularity,)
-    given = (getattr(one, "example_inputs", None) for one in several)
-    return next((inputs for inputs in given if inputs is not None), None)
+    inputs = (getattr(one, "example_inputs", None) for one in several)
+    return next((example for example in inputs if example is not None), None)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

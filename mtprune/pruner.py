@@ -201,7 +201,7 @@ class MultitaskPruner:
         if self._optimizer is None:
             self._after_optimizer_step()
         update = self._clock.due()
-        changed = update is not None and self._make(update)
+        changed = update is not None and self._is_ready(update) and self._update(update)
         self._round.listen(self._clock.near)
         return changed
 
@@ -290,11 +290,11 @@ class MultitaskPruner:
         """
         if self._task_masks is not None:
             return self._task_masks.unpack()
-        if self._clock.done >= 0:
+        masks = {x.name: self._hold.mask(x) for x in self._inventory.layers}
+        if not all(bool(mask.all()) for mask in masks.values()):
             raise RuntimeError(
                 "Checkpoints do not hold task masks; they are there again after the next update."
             )
-        masks = {x.name: torch.ones_like(self._hold.mask(x)) for x in self._inventory.layers}
         return {task: dict(masks) for task in self._losses}
 
     @property
@@ -408,15 +408,15 @@ class MultitaskPruner:
             Losses(present, [] if fold else None, scale, guarded=scaler is not None), update
         )
 
-    def _make(self, update: int) -> bool:
-        """Make an update that is due, if there is enough evidence; whether masks changed."""
+    def _is_ready(self, update: int) -> bool:
+        """Whether there is enough evidence for an update that is due."""
         if self._clock.done < 0:
             self._round.check_seen(update)
         if self._round.missing_tasks():
             if self._clock.overdue():
                 self._round.check_late(update, self._clock.done)
             return False
-        return self._round.is_enough(update) and self._update(update)
+        return self._round.is_enough(update)
 
     def _update(self, step: int) -> bool:
         """Make the update of ``step`` from the evidence; whether anything changed."""

@@ -34,17 +34,17 @@ Observations = int | Literal["auto"]
 def best(
     sparsity: float, steps: int | None = None, *, trained: bool = True
 ) -> Vote | SoftThreshold:
-    """What we would use: of the methods here, the one that did best in our comparison.
+    """The method that did best in our comparison.
 
     * From a trained network, with ``steps`` of fine-tuning ahead: `Vote` with a floor under every
       layer, in about ten updates over the first half of them.
     * From a trained network, without ``steps``: the same vote at once, on eight batches.
     * From scratch (``trained=False``): `adapmtl`, whose thresholds rise while the network trains.
 
-    What this rests on is docs/results/census.md: a small network, short runs. The mean change of
-    the losses against the dense network was, at 90 % zeros, -0.7 % by the gradual vote and -0.3 %
-    at once; at 95 %, -2.9 % gradually and -6.7 % at once. From scratch `adapmtl` lost 0.2 % and
-    6.7 %, where the next best that trains once lost 9 % and 19 %.
+    The comparison is docs/results/census.md: a small network, short runs. The mean change of the
+    losses against the dense network was, at 90 % zeros, -0.7 % by the gradual vote and -0.3 % at
+    once; at 95 %, -2.9 % gradually and -6.7 % at once. From scratch `adapmtl` lost 0.2 % and 6.7 %,
+    where the next best that trains once lost 9 % and 19 %.
 
     Where it is not the best: joint saliency, one sweep instead of one per task, is as good where
     losses are well scaled. At 80 % magnitude in rounds was ahead, at twice the fine-tuning (+1.6 %
@@ -261,7 +261,7 @@ def movement(
 
     Masks are final after step ``steps``. All times are fractions of the run, so that a short run
     is a long one in small; the published schedule counts steps and never prunes a short run. Scores
-    are summed as by plain gradient descent with a constant rate, which their order does not feel.
+    are summed as by plain gradient descent with a constant rate, which does not change their order.
 
     Args:
         sparsity: Share of zeros in the end.
@@ -271,7 +271,7 @@ def movement(
         allocation: ``"global"``, or ``"uniform"`` for the same share of every matrix, as published.
         warmup: Share of the run before anything is pruned.
         cooldown: Share of the run at the final sparsity.
-        updates: How often masks are made anew, about; more than there are steps is every step.
+        updates: About how many updates of the masks there are; at most one in each step.
 
     Example:
         >>> [movement(0.9, steps).schedule.schedule for steps in (200, 20_000)]
@@ -306,7 +306,7 @@ def flop(
     Wang et al., "Structured pruning of large language models", EMNLP 2020. The budget is met
     exactly, at the end of the schedule, where the original's is a penalty that short runs do not
     wait for; components are the singular triples of the weights as they come, where the original
-    trains a factorisation from scratch; gates are at their mean, where the original draws them.
+    trains a factorisation from scratch; gates have their mean value, where the original draws them.
     Several tasks share one encoder as in Xia & Shin, "Pruning pretrained encoders with a multitask
     objective", 2021, and vote on its components.
 
@@ -321,9 +321,10 @@ def flop(
         disentangled: Score every task on its own and vote. False scores the sum of the losses, as
             published.
         floor: The share of a uniform budget that every layer is sure of; 0 as published.
-        warmup: Share of the run before anything happens.
+        warmup: Share of the run before the first update.
         cooldown: Share of the run after the last update.
-        updates: How often, about; 200 for learned gates and 10 for saliency unless given.
+        updates: About how many updates there are; 200 for learned gates and 10 for saliency unless
+            given.
 
     Example:
         >>> flop(0.5, 1_000, gates="saliency").schedule
@@ -348,14 +349,14 @@ def adapmtl(
     Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
     The sparsity is exact, where the original's follows learning rate and weight decay; tasks weigh
     by how their loss bears the threshold, where the original's weights follow the noise of the
-    losses. What is left of a layer is made as large again as it was, which the original lacks.
-    Train on ``pruner.weigh(losses)``.
+    losses. The weights that are left of a layer are scaled to its norm before, which the original
+    lacks. Train on ``pruner.weigh(losses)``.
 
     Args:
         sparsity: Share of zeros in the end.
         steps: Length of the run; thresholds rise for three quarters of it.
-        allocation: ``"learned"`` also learns how the thresholds differ between components; in our
-            comparisons that was no gain, so it is not the default.
+        allocation: ``"learned"`` also learns how thresholds differ between components, which was
+            no gain in our comparisons, and is not the default.
     """
     end = max(1, 3 * steps // 4)
     return SoftThreshold(
@@ -375,11 +376,11 @@ def adapmtl_published(
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
 ) -> SigmoidThreshold:
-    """AdapMTL as its original code runs, to see what it does: the sparsity is not exact.
+    """AdapMTL as its original code runs, for comparison: the sparsity is not exact.
 
     Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
-    Thresholds are trained by Adam with weight decay, and rest while the sparsity is reached. Where
-    they lead depends on ``init``, ``lr``, ``weight_decay`` and the length of the run.
+    Thresholds are trained by Adam with weight decay, and rest while the sparsity is reached. The
+    sparsity depends on ``init``, ``lr``, ``weight_decay`` and the length of the run.
 
     Args:
         sparsity: Share of zeros at which thresholds rest.
@@ -392,7 +393,7 @@ def adapmtl_published(
 
 
 def _check_run(steps: int, updates: int, warmup: float, cooldown: float) -> None:
-    """Refuse a run in which there is no time to prune."""
+    """Refuse a run that leaves no time to prune."""
     checks.whole("steps", steps, least=1)
     checks.whole("updates", updates, least=1)
     for name, share in (("warmup", warmup), ("cooldown", cooldown)):

@@ -116,15 +116,15 @@ IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     gradient: lambda weight, grad, out: torch.abs(grad, out=out),
     movement: lambda weight, grad, out: torch.mul(weight, grad, out=out).neg_(),
 }
-"""Those of ours that look at each weight alone, with a place for the result to go."""
+"""The saliencies above that look at each weight alone, as functions with an ``out`` argument."""
 
 
 ASKABLE = ("generator", "inputs", "layer", "task")
-"""What a saliency is given besides weight and gradient, if it names it as a keyword parameter."""
+"""The arguments besides weight and gradient that a saliency gets if it names them as keywords."""
 
 
 def asks(saliency: Saliency) -> frozenset[str]:
-    """The names of what a saliency must be given besides the weight, ``"grad"`` among them.
+    """The names of a saliency's arguments besides the weight, ``"grad"`` among them.
 
     Raises:
         ValueError: If it cannot be called as ``saliency(weight, grad)``.

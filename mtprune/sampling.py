@@ -1,12 +1,12 @@
-r"""Sampling: whose batch comes next when every task has a loader of its own.
+r"""Sampling: the task whose batch comes next when every task has a loader of its own.
 
 The share of task k with n_k examples is
 
 * ``"proportional"``: :math:`n_k / \sum_j n_j`, so that every example counts the same;
-* ``"temperature"``: :math:`n_k^{1/T} / \sum_j n_j^{1/T}`, between the one above (T = 1) and the one
-  below (T to infinity);
-* ``"uniform"``: the same for all, by lot;
-* ``"round_robin"``: the same for all, in turn.
+* ``"temperature"``: :math:`n_k^{1/T} / \sum_j n_j^{1/T}`, between proportional (T = 1) and uniform
+  (T to infinity);
+* ``"uniform"``: the same for all tasks, at random;
+* ``"round_robin"``: the same for all tasks, in turn.
 """
 
 from bisect import bisect_right
@@ -63,7 +63,7 @@ def sample_tasks(
 ) -> Iterator[str]:
     """The task of every step, without end.
 
-    What comes is fixed by the arguments alone: a run that stopped after n steps goes on with
+    The tasks depend on the arguments alone: a run that stopped after n steps goes on with
     ``start=n`` and a generator seeded as at first. The global generator is not touched.
 
     Args:
@@ -78,16 +78,18 @@ def sample_tasks(
         >>> [next(tasks) for _ in range(5)]
         ['sst2', 'trec', 'sst2', 'trec', 'sst2']
     """
-    found = shares(sizes, how, temperature=temperature)
+    probabilities = shares(sizes, how, temperature=temperature)
     checks.whole("start", start, least=0, must="must be a whole number of steps, at least 0")
     if how == "round_robin":
-        return islice(cycle(found), start % len(found), None)
-    own = torch.Generator().manual_seed(0) if generator is None else generator
-    return islice(_drawn(found, own), start, None)
+        return islice(cycle(probabilities), start % len(probabilities), None)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    return islice(_draws(probabilities, generator), start, None)
 
 
-def _drawn(found: Mapping[str, float], generator: torch.Generator) -> Iterator[str]:
-    tasks, bounds = list(found), list(accumulate(found.values()))[:-1]
+def _draws(probabilities: Mapping[str, float], generator: torch.Generator) -> Iterator[str]:
+    """Tasks at random, one draw of the generator for each."""
+    tasks, bounds = list(probabilities), list(accumulate(probabilities.values()))[:-1]
     while True:
-        drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
-        yield tasks[bisect_right(bounds, drawn)]
+        number = torch.rand((), generator=generator, dtype=torch.float64).item()
+        yield tasks[bisect_right(bounds, number)]

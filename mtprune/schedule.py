@@ -1,8 +1,8 @@
 """Schedules: when masks change, and how far along we are.
 
-A schedule is a frozen value with two questions. ``next_update(after)`` is the first step later
-than ``after`` at which masks change, or ``None`` when all is done. ``progress(step)`` is the share
-of the final sparsity that is due at an update. Steps are optimizer steps, counted from 0.
+A schedule is a frozen value that answers two questions. ``next_update(after)`` is the first step
+later than ``after`` at which masks change, or ``None`` after the last. ``progress(step)`` is the
+share of the final sparsity that is due at an update. Steps are optimizer steps, counted from 0.
 """
 
 import math
@@ -15,7 +15,7 @@ __all__ = ["Cubic", "Hold", "Linear", "OneShot", "Regrow", "Schedule"]
 
 
 class Schedule(Protocol):
-    """What the pruner asks of a schedule."""
+    """The two questions of the pruner to a schedule."""
 
     def next_update(self, after: int) -> int | None:
         """The first update later than step ``after`` (-1: the very first), or None."""
@@ -107,15 +107,15 @@ class Cubic(Linear):
 
 @dataclass(frozen=True)
 class Hold:
-    """A schedule, and when it is done more updates at the full sparsity.
+    """A schedule, and after its last update more updates at the full sparsity.
 
-    Nothing changes in them if masks only shrink. With ``Vote(straight_through=True)`` weights go on
-    changing places.
+    The additional updates change nothing if masks only shrink. With ``Vote(straight_through=True)``
+    weights go on changing places.
 
     Attributes:
-        schedule: What comes first.
+        schedule: The schedule of the sparsity.
         until: Step of the last update, not before the last of ``schedule``.
-        every: Steps between those in addition.
+        every: Steps between the additional updates.
 
     Example:
         >>> schedule = Hold(Cubic(begin=0, end=100, every=50), until=130, every=20)

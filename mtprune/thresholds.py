@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Leak", "between", "follow", "shrinkage", "soft_threshold"]
+__all__ = ["Leak", "nearest_threshold", "shrinkage", "soft_threshold"]
 
 
 class Leak(Protocol):
@@ -51,8 +51,8 @@ def soft_threshold(
         tau: 0-dim, not negative.
         leak: Gradient that passes below the threshold; none unless given.
         slack: 0-dim, stands for a change of :math:`\log \tau`; its value is not used.
-        edge: If positive, ``slack`` gets something else: the sum of :math:`|g|` over the weights at
-            the edge, those above the threshold by less than this share of it.
+        edge: If positive, the gradient of ``slack`` is instead the sum of :math:`|g|` over the
+            weights at the edge, those above the threshold by less than this share of it.
 
     Returns:
         The weights that are left, same shape; exact zeros where ``|weight| <= tau``.
@@ -74,8 +74,8 @@ class _SoftThreshold(torch.autograd.Function):
     def forward(
         weight: Tensor, tau: Tensor, leak: Leak | None, slack: Tensor | None, edge: float
     ) -> Tensor:
-        # Both are sign(w) * relu(|w| - tau) to the bit. In one pass where reading a number is free;
-        # a device would have to be waited for, and a compiler would take it for a constant.
+        # Both are sign(w) * relu(|w| - tau) to the bit. The first takes one pass, where reading a
+        # number is free; elsewhere that would wait for a device, or compile it in as a constant.
         if tau.device.type == "cpu" and not _traced(weight):
             return torch.nn.functional.softshrink(weight, float(tau))
         return weight - weight.clamp(-tau, tau)
@@ -84,7 +84,7 @@ class _SoftThreshold(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, tau, ctx.leak, _, ctx.edge = inputs
         # A weight above the threshold never becomes zero (floats underflow gradually), so that the
-        # result, which the layer keeps anyway, says which ones those are.
+        # result, which the layer keeps anyway, marks these weights.
         ctx.save_for_backward(output, tau, *([] if ctx.leak is None else ctx.leak.tensors))
 
     @staticmethod
@@ -111,66 +111,38 @@ class _SoftThreshold(torch.autograd.Function):
 
 
 def _traced(weight: Tensor) -> bool:
-    """Whether somebody looks on: a compiler, or a transform of ``torch.func``."""
+    """Whether the call is traced, by a compiler or a transform of ``torch.func``."""
     return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
 
 def shrinkage(weight: Tensor, grad: Tensor) -> Tensor:
-    """What each weight adds to the derivative of the loss in its threshold, ``-g * sign(w)``.
+    """The part of each weight in the derivative of the loss in its threshold, ``-g * sign(w)``.
 
-    A saliency: ``weight`` is the effective one, zero below the threshold.
+    A saliency of the effective weight, which is zero below the threshold.
     """
     return -grad * weight.sign()
 
 
-def between(size: Tensor, above: Tensor, wanted: float) -> Tensor:
+def nearest_threshold(size: Tensor, above: Tensor, wanted: float) -> Tensor:
     """The threshold nearest to ``wanted`` that has the weights ``above`` above it, and no others.
 
-    Where a weight on the line stays above and another that is as large does not, no threshold
-    parts them: the largest one that has both above is taken.
+    If a weight on the line stays above and another that is as large does not, no threshold parts
+    them, and the result is the largest threshold that has both above.
 
     Args:
-        size: How large the weights of a layer are, any shape.
-        above: Bool, same shape.
-        wanted: The threshold it should be but for rounding.
+        size: The absolute weights of a layer, any shape.
+        above: The weights above the threshold, bool, same shape.
+        wanted: The threshold before rounding.
 
     Returns:
         0-dim, of the type of ``size``.
 
     Example:
         >>> size = torch.tensor([1.0, 2.0, 4.0])
-        >>> between(size, size > 2, 3.0), between(size, size > 2, 9.0), between(size, size > 2, 0.0)
-        (tensor(3.), tensor(2.), tensor(2.))
+        >>> [nearest_threshold(size, size > 2, wanted) for wanted in (3.0, 9.0, 0.0)]
+        [tensor(3.), tensor(2.), tensor(2.)]
     """
     lowest = torch.where(above, size, torch.inf).amin()
     highest = torch.where(above | (size >= lowest), 0.0, size).amax()
     tau = highest.clamp(min=wanted)
     return torch.where(tau < lowest, tau, highest)
-
-
-def follow(trim: float, smooth: float | None, wanted: float, got: float) -> tuple[float, float]:
-    r"""One step of a PI controller on what is added to the common log-threshold.
-
-    With the error :math:`e` and its moving average :math:`\xi`, that changes by
-    :math:`0.3\, e + 2\, (\xi_t - \xi_{t-1})`, at most by 0.1.
-
-    Sohrabi et al., "On PI controllers for updating Lagrange multipliers in constrained
-    optimization", ICML 2024.
-
-    Args:
-        trim: What is added now.
-        smooth: Moving average of the error; None at first.
-        wanted: Sparsity there should be.
-        got: Sparsity there is.
-
-    Returns:
-        The next one, and the next moving average.
-
-    Example:
-        >>> follow(-2.0, None, wanted=0.5, got=0.4)
-        (-1.97, 0.09999999999999998)
-    """
-    error = wanted - got
-    average = error if smooth is None else 0.8 * smooth + 0.2 * error
-    change = 0.3 * error + 2.0 * (average - (average if smooth is None else smooth))
-    return trim + max(-0.1, min(0.1, change)), average

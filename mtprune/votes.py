@@ -93,7 +93,7 @@ def pick(rows: Sequence[Tensor], m: int) -> Tensor:
 
 
 def check(vote: object) -> None:
-    """Refuse what is no vote.
+    """Refuse an object that is no vote.
 
     Raises:
         TypeError: If it is no function, or `at_least` without its number.

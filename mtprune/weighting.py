@@ -1,8 +1,8 @@
 r"""Weighting: how the losses of the tasks add up to the one that is trained on.
 
 A weighting is a function of the losses, ``{task: 0-dim tensor}`` without a graph, that returns
-``{task: weight}``; or one of the values below, which remember earlier losses or pruning updates.
-Weights that are all 1 are the plain sum.
+``{task: weight}``; or one of the values below, which depend on earlier losses or pruning updates.
+With all weights 1 the total is the plain sum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,27 +44,27 @@ class Rule(Protocol):
     """A weighting that remembers."""
 
     def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What to remember after these losses; its ``"weights"`` are those to use now."""
+        """The memory after these losses; its ``"weights"`` are the weights of these losses."""
         ...
 
 
 @dataclass(frozen=True)
 class Noise:
-    r"""AdapMTL's published weights: the more a task's loss jumps from step to step, the more.
+    r"""AdapMTL's published weights: the more a task's loss jumps, the more it counts.
 
     With :math:`r_t(i) = |L_t(i-1) - L_t(i)| / |L_t(i)|` and :math:`d_t` its mean over the last
-    ``window`` steps, a task counts :math:`T d_t / \sum_u d_u` for T tasks. For stationary losses
-    that is their coefficient of variation, which falls with the batch size: it says how noisy a
-    loss is, not how the task bears pruning.
+    ``window`` steps, a task counts :math:`T d_t / \sum_u d_u` for T tasks. For a stationary loss
+    :math:`d_t` is its coefficient of variation, which falls with the batch size: it says how noisy
+    a loss is, not how the task bears pruning.
 
     Xiang et al., "AdapMTL: adaptive pruning framework for multitask learning model", ACM MM 2024.
     The original multiplies by 3 for any number of tasks, and fails at a loss of 0 and after a NaN;
     here such steps are left out.
 
     Attributes:
-        begin: Step from which jumps are looked at; weights are 1 until there are more than
-            ``window`` of them.
-        window: How many of them are averaged.
+        begin: Step from which jumps count; weights are 1 until there are more than ``window``
+            jumps.
+        window: How many jumps are averaged.
 
     Example:
         >>> Noise(begin=0, window=100).window
@@ -82,35 +82,35 @@ class Noise:
     def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `Rule`."""
         step = int(memory.get("step", 0))
-        jumps = {task: list(seen) for task, seen in memory.get("jumps", {}).items()}
+        jumps = {task: list(history) for task, history in memory.get("jumps", {}).items()}
         last = dict(memory.get("last", {}))
         if step >= self.begin:
             for task, loss in losses.items():
                 now = float(loss)
-                if now - now != 0.0:  # not finite: as if this step had not been
+                if now - now != 0.0:  # not finite: the step does not count
                     continue
                 if task in last and now != 0.0:
-                    seen = [*jumps.get(task, ()), abs(last[task] - now) / abs(now)]
-                    jumps[task] = seen[-self.window - 1 :]
+                    history = [*jumps.get(task, ()), abs(last[task] - now) / abs(now)]
+                    jumps[task] = history[-self.window - 1 :]
                 last[task] = now
         weights = noise_weights(jumps, self.window) if set(jumps) >= set(last) else {}
         return {"step": step + 1, "jumps": jumps, "last": last, "weights": weights}
 
 
 def noise_weights(jumps: Mapping[str, Sequence[float]], window: int) -> dict[str, float]:
-    """The weights that relative jumps of the losses give; none before there are enough.
+    """The weights that follow from relative jumps of the losses; empty while there are too few.
 
     Args:
         jumps: For each task, the latest ``|L(i-1) - L(i)| / |L(i)|``.
-        window: How many of the last ones count; there must be more than that.
+        window: How many of the last jumps count; there must be more jumps than that.
 
     Example:
         >>> noise_weights({"a": [9.0, 0.25, 0.25], "b": [0.0, 0.5, 1.0]}, window=2)
         {'a': 0.5, 'b': 1.5}
     """
-    if not jumps or any(len(seen) <= window for seen in jumps.values()):
+    if not jumps or any(len(history) <= window for history in jumps.values()):
         return {}
-    means = {task: sum(seen[-window:]) / window for task, seen in jumps.items()}
+    means = {task: sum(history[-window:]) / window for task, history in jumps.items()}
     total = sum(means.values())
     if total == 0.0:
         return {}
@@ -123,12 +123,12 @@ class PruningSensitivity:
 
     With :math:`\rho_t` the moving average over updates of
     :math:`\max(0, \partial \log |L_t| / \partial b)`, b the common log-threshold, a task counts
-    :math:`T \rho_t / \sum_u \rho_u`, but never less than ``least``. It is the derivative of
-    the logarithm, so that a loss in other units weighs the same.
+    :math:`T \rho_t / \sum_u \rho_u`, but never less than ``least``. A loss in other units has the
+    same derivative of the logarithm, and weighs the same.
 
     Attributes:
-        decay: How much of the moving average stays at each update, in [0, 1).
-        least: The least a task counts; the others share the rest.
+        decay: The share of the moving average that stays at each update, in [0, 1).
+        least: The least weight of a task; tasks share the rest of the weight.
 
     Example:
         >>> PruningSensitivity(least=0.0).weights({"a": 0.75, "b": 0.25}, ["a", "b"])
@@ -145,16 +145,16 @@ class PruningSensitivity:
 
     def average(self, memory: Mapping[str, float], slopes: Mapping[str, float]) -> dict[str, float]:
         """The moving averages after an update with these slopes."""
-        found = {task: max(0.0, slope) for task, slope in slopes.items()}
+        positive = {task: max(0.0, slope) for task, slope in slopes.items()}
         return {
             task: slope
             if task not in memory
             else self.decay * memory[task] + (1 - self.decay) * slope
-            for task, slope in found.items()
+            for task, slope in positive.items()
         }
 
     def weights(self, averages: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
-        """The weights that the moving averages give; none while they are all 0."""
+        """The weights that follow from moving averages; empty while all averages are 0."""
         total = sum(averages.values())
         if total == 0.0:
             return {}
@@ -163,11 +163,11 @@ class PruningSensitivity:
 
 
 def parse_weighting(weighting: object) -> Any:
-    """A weighting by its name, or itself.
+    """A weighting from its name, or from itself.
 
     Raises:
-        ValueError: If there is none of that name.
-        TypeError: If it is no weighting.
+        ValueError: If no weighting has the name.
+        TypeError: If the argument is no weighting.
     """
     named = {"uniform": uniform, "noise": Noise(), "pruning_sensitivity": PruningSensitivity()}
     if isinstance(weighting, str):
@@ -184,7 +184,7 @@ def parse_weighting(weighting: object) -> Any:
 
 
 class Weigher:
-    """Weighs losses, and remembers what its weighting needs.
+    """Weighs losses, and holds the memory of its weighting.
 
     Args:
         weighting: A `Weighting`, `Noise` or `PruningSensitivity`.
@@ -203,9 +203,9 @@ class Weigher:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What every task counts now."""
-        given = self._memory.get("weights", {})
-        return {task: float(given.get(task, 1.0)) for task in self._tasks}
+        """The weight of each task now."""
+        weights = self._memory.get("weights", {})
+        return {task: float(weights.get(task, 1.0)) for task in self._tasks}
 
     def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of scalar losses; no gradient flows through the weights."""
@@ -214,16 +214,16 @@ class Weigher:
         detached = {task: loss.detach() for task, loss in losses.items()}
         if isinstance(self._weighting, Noise):
             self._memory = dict(self._weighting.next(detached, self._memory))
-            given: Mapping[str, Any] = self._memory["weights"]
+            weights: Mapping[str, Any] = self._memory["weights"]
         elif isinstance(self._weighting, PruningSensitivity):
-            given = self._memory.get("weights", {})
+            weights = self._memory.get("weights", {})
         else:
-            given = self._checked(self._weighting(detached))
-            self._memory = {"weights": {t: torch.as_tensor(w).detach() for t, w in given.items()}}
-        return torch.stack([given.get(task, 1.0) * loss for task, loss in losses.items()]).sum()
+            weights = self._checked(self._weighting(detached))
+            self._memory = {"weights": {t: torch.as_tensor(w).detach() for t, w in weights.items()}}
+        return torch.stack([weights.get(task, 1.0) * loss for task, loss in losses.items()]).sum()
 
     def note(self, slopes: Mapping[str, float]) -> None:
-        """Take in how each task's log-loss depends on the common log-threshold."""
+        """Update the weights from the derivatives of log-losses in the common log-threshold."""
         if isinstance(self._weighting, PruningSensitivity) and slopes:
             averages = self._weighting.average(self._memory.get("averages", {}), slopes)
             weights = self._weighting.weights(averages, self._tasks)
@@ -237,10 +237,10 @@ class Weigher:
         """The inverse of `state_dict`."""
         self._memory = dict(state)
 
-    def _checked(self, given: object) -> Mapping[str, Any]:
-        if not isinstance(given, Mapping) or not set(given) <= set(self._tasks):
+    def _checked(self, weights: object) -> Mapping[str, Any]:
+        if not isinstance(weights, Mapping) or not set(weights) <= set(self._tasks):
             raise ValueError(
                 f"`weighting` must return {{task: weight}} for tasks out of {self._tasks}. "
-                f"Got {given!r}."
+                f"Got {weights!r}."
             )
-        return given
+        return weights

@@ -1359,8 +1359,8 @@ CHECKPOINTS = {
         r"not a state_dict of a MultitaskPruner",
     ),
     "another version's": (
-        lambda device: checkpoint_of(device) | {"version": 2},
-        r"of a pruner with other version: it has 2, this one 1\.",
+        lambda device: checkpoint_of(device) | {"version": 3},
+        r"of a pruner with other version: it has 3, this one 2\.",
     ),
 }
 

@@ -31,8 +31,9 @@ from mtprune import (
     saliency,
     votes,
 )
-from mtprune.structure import NOBODY, Group, Member, pool, spread
+from mtprune.structure import NOBODY, Group, Member
 from tests.nets import Run, build, each, same, size, zeros
+from tests.oracles import unit_masks, unit_sums
 from tests.runs import record
 from tests.test_resume import assert_ends_like, load, through_a_file
 
@@ -562,9 +563,9 @@ def in_units(granularity, masks):
     groups = [group for kind in kinds for group in kind.groups(None, layers)]
     numbers = {name: mask.float() for name, mask in masks.items()}
     shapes = {name: mask.shape for name, mask in masks.items()}
-    whole = spread(groups, [pool(group, numbers) > 0 for group in groups], shapes)
+    whole = unit_masks(groups, [unit_sums(group, numbers) > 0 for group in groups], shapes)
     alone = [
-        zeros(spread([group], [torch.arange(group.size) != unit], shapes))
+        zeros(unit_masks([group], [torch.arange(group.size) != unit], shapes))
         for group in groups
         for unit in range(group.size)
     ]

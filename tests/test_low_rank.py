@@ -286,7 +286,7 @@ def test_every_layer_keeps_a_rank_unless_asked_not_to():
     expected = loop.model(x)
     loop.pruner.finalize()
     assert all(torch.equal(loop.model(x)[task], expected[task]) for task in "ab")
-    assert loop.model.trunk[loop.factors.index(0) * 2].weight.abs().max() < 1e-6
+    assert loop.model.trunk[loop.ranks.index(0) * 2].weight.abs().max() < 1e-6
 
 
 def test_nothing_asked_is_nothing_changed(backend):

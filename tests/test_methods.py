@@ -357,7 +357,7 @@ def test_an_exchange_by_hand(device):
     given = replace(
         ballot(net, device, masks=[mask]),
         weights=[torch.tensor([-4.0, 0.1, 3.0, -0.2, 0, 0, 0, 0], device=device)],
-        scores=[{"a": torch.tensor([0.0, 0, 0, 6, 1, 2, 9, 3], device=device)}],
+        statistics={"saliency": [{"a": torch.tensor([0.0, 0, 0, 6, 1, 2, 9, 3], device=device)}]},
     )
     # Half of four are dropped, the second and the fourth. Of what is free the seventh is best, and
     # then the fourth, which returns.

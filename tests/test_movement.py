@@ -391,7 +391,7 @@ def test_hold_goes_on_at_the_full_sparsity():
                 Small(), LOSSES, method=recipes.movement(0.9, 9), score_dtype=torch.bfloat16
             ),
             ValueError,
-            "adds scores up over the whole run, which torch.bfloat16 cannot hold",
+            "added up over the whole run, which torch.bfloat16 cannot hold",
         ),
     ],
 )

@@ -355,6 +355,9 @@ def test_a_run_goes_on_as_it_did(fixture, name, backend, order):
     run = Run(case, backend, fixture["batches"])
     run.load(saved, order)
     then = saved["then"]
+    for report in (then["start"]["report"], then["report"]):
+        if "granularity=NM(" in report["method"]:  # it fixes the sparsity, which was written out
+            report["method"] = report["method"].replace("sparsity=0.5, ", "")
     assert_says(run.told(), then["start"], exact=True)
     for changed, masks, sparsity in zip(
         then["changed"], then["masks"], then["sparsity"], strict=True

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from mtprune.report import Count, Facts, count, make_report
+from mtprune.facts import Count, Facts, Subject, count
+from mtprune.report import make_report
 
 COUNTS = (
     Count("seg.head", "seg", 200, 50, {"seg": 50}, 50),
@@ -23,7 +24,9 @@ def build(**changes):
         "discarded": {},
         "left_alone": {},
     }
-    return make_report(**(facts | changes))
+    given = facts | changes
+    own = {name: given.pop(name) for name in [*given] if name in Facts.__dataclass_fields__}
+    return make_report(Facts(**own), **given)
 
 
 def test_counting_a_layer(device):
@@ -31,10 +34,11 @@ def test_counting_a_layer(device):
         torch.tensor(row, dtype=torch.bool, device=device)
         for row in ([1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1])
     )
-    assert count("a", "trunk", mask, {"x": one, "y": two}) == Count(
+    subject = Subject("a", "trunk", (5,), ("x", "y"))
+    assert count(subject, mask, {"x": one, "y": two}) == Count(
         "a", "trunk", parameters=5, kept=3, wanted={"x": 2, "y": 2}, unanimous=1, tasks=("x", "y")
     )
-    assert count("a", "trunk", ~mask, {}) == Count("a", "trunk", 5, 2, {}, 2)
+    assert count(subject, ~mask, {}) == Count("a", "trunk", 5, 2, {}, 2, tasks=("x", "y"))
     assert mask.int().tolist() == [1, 1, 1, 0, 0]
 
 
@@ -175,14 +179,7 @@ def test_overall_sparsity_weighs_components_by_their_size():
         Count(name, name, size, round(size * (1 - sparsity)), {}, 0)
         for name, (size, sparsity) in published.items()
     ]
-    report = make_report(
-        counts,
-        step=1,
-        tasks=["seg", "normals", "depth"],
-        observations={},
-        stable=None,
-        discarded={},
-        left_alone={},
-    )
+    tasks = ["seg", "normals", "depth"]
+    report = make_report(Facts(tuple(counts)), step=1, tasks=tasks, left_alone={})
     assert round(100 * report.sparsity, 2) == 90.02
     assert round(report.head_share, 3) == 0.986

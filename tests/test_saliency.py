@@ -80,7 +80,7 @@ class Scaled:
     ],
 )
 def test_a_saliency_needs_data_unless_its_gradient_has_a_default(function, expected):
-    assert saliency.uses_gradient(function) is expected
+    assert ("grad" in saliency.asks(function)) is expected
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,12 @@ def test_a_saliency_needs_data_unless_its_gradient_has_a_default(function, expec
 )
 def test_a_function_that_cannot_take_weight_and_gradient_is_refused(function, message):
     with pytest.raises(ValueError, match=message):
-        saliency.uses_gradient(function)
+        saliency.asks(function)
 
 
-def test_only_a_function_with_a_generator_keyword_gets_the_generator():
-    assert saliency.takes_generator(saliency.random)
-    assert saliency.takes_generator(lambda weight, grad, generator: weight)
-    assert not saliency.takes_generator(saliency.magnitude)
-    assert not saliency.takes_generator(torch.mul)
+def test_a_saliency_is_given_the_keywords_it_names():
+    assert saliency.asks(saliency.random) == {"generator"}
+    assert saliency.asks(lambda weight, grad, generator: weight) == {"grad", "generator"}
+    assert saliency.asks(lambda weight, grad=None, *, inputs, task: weight) == {"inputs", "task"}
+    assert saliency.asks(lambda weight, grad, *, layer: weight) == {"grad", "layer"}
+    assert saliency.asks(torch.mul) == {"grad"}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mtprune import MultitaskPruner, SigmoidThreshold, SoftThreshold, recipes
+from mtprune.holding import Phased, make_masking
 from tests.checkpoints import memory
 
 
@@ -160,4 +161,8 @@ def test_bad_options_are_named(options, message):
 
 
 def test_both_are_methods_of_the_same_kind():
-    assert SigmoidThreshold(0.9, end=10).softens is SoftThreshold(0.9).softens is True
+    kinds = {
+        type(method.hold(make_masking("prune", nn.Linear(2, 2)), None))
+        for method in (SigmoidThreshold(0.9, end=10), SoftThreshold(0.9))
+    }
+    assert kinds == {Phased}

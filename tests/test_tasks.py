@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtprune import tasks
+from mtprune.observing import losses as tasks
 
 
 def loss(outputs, batch):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import grad as derivative
 from torch.func import vmap
 
+from mtprune.methods.controller import pi_step
 from mtprune.selection import waterline
-from mtprune.thresholds import between, follow, shrinkage, soft_threshold
+from mtprune.thresholds import nearest_threshold, shrinkage, soft_threshold
 
 
 class Leaky:
@@ -289,20 +290,20 @@ def test_a_threshold_parts_what_is_above_from_what_is_not():
         size = torch.randn(40).abs()
         above = size > size.sort().values[int(torch.randint(0, 39, ()))]
         for wanted in (0.0, 0.5, 9.0):
-            found = between(size, above, wanted)
+            found = nearest_threshold(size, above, wanted)
             assert torch.equal(size > found, above)
 
 
 def test_where_equals_are_parted_all_of_them_stay_above_the_threshold():
     size = torch.tensor([1.0, 2.0, 2.0, 3.0])
-    assert between(size, torch.tensor([False, False, True, True]), 2.0) == 1.0
+    assert nearest_threshold(size, torch.tensor([False, False, True, True]), 2.0) == 1.0
 
 
 def test_a_layer_that_is_all_above_or_all_below():
     size = torch.tensor([1.0, 2.0])
-    assert between(size, torch.tensor([True, True]), 0.0) == 0.0
-    assert between(size, torch.tensor([True, True]), 1.5) == 0.0
-    assert between(size, torch.tensor([False, False]), 5.0) == 5.0
+    assert nearest_threshold(size, torch.tensor([True, True]), 0.0) == 0.0
+    assert nearest_threshold(size, torch.tensor([True, True]), 1.5) == 0.0
+    assert nearest_threshold(size, torch.tensor([False, False]), 5.0) == 5.0
 
 
 def test_the_controller_settles_where_it_should():
@@ -311,5 +312,5 @@ def test_the_controller_settles_where_it_should():
     guess = math.log(float(torch.special.ndtri(torch.tensor(0.95, dtype=torch.float64))))
     for _ in range(100):
         got = float((weights <= math.exp(guess + trim)).double().mean())
-        trim, smooth = follow(trim, smooth, 0.9, got)
+        trim, smooth = pi_step(trim, smooth, 0.9, got)
     assert abs(got - 0.9) < 1e-3

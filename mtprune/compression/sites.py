@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
+from mtprune.holding.inspect import hidden_weights
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
 
@@ -141,8 +142,14 @@ def refuse_unfinished(model: nn.Module) -> None:
     Raises:
         ValueError: If a module is pruned but not finalized, or parametrized.
     """
+    hidden = dict(hidden_weights(model).keys())
     for name, module in model.named_modules():
         parameters: dict[str, Any] = module._parameters
+        if module in hidden:
+            raise ValueError(
+                f"'{name or type(module).__name__}' still has masks that may open again, on its "
+                f"'{hidden[module]}'. Call pruner.finalize() first."
+            )
         pruned = [key[:-5] for key in parameters if key.endswith("_orig")]
         pruned = [key for key in pruned if key + "_mask" in module._buffers]
         label = name or type(module).__name__

@@ -11,7 +11,7 @@ from typing_extensions import override
 from mtprune.holding.masking import FromParent, Masking, Product, attention_parents, reads
 from mtprune.model.layers import Layer
 
-__all__ = ["InplaceMasking"]
+__all__ = ["InplaceMasking", "Shadow"]
 
 
 class InplaceMasking(Masking):
@@ -53,7 +53,7 @@ class InplaceMasking(Masking):
             return
         self._shown.add(layer.name)
         for module, attribute in layer.places:
-            enter: Callable[..., None] = _Shadow(attribute, own, product)
+            enter: Callable[..., None] = Shadow(attribute, own, product)
             leave: Callable[..., None] = _Uncover(attribute)
             caller: nn.Module = module
             parent = self._attention.get(module)
@@ -90,7 +90,7 @@ class _Mask:
         return self.tensor
 
 
-class _Shadow:
+class Shadow:
     """Forward pre-hook: put the product before the Parameter, under the same name."""
 
     def __init__(self, attribute: str, mask: _Mask, product: Product) -> None:
@@ -99,6 +99,7 @@ class _Shadow:
         self.product = product
 
     def __call__(self, module: nn.Module, *_: object) -> None:
+        """Before a forward."""
         parameter = module._parameters[self.attribute]
         assert parameter is not None
         value = self.product(parameter, self.mask.at(parameter.device))

@@ -78,7 +78,7 @@ class Phased(Hold[M]):
     @override
     def release(self) -> None:
         if self._first.is_open:
-            masks = [self.mask(layer) for layer in self._layers]
+            masks = [self.mask(layer).clone() for layer in self._layers]
             self._first.close(self._layers, None)
             self._last.take(self._layers, Masks([mask.reshape(-1) for mask in masks]))
         self._last.release()

@@ -25,12 +25,13 @@ from mtprune import checks
 from mtprune.allocation import Budget, ByComponent
 from mtprune.holding import EDGE, Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds, Watch
 from mtprune.methods.base import Ballot, Method, Needs
+from mtprune.methods.controller import pi_step
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.schedule import Cubic, Regrow, Schedule
 from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
-from mtprune.thresholds import between, follow, shrinkage
+from mtprune.thresholds import nearest_threshold, shrinkage
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
 __all__ = ["SoftThreshold"]
@@ -235,7 +236,7 @@ class SoftThreshold(Method[SoftThresholds]):
             level = float(torch.stack([u.cpu() for u in under]).amax()) if under else 0.0
         memory["level"] = math.log(level) if level else None
         taus = [
-            between(w.abs(), m, level * f)
+            nearest_threshold(w.abs(), m, level * f)
             for w, m, f in zip(ballot.weights, masks, factors, strict=True)
         ]
         memory["slopes"] = self._sensitivities(ballot)
@@ -348,7 +349,7 @@ class SoftThreshold(Method[SoftThresholds]):
                 float(c) * int((~mask).sum()) for c, mask in zip(costs, ballot.masks, strict=True)
             )
             total = sum(float(c) * h.numel() for c, h in zip(costs, heights, strict=True))
-            trim, memory["smooth"] = follow(
+            trim, memory["smooth"] = pi_step(
                 trim, memory.get("smooth"), memory["wanted"], lost / total
             )
         memory["trim"], memory["wanted"] = trim, wanted

@@ -1,13 +1,12 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import inf, isclose, prod
+from math import isclose
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,7 +16,6 @@ from mtprune.allocation import (
     NAMES,
     Allocation,
     AllocationLike,
-    Budget,
     ByComponent,
     Floor,
     Uniform,
@@ -40,23 +38,22 @@ from mtprune.holding import (
     StraightThrough,
 )
 from mtprune.methods.base import Ballot, Method, Needs, describe
+from mtprune.methods.voting.election import Election
+from mtprune.methods.voting.exchange import draw, exchange
+from mtprune.methods.voting.patterns import keep_pattern
+from mtprune.methods.voting.units import (
+    UnitBudget,
+    keep_units,
+    keep_units_per_task,
+    pool_of,
+)
+from mtprune.methods.voting.weights import keep_best, keep_per_task
 from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
-from mtprune.model.units import Units, is_single
+from mtprune.model.units import is_single
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.selection import (
-    Best,
-    Quota,
-    Ranking,
-    fitting_units,
-    least_cost,
-    rank,
-    select,
-    select_units,
-    worths,
-)
 from mtprune.statistics import PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -78,6 +75,10 @@ class PerTaskKeep:
     def __post_init__(self) -> None:
         """Validate."""
         checks.inside("ratio", self.ratio, "(0, 1]")
+
+    def at(self, progress: float) -> float:
+        """The share that is kept while only a part of the pruning is due."""
+        return self.ratio if progress == 1 else 1 - (1 - self.ratio) * progress
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class Vote(Method[Masks]):
         units = inventory.units
         score = PerWeight(self.saliency)
         if units is not None:  # there are few of them, and each is a sum of many weights
-            score = PerWeight(self.saliency, _pool_of(units), dtype=torch.float32)
+            score = PerWeight(self.saliency, pool_of(units), dtype=torch.float32)
         return Needs(
             statistics={"saliency": score},
             apart=self.disentangled,
@@ -254,8 +255,11 @@ class Vote(Method[Masks]):
     def check(self, inventory: Inventory) -> None:
         inventory.check_names("priority", self.priority, inventory.tasks)
         inventory.check_names("allocation", self.allocation, inventory.components)
-        if inventory.units is not None:
-            self._check_room(inventory.units, inventory.prices, inventory.total_macs)
+        if inventory.units is None or isinstance(self.target, PerTaskKeep):
+            return
+        budget = self._budget
+        units, fixed = budget.priced(inventory.units, inventory.prices, inventory.total_macs)
+        budget.check(units, fixed, self.min_keep, describe(self.granularity))
 
     @override
     def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[Masks]:
@@ -288,52 +292,17 @@ class Vote(Method[Masks]):
         return self.granularity.sparsity if isinstance(self.granularity, NM) else self.sparsity
 
     @property
-    def _stays(self) -> Fraction:
-        """The share that stays in the end, of weights or of multiply-adds."""
+    def _budget(self) -> UnitBudget:
+        """How much stays in the end, of weights or of multiply-adds."""
         if self.macs is not None:
-            return Fraction(str(self.macs))
+            return UnitBudget(Fraction(str(self.macs)), by_macs=True)
         if self.speedup is not None:
-            return 1 / Fraction(str(self.speedup))
-        return 1 - Fraction(str(self.target))
+            return UnitBudget(1 / Fraction(str(self.speedup)), by_macs=True)
+        return UnitBudget(1 - Fraction(str(self.target)), by_macs=False)
 
     @property
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
-
-    def _check_room(self, units: Units, costs: Sequence[Fraction], total_macs: Fraction) -> None:
-        """Refuse a budget that leaves no room for the units that have to stay."""
-        if isinstance(self.target, PerTaskKeep):
-            return
-        units, fixed = self._priced(units, costs, total_macs)
-        every = fixed + units.weigh(units.everything())
-        needed = fixed + least_cost(units, self.min_keep)
-        if needed <= self._room(every, 1.0):
-            return
-        what, may = describe(self.granularity), f"more than the {float(self._stays):.1%} that may"
-        if fixed > self._room(every, 1.0):
-            raise ValueError(
-                f"Layers that {what} leaves alone take {float(fixed / every):.1%} of the "
-                f"multiply-adds, {may} stay. Ask for less, or cover more layers."
-            )
-        raise ValueError(
-            f"min_keep={self.min_keep} in each of the {len(units.names)} groups of {what} keeps "
-            f"{float(needed / every):.1%}, {may} stay. Ask for less"
-            + (", or min_keep=0 to let groups go altogether." if self.min_keep else ".")
-        )
-
-    def _priced(
-        self, units: Units, costs: Sequence[Fraction], total_macs: Fraction
-    ) -> tuple[Units, Fraction]:
-        """Units in the currency of the budget, and the cost of the layers without units."""
-        if not self._by_macs:
-            return units, Fraction(0)
-        units = units.among(range(len(units.layers)), costs)
-        return units, total_macs - units.weigh(units.everything())
-
-    def _room(self, cost: Fraction, progress: float) -> Fraction:
-        """What may stay of so much."""
-        gone = (1 - self._stays) * Fraction(progress) * cost
-        return cost - (gone if self._by_macs else round(gone))
 
     @property
     @override
@@ -350,273 +319,19 @@ class Vote(Method[Masks]):
 
     def _decide(self, ballot: Ballot, step: int) -> Masks:
         """The masks of the update of ``step``; masked weights stay masked."""
+        progress, target = self.schedule.progress(step), self.target
+        election = Election(ballot, self.vote, self.priority, self._allocation, self.min_keep)
+        if isinstance(target, PerTaskKeep):
+            ratio = target.at(progress)
+            per_task = keep_per_task if ballot.units is None else keep_units_per_task
+            return per_task(election, ratio)
         if ballot.units is not None:
-            return self._of_units(ballot, ballot.units, self.schedule.progress(step))
+            return keep_units(election, self._budget, progress, describe(self.granularity))
         if isinstance(self.granularity, NM):
-            return self._patterned(ballot, self.granularity, self.schedule.progress(step))
-        if isinstance(self.target, PerTaskKeep):
-            ratio = self._ratio(self.target, self.schedule.progress(step))
-            alone = _alone(ballot.scores, rank(ballot.scores), lambda n: int(ratio * n))
-            return Masks(self._per_task(ballot.scores, ballot.masks, alone), alone)
-        assert self.target is not None
-        zeros = round(self.target * self.schedule.progress(step) * ballot.total)
-        keep = ballot.total - zeros
-        rankings = rank(ballot.scores, self.priority)
-        if isinstance(self.schedule, Regrow):
-            masks = self._exchange(ballot, rankings, keep, self.schedule, step)
-        else:
-            masks = self._shrink(ballot, rankings, keep, self.schedule.progress(step))
-        share = 1 - self.target * self.schedule.progress(step)
-        return Masks(masks, _alone(ballot.scores, rankings, lambda n: round(share * n)))
-
-    def _of_units(self, ballot: Ballot, units: Units, progress: float) -> Masks:
-        """Units larger than a weight compete by saliency per cost."""
-        units, fixed = self._priced(units, ballot.costs, ballot.total_macs)
-        electorate = _electorate(ballot.scores, units)
-        scores, eligible = electorate.scores, units.standing(ballot.masks)
-        if isinstance(self.target, PerTaskKeep):
-            ratio = self._ratio(self.target, progress)
-            alone = _alone_of_units(electorate, units, lambda n: int(ratio * n))
-            kept = self._per_task(scores, eligible, alone)
-        else:
-            self._check_room(units, ballot.costs, ballot.total_macs)
-            kept = select_units(
-                worths(scores, self.vote, rank(scores, self.priority)),
-                units,
-                self._room(fixed + units.weigh(units.everything()), progress) - fixed,
-                self._allocation.units,
-                eligible=eligible,
-                min_keep=self.min_keep,
-            )
-            alone = _alone_of_units(electorate, units, lambda cost: self._room(cost, progress))
-        return Masks(
-            [mask.reshape(-1) for mask in units.spread(kept)],
-            _Alone(alone, lambda voter: _spread(alone[voter], units)),
-            units=dict(zip(units.names, kept, strict=True)) if units.spanning else {},
-        )
-
-    def _patterned(self, ballot: Ballot, pattern: NM, progress: float) -> Masks:
-        """Of every m inputs equally many are kept."""
-        keep = pattern.m - round((pattern.m - pattern.n) * progress)
-
-        def best(worth: Tensor, layer: int) -> Tensor:
-            return pattern.best(worth.view(ballot.shapes[layer]), keep).view(-1)
-
-        rankings = rank(ballot.scores, self.priority)
-        masks = [
-            best(worth.masked_fill(~mask, -inf), layer) & mask
-            for layer, (worth, mask) in enumerate(
-                zip(worths(ballot.scores, self.vote, rankings), ballot.masks, strict=True)
-            )
-        ]
-
-        def alone(task: str) -> Mapping[int, Tensor]:
-            own = enumerate(ballot.scores)
-            return {layer: best(scores[task], layer) for layer, scores in own if task in scores}
-
-        return Masks(masks, _Alone(rankings, alone))
-
-    def _ratio(self, keep: PerTaskKeep, progress: float) -> float:
-        return keep.ratio if progress == 1 else 1 - (1 - keep.ratio) * progress
-
-    def _shrink(
-        self, ballot: Ballot, rankings: Mapping[str, Ranking], keep: int, progress: float
-    ) -> list[Tensor]:
-        upper = [int(mask.sum()) for mask in ballot.masks]
-        budget = Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
-        return select(
-            ballot.scores,
-            self.vote,
-            self._allocation.at(progress).quotas(budget),
-            eligible=_unless_all(ballot.masks),
-            rankings=rankings,
-        )
-
-    def _exchange(
-        self,
-        ballot: Ballot,
-        rankings: Mapping[str, Ranking],
-        keep: int,
-        schedule: Regrow,
-        step: int,
-    ) -> list[Tensor]:
-        """Random masks at first; then drop by magnitude and grow by vote, layer by layer."""
+            return keep_pattern(election, self.granularity, progress)
+        assert target is not None
+        if not isinstance(self.schedule, Regrow):
+            return keep_best(election, target, progress)
         if step == 0:
-            counts = self._layer_counts(ballot, keep)
-            draws = [
-                saliencies.random(w, generator=ballot.generator).float() for w in ballot.weights
-            ]
-            return _best_of_each(draws, counts)
-        counts = [int(mask.sum()) for mask in ballot.masks]
-        fraction = schedule.fraction_at(step)
-        drop = [
-            min(round(fraction * n), mask.numel() - n)
-            for n, mask in zip(counts, ballot.masks, strict=True)
-        ]
-        survivors = _best_of_each(
-            [w.abs().float() for w in ballot.weights],
-            [n - d for n, d in zip(counts, drop, strict=True)],
-            eligible=ballot.masks,
-        )
-        grown = select(
-            ballot.scores,
-            self.vote,
-            [Quota((layer,), n, (n,)) for layer, n in enumerate(drop)],
-            eligible=[~mask for mask in survivors],
-            rankings=rankings,
-        )
-        return [old | new for old, new in zip(survivors, grown, strict=True)]
-
-    def _layer_counts(self, ballot: Ballot, keep: int) -> list[int]:
-        """How many weights each layer keeps for the whole of sparse training."""
-        layerwise = self._allocation.layerwise
-        assert layerwise is not None
-        upper = [prod(shape) for shape in ballot.shapes]
-        return layerwise.counts(
-            Budget(ballot.shapes, ballot.components, keep, upper, self.min_keep)
-        )
-
-    def _per_task(
-        self,
-        scores: Sequence[Mapping[str, Tensor]],
-        eligible: Sequence[Tensor],
-        alone: Mapping[str, Mapping[int, Tensor]],
-    ) -> list[Tensor]:
-        """The vote over the tasks' own masks."""
-        masks = []
-        for place, voters in enumerate(scores):
-            wishes = torch.stack([alone[task][place] for task in voters])
-            masks.append((self.vote(wishes.to(torch.float64)) >= 0.5) & eligible[place])
-        return masks
-
-
-class _Alone(Mapping[str, Mapping[int, Tensor]]):
-    """The masks of each voter if it were the only one, made when they are asked for."""
-
-    def __init__(self, voters: Collection[str], ask: Callable[[str], Mapping[int, Tensor]]) -> None:
-        self._voters = voters
-        self._ask = ask
-        self._known: dict[str, Mapping[int, Tensor]] = {}
-
-    @override
-    def __getitem__(self, task: str) -> Mapping[int, Tensor]:
-        if task not in self._voters:
-            raise KeyError(task)
-        if task not in self._known:
-            self._known[task] = self._ask(task)
-        return self._known[task]
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._voters)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._voters)
-
-
-def _pool_of(units: Units) -> Callable[[Layer, Tensor], Tensor]:
-    """From a layer and the saliency of its weights to that of the units in it."""
-    places = {layer.name: place for place, layer in enumerate(units.layers)}
-    return lambda layer, score: units.pool(places[layer.name], score)
-
-
-@dataclass(frozen=True)
-class _Electorate:
-    """Units and who has a say in them.
-
-    Attributes:
-        scores: For each group of units, its voters' saliencies per cost ``{voter: [units]}``.
-        used: For each voter, the layers that it uses.
-    """
-
-    scores: Sequence[Mapping[str, Tensor]]
-    used: Mapping[str, Sequence[int]]
-
-
-def _electorate(scores: Sequence[Mapping[str, Tensor]], units: Units) -> _Electorate:
-    """The sums of units over the layers they lie in.
-
-    Args:
-        scores: For each layer ``{voter: [units in it]}``.
-        units: The units.
-    """
-    voters = dict.fromkeys(voter for layer in scores for voter in layer)
-    used = {
-        voter: [place for place, layer in enumerate(scores) if voter in layer] for voter in voters
-    }
-    sums = {
-        voter: units.gather({place: scores[place][voter] for place in places})
-        for voter, places in used.items()
-    }
-    groups = range(len(units.names))
-    summed = [{v: own[g] for v, own in sums.items() if g in own} for g in groups]
-    return _Electorate(_per_cost(summed, units.costs), used)
-
-
-def _spread(wishes: Mapping[int, Tensor], units: Units) -> dict[int, Tensor]:
-    """The masks of weights from those of units, flat; units without one are kept."""
-    masks = units.spread([wishes.get(g, mask) for g, mask in enumerate(units.everything())])
-    return {place: mask.reshape(-1) for place, mask in enumerate(masks)}
-
-
-def _alone(
-    scores: Sequence[Mapping[str, Tensor]],
-    rankings: Mapping[str, Ranking],
-    keep: Callable[[int], int],
-) -> _Alone:
-    """The weights each voter would keep, given how many of how many."""
-
-    def ask(task: str) -> Mapping[int, Tensor]:
-        ranking = rankings[task]
-        return Best(_own(scores, task), ranking, keep(ranking.total))
-
-    return _Alone(rankings, ask)
-
-
-def _alone_of_units(
-    electorate: _Electorate, units: Units, keep: Callable[[Fraction], Fraction | int]
-) -> _Alone:
-    """The units each voter would keep, given how much of how much."""
-
-    def ask(task: str) -> Mapping[int, Tensor]:
-        return fitting_units(_own(electorate.scores, task), units, keep, electorate.used[task])
-
-    return _Alone(electorate.used, ask)
-
-
-def _own(scores: Sequence[Mapping[str, Tensor]], task: str) -> dict[int, Tensor]:
-    """The scores of one voter."""
-    return {i: layer[task] for i, layer in enumerate(scores) if task in layer}
-
-
-def _per_cost(
-    scores: Sequence[Mapping[str, Tensor]], costs: Sequence[Tensor]
-) -> list[dict[str, Tensor]]:
-    """Saliencies over costs, as they are if all units cost the same."""
-    every = torch.cat(list(costs))
-    if not every.numel() or bool((every == every[0]).all()):
-        return [dict(voters) for voters in scores]
-    return [
-        {voter: values / cost.clamp_min(1e-30).float() for voter, values in voters.items()}
-        for voters, cost in zip(scores, costs, strict=True)
-    ]
-
-
-def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """Masks, or None if they are all True."""
-    return None if all(bool(mask.all()) for mask in masks) else masks
-
-
-def _best_of_each(
-    scores: Sequence[Tensor], counts: Sequence[int], eligible: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """The ``counts`` highest scores of every layer on its own, flat bool masks."""
-    masks = []
-    for i, (values, count) in enumerate(zip(scores, counts, strict=True)):
-        able = values if eligible is None else values[eligible[i]]
-        best = Best({0: able}, Ranking([able]), count)[0]
-        if eligible is not None:
-            best = torch.zeros_like(eligible[i]).masked_scatter_(eligible[i], best)
-        masks.append(best)
-    return masks
+            return draw(election, target)
+        return exchange(election, target, self.schedule.fraction_at(step))

@@ -4,19 +4,19 @@ A `Layer` is remembered by where it lives, module and attribute, never as a Para
 because wrappers and checkpoints replace those.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
 from mtprune.model.names import own_name, strip
 from mtprune.model.selectors import Spec, resolve, selected
 
-__all__ = ["KINDS", "Layer", "find_layers", "prunable"]
+__all__ = ["KINDS", "Layer", "default_attributes", "find_layers", "never_pruned"]
 
 _PLAIN = (
     nn.Linear,
@@ -89,7 +89,9 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
         for attribute in _refuse_unless_plain(path, module, excluded):
             places.setdefault(id(module._parameters[attribute]), []).append((module, attribute))
         for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in included or _never(module, attribute):
+            if parameter is None or id(parameter) not in included:
+                continue
+            if never_pruned(module, attribute):
                 continue
             if (module, attribute) not in places.get(id(parameter), ()):
                 places.setdefault(id(parameter), []).append((module, attribute))
@@ -107,30 +109,12 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     return layers
 
 
-def prunable(model: nn.Module, include: Spec = ()) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
-    """Every weight that is, was or could be pruned, with its mask if its module holds one.
-
-    Args:
-        model: The model, unwrapped, pruned or not.
-        include: As for `find_layers`.
-    """
-    included = selected(model, include, "include")
-    for module in model.modules():
-        default = _default_attributes(module)
-        for name, parameter in module._parameters.items():
-            mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
-            masked = name.endswith("_orig") and mask is not None
-            chosen = name in default or (id(parameter) in included and not _never(module, name))
-            if parameter is not None and (masked or chosen):
-                yield parameter, mask if masked else None
-
-
-def _never(module: nn.Module, attribute: str) -> bool:
+def never_pruned(module: nn.Module, attribute: str) -> bool:
     """Biases and norms are never pruned, whoever asks."""
     return isinstance(module, _NORMS) or attribute.startswith("bias") or attribute.endswith("bias")
 
 
-def _default_attributes(module: nn.Module) -> list[str]:
+def default_attributes(module: nn.Module) -> list[str]:
     """The attributes under which a module of a prunable kind keeps its weights."""
     if isinstance(module, nn.MultiheadAttention):
         return [a for a in _ATTENTION if getattr(module, a, None) is not None]
@@ -159,7 +143,7 @@ def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]
             f"{where} is quantized and cannot be pruned. Prune before quantizing, or exclude it."
         )
     found = []
-    for attribute in _default_attributes(module):
+    for attribute in default_attributes(module):
         parameter = module._parameters.get(attribute)
         if parameter is not None:
             if id(parameter) in excluded:

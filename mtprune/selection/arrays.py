@@ -1,6 +1,6 @@
-"""Arrays: what is done to many weights at once, as fast as their device allows.
+"""Arrays: operations on many weights at once, by NumPy on a CPU and by torch elsewhere.
 
-On a CPU NumPy is several times as fast as torch in what follows, and gives the same.
+On a CPU NumPy is several times as fast as torch in these, and gives the same results.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ CHUNK = 1 << 17  # weights looked at together: bounds all temporaries, and fits 
 
 
 def chunk_size(like: Tensor) -> int:
-    """How many weights to look at together."""
+    """How many weights are looked at together, on the device of a tensor."""
     return CHUNK if like.device.type == "cpu" else 64 * CHUNK
 
 
 def uses_numpy(values: Tensor) -> bool:
-    """On a CPU NumPy is several times as fast as torch in what follows, and gives the same."""
+    """Whether a tensor is where NumPy can work on it."""
     return values.device.type == "cpu"
 
 
@@ -39,14 +39,14 @@ def number_of(bits: int) -> float:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """The positions that are True, int64."""
+    """The positions of the entries that are True, int64."""
     if not uses_numpy(mask):
         return mask.nonzero().squeeze(1)
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def count_true(mask: Tensor) -> int:
-    """How many are True."""
+    """How many entries are True."""
     if not uses_numpy(mask):
         return int(mask.sum())
     return int(np.count_nonzero(mask.numpy()))
@@ -60,10 +60,10 @@ def ascending(values: Tensor) -> Tensor:
 
 
 def highest(values: Tensor, keep: int) -> Tensor:
-    """The ``keep`` highest, earlier ones first among equals, as a bool tensor."""
+    """The ``keep`` highest values, earlier ones first among equals, as a bool tensor."""
     if keep <= 0 or keep >= values.numel():
         return torch.full_like(values, keep > 0, dtype=torch.bool)
     least = torch.kthvalue(values, values.numel() - keep + 1).values
-    won = values > least
-    won[positions(values == least)[: keep - count_true(won)]] = True
-    return won
+    best = values > least
+    best[positions(values == least)[: keep - count_true(best)]] = True
+    return best

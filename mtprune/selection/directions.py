@@ -1,6 +1,6 @@
 """Directions: a budget of parameters spent on the singular triples of matrices.
 
-What a matrix of a given rank takes is said in `mtprune.model.factors`.
+`mtprune.model.factors` says how many parameters a matrix of a given rank takes.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,12 @@ def select_directions(
     singular values, come first.
 
     Args:
-        worths: For each layer ``[m]``: comparable between layers, per parameter.
-        shapes: Of the layers.
-        budget: How many parameters there may be in all.
-        least: How many of its own best each layer is sure of, if that is within the budget.
+        worths: For each layer ``[m]``, the worth of its directions: comparable between layers, per
+            parameter.
+        shapes: The layers' shapes.
+        budget: How many parameters all layers may have together.
+        least: How many of its own best directions each layer is sure of, if that is within the
+            budget.
         alive: How many of its first directions each layer still has; all of them unless given.
 
     Returns:
@@ -47,42 +49,35 @@ def select_directions(
     """
     kept = [torch.zeros(len(worth), dtype=torch.bool) for worth in worths]
     ranks = [0] * len(kept)
-    there = [len(worth) for worth in worths] if alive is None else alive
-    left = budget
+    counts = [len(worth) for worth in worths] if alive is None else alive
+    remaining = budget
 
     def price(layer: int) -> int:
         shape, rank = shapes[layer], ranks[layer]
         return factors.parameters(shape, rank + 1) - factors.parameters(shape, rank)
 
     def take(layer: int, direction: int) -> None:
-        nonlocal left
-        left -= price(layer)
+        nonlocal remaining
+        remaining -= price(layer)
         kept[layer][direction] = True
         ranks[layer] += 1
 
     orders = [
         worth[:count].cpu().to(torch.float64).argsort(descending=True, stable=True).tolist()
-        for worth, count in zip(worths, there, strict=True)
+        for worth, count in zip(worths, counts, strict=True)
     ]
     sure = [min(n, len(order)) for n, order in zip(least or [0] * len(kept), orders, strict=True)]
     if sum(factors.parameters(shape, n) for shape, n in zip(shapes, sure, strict=True)) <= budget:
         for layer, (order, count) in enumerate(zip(orders, sure, strict=True)):
             for direction in order[:count]:
                 take(layer, direction)
-    values = torch.cat([worth[:n].cpu().double() for worth, n in zip(worths, there, strict=True)])
-    places = [(layer, direction) for layer, n in enumerate(there) for direction in range(n)]
+    values = torch.cat([worth[:n].cpu().double() for worth, n in zip(worths, counts, strict=True)])
+    places = [(layer, direction) for layer, n in enumerate(counts) for direction in range(n)]
     for index in values.argsort(descending=True, stable=True).tolist():
         layer, direction = places[index]
-        if not kept[layer][direction] and price(layer) <= left:
+        if not kept[layer][direction] and price(layer) <= remaining:
             take(layer, direction)
-    return _completed(kept, ranks, shapes, there)
-
-
-def _completed(
-    kept: list[Tensor], ranks: Sequence[int], shapes: Sequence[Shape], there: Sequence[int]
-) -> list[Tensor]:
-    """Give back to a layer that costs as much as the whole what was passed over before."""
-    for mask, rank, shape, n in zip(kept, ranks, shapes, there, strict=True):
+    for mask, rank, shape, count in zip(kept, ranks, shapes, counts, strict=True):
         if factors.parameters(shape, rank) == shape[0] * shape[1]:
-            mask[:n] = True
+            mask[:count] = True  # at break-even the directions passed over cost nothing
     return kept

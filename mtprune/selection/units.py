@@ -1,13 +1,13 @@
 r"""Units: from the worth of units larger than a weight to those that fit into a budget.
 
 Units differ in size, and a weight may belong to two of them, so there is no fixed number of units
-to keep. Instead they are put in an order, and the longest beginning of it that fits into the
-budget stays. What is left over is less than the next unit would take.
+to keep. Instead units are put in an order, and the longest beginning of the order that fits into
+the budget stays. The rest of the budget is less than the next unit would take.
 
-In what order is a matter of allocation. In one ranking units come by worth. A layerwise allocation
-gives each group a density, so there a unit comes when the rising density of its group reaches it:
-with :math:`c_u` the cost of the units of its group that are worth as much as u or more, that is at
-:math:`c_u / (C_g\, r_g)`, for a group of cost :math:`C_g` and raw density :math:`r_g`.
+The order is a matter of allocation. In one ranking units come by worth. A layerwise allocation
+gives each group a density, so that a unit u comes when the rising density of its group reaches
+:math:`c_u / (C_g\, r_g)`. Here :math:`c_u` is the cost of the units of its group that are worth as
+much as u or more, :math:`C_g` the cost of the group, and :math:`r_g` its raw density.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from mtprune.model.units import Units
 __all__ = ["Marks", "Queue", "Shape", "fitting_units", "least_cost", "select_units"]
 
 Weigh = Callable[[Sequence[Tensor]], Fraction]
-"""What masks keep, in the currency of the budget."""
+"""From masks of units to the cost of the units they keep, in the currency of the budget."""
 
 Shape = Sequence[int]
 
@@ -44,11 +44,10 @@ def select_units(
     """Keep the units of highest worth that fit into a budget.
 
     Args:
-        worth: Of the units, for each group float64 ``[n]``.
-        units: What they cost, one by one and together.
-        budget: What may stay.
-        spread: From the queue of units and those that come first to those that stay; that of an
-            allocation is `Allocation.units`.
+        worth: The worth of the units, for each group float64 ``[n]``.
+        units: The units and their costs.
+        budget: The cost that may stay.
+        spread: How the budget is spread over groups: `Allocation.units`.
         eligible: The units that may stay, for each group bool ``[n]``.
         min_keep: How many units each group is sure of, as far as the budget goes.
 
@@ -60,7 +59,7 @@ def select_units(
 
 
 def least_cost(units: Units, min_keep: int) -> Fraction:
-    """The least that can stay if every group keeps ``min_keep`` units: the cheapest of each."""
+    """The least cost of ``min_keep`` units of each group: the cheapest of each."""
     masks = []
     for cost in units.costs:
         mask = torch.zeros(len(cost), dtype=torch.bool)
@@ -75,38 +74,41 @@ def fitting_units(
     keep: Callable[[Fraction], Fraction | int],
     places: Sequence[int],
 ) -> dict[int, Tensor]:
-    """The units of highest worth that fit into a part of some layers, whatever else is there.
+    """The units of highest worth of some groups that fit into a share of some layers.
+
+    Units of the other groups count as kept.
 
     Args:
         worth: ``{group: [n]}``.
-        units: What they cost together.
-        keep: What may stay of what all of the layers cost.
+        units: The units and their costs.
+        keep: From the cost of all these layers to the cost that may stay.
         places: The layers.
 
     Returns:
         For each of these groups a bool tensor ``[n]``, True = keep.
     """
-    every = units.everything()
-    shown = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(every)]
-    able = [mask & (group in worth) for group, mask in enumerate(every)]
+    everything = units.everything()
+    values = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(everything)]
+    eligible = [mask & (group in worth) for group, mask in enumerate(everything)]
 
     def weigh(masks: Sequence[Tensor]) -> Fraction:
-        return units.weigh([m if g in worth else every[g] for g, m in enumerate(masks)], places)
+        kept = [mask if g in worth else everything[g] for g, mask in enumerate(masks)]
+        return units.weigh(kept, places)
 
-    queue = Queue(shown, units, able, keep(units.weigh(every, places)), weigh)
-    kept = queue.masks(queue.by_worth(queue.best([0] * len(shown))))
-    return {group: kept[group] for group in worth}
+    queue = Queue(values, units, eligible, keep(units.weigh(everything, places)), weigh)
+    masks = queue.masks(queue.by_worth(queue.best([0] * len(values))))
+    return {group: masks[group] for group in worth}
 
 
 class Queue:
     """Eligible units of all groups, one after the other, in order of position.
 
     Args:
-        worth: Of the units, for each group float64 ``[n]``.
-        units: What they cost one by one.
+        worth: The worth of the units, for each group float64 ``[n]``.
+        units: The units and their costs.
         eligible: The units that may stay, for each group bool ``[n]``.
-        budget: What may stay.
-        weigh: What units cost together.
+        budget: The cost that may stay.
+        weigh: From masks of units to their common cost.
     """
 
     def __init__(
@@ -133,13 +135,13 @@ class Queue:
         self._rank[self._best] = np.arange(len(self._best)) - self._starts[self._group[self._best]]
 
     def best(self, counts: Sequence[int]) -> Marks:
-        """The best units of each group, so many of it."""
+        """The best units of each group, as many as its count says."""
         return np.asarray(self._rank < np.asarray(counts)[self._group])
 
     def count(self, marks: Marks) -> list[int]:
         """How many units of each group are marked."""
-        found: list[int] = np.bincount(self._group[marks], minlength=len(self._sizes)).tolist()
-        return found
+        counts: list[int] = np.bincount(self._group[marks], minlength=len(self._sizes)).tolist()
+        return counts
 
     def by_worth(self, sure: Marks) -> Marks:
         """The units that fit if the sure ones come first, then those of highest worth."""
@@ -154,17 +156,17 @@ class Queue:
         """
         costs = [float(cost.sum()) for cost in self._units.costs]
         before = np.concatenate([[0.0], np.cumsum(self._cost[self._best])])
-        until = np.empty_like(self._cost)
-        until[self._best] = before[1:] - before[self._starts][self._group[self._best]]
+        cumulative = np.empty_like(self._cost)
+        cumulative[self._best] = before[1:] - before[self._starts][self._group[self._best]]
         rates = [self._raw(group, raw) for group in range(len(costs))]
         scale = np.array([max(c, 1e-300) * r for c, r in zip(costs, rates, strict=True)])
-        return self._fitting(np.lexsort((until / scale[self._group], ~sure)))
+        return self._fitting(np.lexsort((cumulative / scale[self._group], ~sure)))
 
     def masks(self, marks: Marks) -> list[Tensor]:
         """The marked units, for each group bool ``[n]``."""
-        whole = torch.zeros(sum(self._sizes), dtype=torch.bool)
-        whole[torch.from_numpy(self._eligible[marks])] = True
-        return list(whole.split(self._sizes))
+        mask = torch.zeros(sum(self._sizes), dtype=torch.bool)
+        mask[torch.from_numpy(self._eligible[marks])] = True
+        return list(mask.split(self._sizes))
 
     def _raw(self, group: int, raw: Callable[[Shape], float]) -> float:
         """The mean over the weights of a group's layers of the raw density of each layer."""
@@ -186,7 +188,7 @@ class Queue:
 
 
 Spread = Callable[[Queue, Marks], Marks]
-"""From a queue, and the units that come first, to the units that stay."""
+"""From a queue, and the units that come first in it, to the units that stay."""
 
 
 def _marks(places: npt.NDArray[np.int64], length: int) -> Marks:

@@ -1,0 +1,1 @@
+"""Voting: the four ways in which a vote becomes masks, one file each."""

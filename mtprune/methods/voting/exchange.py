@@ -1,0 +1,73 @@
+"""Sparse training: layers keep their counts, and exchange weights at every update."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mtprune import saliency
+from mtprune.allocation import Budget
+from mtprune.holding import Masks
+from mtprune.methods.voting.election import Election
+from mtprune.methods.voting.weights import alone_of
+from mtprune.selection import Best, Quota, Ranking, select
+
+__all__ = ["draw", "exchange"]
+
+
+def draw(election: Election, sparsity: float) -> Masks:
+    """Random masks with the allocation's count in every layer."""
+    ballot = election.ballot
+    layerwise = election.allocation.layerwise
+    assert layerwise is not None  # checked when the method was built
+    keep = ballot.total - round(sparsity * ballot.total)
+    upper = [prod(shape) for shape in ballot.shapes]
+    budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
+    draws = [saliency.random(w, generator=ballot.generator).float() for w in ballot.weights]
+    masks = _best_of_each(draws, layerwise.counts(budget))
+    return Masks(masks, alone_of(election, election.rankings, sparsity))
+
+
+def exchange(election: Election, sparsity: float, fraction: float) -> Masks:
+    """Drop the smallest kept weights of every layer, and grow as many by vote.
+
+    Args:
+        election: The ballot and the rules.
+        sparsity: Share of zeros.
+        fraction: Share of every layer's kept weights to exchange.
+    """
+    ballot = election.ballot
+    counts = [int(mask.sum()) for mask in ballot.masks]
+    drop = [
+        min(round(fraction * n), mask.numel() - n)
+        for n, mask in zip(counts, ballot.masks, strict=True)
+    ]
+    survivors = _best_of_each(
+        [w.abs().float() for w in ballot.weights],
+        [n - d for n, d in zip(counts, drop, strict=True)],
+        eligible=ballot.masks,
+    )
+    grown = select(
+        ballot.scores,
+        election.vote,
+        [Quota((layer,), n, (n,)) for layer, n in enumerate(drop)],
+        eligible=[~mask for mask in survivors],
+        rankings=election.rankings,
+    )
+    masks = [old | new for old, new in zip(survivors, grown, strict=True)]
+    return Masks(masks, alone_of(election, election.rankings, sparsity))
+
+
+def _best_of_each(
+    scores: Sequence[Tensor], counts: Sequence[int], eligible: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The ``counts`` highest scores of every layer on its own, flat bool masks."""
+    masks = []
+    for i, (values, count) in enumerate(zip(scores, counts, strict=True)):
+        able = values if eligible is None else values[eligible[i]]
+        best = Best({0: able}, Ranking([able]), count)[0]
+        if eligible is not None:
+            best = torch.zeros_like(eligible[i]).masked_scatter_(eligible[i], best)
+        masks.append(best)
+    return masks
