@@ -58,8 +58,9 @@ class MultitaskPruner:
             otherwise calls of `step`. Regrowth needs it.
         include: Embeddings and bare Parameters to prune too.
         exclude: What not to prune.
-        backend: ``"prune"`` (``torch.nn.utils.prune`` state) or ``"inplace"`` (masks beside the
-            model: faster, and parameter names stay).
+        backend: ``"prune"``: modules with masks hold ``weight_orig`` and ``weight_mask``, the state
+            of ``torch.nn.utils.prune``. ``"inplace"``: masks are beside the model, and parameter
+            names never change; faster. `LowRank` has no masks, so names stay with either.
         seed: Of the pruner's own generator; the global one is never touched.
         score_dtype: Of the scores, ``torch.float32`` or ``torch.bfloat16``: half the memory, and
             masks that differ a little (``docs/results/speed.md``).
