@@ -16,6 +16,7 @@ from mtprune import (
     Vote,
     saliency,
 )
+from mtprune.holding.prune import plain_copy
 from tests import nets
 from tests.nets import build, evaluate, read
 
@@ -129,6 +130,17 @@ def test_a_copy_in_between_computes_the_same_and_is_plain_to_optimizers(method, 
         assert list(other.state_dict()) == list(run.net.model.state_dict())
         pairs = zip(evaluate(run.net.model, batch), evaluate(other, batch), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("name", ["conv_bn", "attention", "lstm"])
+def test_a_plain_copy_has_the_weights_that_the_model_computes_with(name, method, backend, training):
+    run = training(name, method, backend).train(5)
+    plain, batch = plain_copy(run.net.model), run.net.make_batch(99)
+    assert sorted(plain.state_dict()) == sorted(run.names)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in plain.modules())
+    pairs = zip(evaluate(run.net.model, batch), evaluate(plain, batch), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @EVERY_METHOD

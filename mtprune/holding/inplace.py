@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from typing_extensions import override
 from mtprune.holding.masking import FromParent, Masking, Product, attention_parents, reads
 from mtprune.model.layers import Layer
 
-__all__ = ["InplaceMasking", "Shadow"]
+__all__ = ["InplaceMasking", "Shadow", "settle"]
 
 
 class InplaceMasking(Masking):
@@ -117,3 +118,25 @@ class _Uncover:
     def __call__(self, module: nn.Module, *_: object) -> None:
         module.__dict__.pop(self.attribute, None)
         reads(module, self.attribute, module._parameters[self.attribute])
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Write the products that modules compute with into the Parameters, and take the hooks off.
+
+    Args:
+        model: A copy of a model, which no pruner looks after.
+    """
+    settled = set()
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                shadow: object = hook.hook if isinstance(hook, FromParent) else hook
+                if not isinstance(shadow, (Shadow, _Uncover)):
+                    continue
+                owner: Any = module.out_proj if isinstance(hook, FromParent) else module
+                weight = owner._parameters[shadow.attribute]
+                if isinstance(shadow, Shadow) and id(weight) not in settled:
+                    weight.copy_(shadow.product(weight, shadow.mask.at(weight.device)))
+                    settled.add(id(weight))  # a tied weight has a shadow at each of its places
+                del hooks[key]

@@ -26,6 +26,7 @@ from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from mtprune.holding.inplace import settle
 from mtprune.holding.masking import (
     FromParent,
     Masking,
@@ -169,7 +170,7 @@ def _reorder(module: nn.Module, order: Sequence[str]) -> None:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model with plain weights, whatever masks `torch.nn.utils.prune` holds in it now.
+    """A copy of a model with plain weights, whatever masks it holds now, with either back-end.
 
     Example:
         >>> lin = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
@@ -185,6 +186,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in held})
+    settle(copied)
     for module in copied.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

@@ -435,6 +435,32 @@ def test_a_model_that_is_being_pruned():
 
 
 @needed
+@pytest.mark.parametrize("backend", ["prune", "inplace"])
+def test_a_model_whose_masks_may_open(backend):
+    model, x = RandomCNN(4), image()
+    expected = channels(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = mtprune.MultitaskPruner(
+        model,
+        {task: lambda out, batch, task=task: out[task].square().mean() for task in model.heads},
+        [model.stem, model.steps],
+        method=mtprune.recipes.movement(0.5, steps=10),
+        optimizer=optimizer,
+        backend=backend,
+    )
+    for _ in range(6):
+        optimizer.zero_grad()
+        sum(pruner.observe(model(x), None).values()).backward()
+        optimizer.step()
+        pruner.step()
+    assert 0 < pruner.sparsity < 0.5
+    keys, outputs = list(model.state_dict()), model(x)
+    assert channels(model, x) == expected
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(out, outputs[task]) for task, out in model(x).items())
+
+
+@needed
 def test_a_last_layer_of_zeros_hides_nothing():
     model = nn.Sequential(conv(3, 8), nn.Softmax(1), conv(8, 4), nn.ReLU(), conv(4, 2)).eval()
     nn.init.zeros_(model[4].weight)
