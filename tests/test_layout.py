@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parents[1] / "mtprune"
 
 # From the bottom up. A room imports from itself, from rooms before it in this list, and from rooms
 # that are not in it.
-ORDER = ("metrics", "methods", "compression", "integrations")
+ORDER = (
+    "metrics",
+    "model",
+    "selection",
+    "holding",
+    "methods",
+    "observing",
+    "compression",
+    "integrations",
+)
 
 
 def modules(package: Path) -> dict[str, Path]:
