@@ -379,7 +379,7 @@ def parse_allocation(given: object) -> Allocation:
         given: An allocation, its name, or a mapping component -> sparsity.
 
     Raises:
-        ValueError: If there is none of that name, or a sparsity is out of range.
+        ValueError: If no allocation has the name, or a sparsity is out of range.
         TypeError: If it is no allocation.
 
     Example:

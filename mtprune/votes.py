@@ -148,8 +148,8 @@ def _ascending(
     There are few rows and many elements, so exchanging whole rows is faster than a sort.
     """
     rows = list(rows)
-    for done in range(min(upto, len(rows) - 1)):
-        for i in range(len(rows) - 1, done, -1):
+    for place in range(min(upto, len(rows) - 1)):
+        for i in range(len(rows) - 1, place, -1):
             before, after = rows[i - 1], rows[i]
             rows[i - 1], rows[i] = first(before, after), second(before, after)
     return rows

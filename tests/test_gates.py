@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from mtprune import gates
+from mtprune.methods import gates
 
 POINTS = pytest.mark.parametrize("x", [-6.0, -2.0, -0.5, 0.0, 0.0005, 0.3, 1.0, 2.197, 6.0])
 

@@ -147,10 +147,10 @@ def test_a_component_is_worth_the_derivative_of_the_loss_in_its_gate():
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_the_derivative_is_that_of_autograd(shape):
     weight, grad = torch.randn(shape), torch.randn(shape)
-    _, vectors = factors.components(weight)
+    _, vectors = factors.directions(weight)
     v = vectors.float()
     z = torch.ones(min(shape), requires_grad=True)
-    gated = factors.spread(factors.rotate(weight, v) * factors.per_component(z, shape), v, shape)
+    gated = factors.spread(factors.rotate(weight, v) * factors.per_direction(z, shape), v, shape)
     (gated * grad).sum().backward()
     layer = nn.Linear(shape[1], shape[0], bias=False)
     layer.weight.data = weight

@@ -39,7 +39,7 @@ def test_break_even_of_an_encoder():
 @SHAPES
 def test_components_are_singular_triples(shape):
     weight = random(*shape)
-    values, vectors = factors.components(weight)
+    values, vectors = factors.directions(weight)
     expected = torch.linalg.svdvals(weight.double())
     assert torch.allclose(values, expected, atol=1e-7)
     assert torch.allclose(vectors.t() @ vectors, torch.eye(min(shape)).double(), atol=1e-12)
@@ -52,7 +52,7 @@ def test_components_are_singular_triples(shape):
 def test_the_first_components_are_the_best_approximation(shape):
     """Eckart-Young, for the basis that pruning uses and for the factors of the export."""
     weight = random(*shape).double()
-    values, vectors = factors.components(weight)
+    values, vectors = factors.directions(weight)
     for rank in range(min(shape) + 1):
         expected = values[rank:].norm()
         first = vectors[:, :rank]
@@ -82,7 +82,7 @@ def test_numerical_rank_sees_through_rounding(rank, dtype):
 
 def test_what_is_not_finite_has_no_components():
     with pytest.raises(ValueError, match="not finite"):
-        factors.components(torch.tensor([[1.0, float("nan")]]))
+        factors.directions(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_the_budget_goes_to_the_highest_worth():

@@ -161,7 +161,7 @@ class LowRankHold(Hold[LowRanks]):
         vectors = self._vectors.get(layer.name)
         if vectors is None:
             try:
-                _, exact = factors.components(layer.parameter)
+                _, exact = factors.directions(layer.parameter)
             except ValueError:
                 raise RuntimeError(
                     f"Weights of '{layer.name}' are not finite. Check the training; ranks are "
@@ -199,7 +199,7 @@ class LowRankHold(Hold[LowRanks]):
         weight = layer.parameter.detach()
         seen = weight.to(vectors.dtype)
         # Only the difference is computed in the basis: what does not change is not rounded.
-        change = factors.rotate(seen, vectors) * factors.per_component(
+        change = factors.rotate(seen, vectors) * factors.per_direction(
             gates / before - 1.0, layer.shape
         )
         weight.copy_(seen + factors.spread(change, vectors, layer.shape))

@@ -1,12 +1,12 @@
-r"""`LowRank`: components of matrices instead of single weights, to an exact budget of parameters.
+r"""`LowRank`: directions of matrices instead of single weights, to an exact budget of parameters.
 
-Put a gate on every component of a weight, :math:`W = \sum_k z_k\, s_k\, u_k v_k^T`. What a task
-loses with a component is told by the derivative of its loss in the gate,
+Put a gate on every direction of a weight, :math:`W = \sum_k z_k\, s_k\, u_k v_k^T`. What a task
+loses with a direction is told by the derivative of its loss in the gate,
 
 .. math:: \frac{\partial L}{\partial z_k} = (W v_k)^T G\, v_k , \quad
     G = \frac{\partial L}{\partial W},
 
-which needs no gate in the model, only the gradient of the weight. Every task ranks the components
+which needs no gate in the model, only the gradient of the weight. Every task ranks the directions
 it uses by it, for each parameter they cost, and a vote merges the ranks.
 """
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from mtprune import checks, gates, votes
+from mtprune import checks, votes
 from mtprune.holding import Hold, LowRankHold, LowRanks, Masking
+from mtprune.methods import gates
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model import factors
 from mtprune.model.inventory import Inventory
@@ -56,15 +57,15 @@ class LowRank(Method[LowRanks]):
 
     Attributes:
         sparsity: Share of parameters saved, in [0, 1). The budget is met up to less than what one
-            component costs.
-        gates: ``"saliency"`` ranks components by the derivative of the losses in their gates when
+            direction costs.
+        gates: ``"saliency"`` ranks directions by the derivative of the losses in their gates when
             an update is made; ``"learned"`` trains the gates from update to update, with the
-            weights, and removes nothing before the last one. A component that has faded and comes
+            weights, and removes nothing before the last one. A direction that has faded and comes
             back is as exact as the type of the weights lets it be: train them in float32.
         vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
         schedule: When ranks, or gates, change (`mtprune.schedule`).
         floor: The share of a uniform budget that every layer is sure of, filled by its own best
-            components; 0 for one ranking of all, 1 for the same share everywhere.
+            directions; 0 for one ranking of all, 1 for the same share everywhere.
         min_rank: The least rank of a layer, as long as the budget has as much for each.
         observations: How many observations of every task an update needs.
         disentangled: Score every loss on its own. False scores their sum.
@@ -168,7 +169,7 @@ class LowRank(Method[LowRanks]):
         return select_directions(worths, shapes, budget, least=least, alive=alive)
 
     def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
-        """How many of its own best components each layer is sure of."""
+        """How many of its own best directions each layer is sure of."""
         uniform = [(1 - share) * math.prod(shape) / sum(shape) for shape in shapes]
         return [max(self.min_rank, math.floor(self.floor * rank)) for rank in uniform]
 
@@ -181,10 +182,10 @@ class LowRank(Method[LowRanks]):
         .. math:: -\frac1C \sum_k c_k w_k p_k + \lambda_1 (s - t) + \lambda_2 (s - t)^2, \quad
             s = 1 - \frac1C \sum_k c_k p_k ,
 
-        where a component costs :math:`c_k` parameters, C in all, is open with probability
+        where a direction costs :math:`c_k` parameters, C in all, is open with probability
         :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses change
         with its gate. Early that is what the noise of the gradient tells of the curvature, and once
-        a component that matters has faded, how much it is missed. Of s, the share saved, t is due.
+        a direction that matters has faded, how much it is missed. Of s, the share saved, t is due.
         It is a step of mirror descent,
 
         .. math:: \operatorname{logit} p_k \leftarrow \operatorname{logit} p_k
@@ -233,7 +234,7 @@ class LowRank(Method[LowRanks]):
         )
 
     def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:
-        """The share of the components' parameters that shut gates are expected to save."""
+        """The share of the directions' parameters that shut gates are expected to save."""
         costs = _costs(ballot)
         return 1.0 - float((costs * gates.open_probability(log_alpha)).sum() / costs.sum())
 
@@ -253,14 +254,14 @@ class LowRank(Method[LowRanks]):
 
 
 def _let(log_alpha: Tensor) -> Tensor:
-    """How much of a component its gate lets through: all of it at first."""
+    """How much of a direction its gate lets through: all of it at first."""
     return gates.mean(log_alpha) / gates.mean(torch.tensor(_START, dtype=torch.float64))
 
 
 def _percentiles(
     ballot: Ballot, through: Sequence[Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """For each layer and voter the percentile of its components, per parameter, float64 ``[m]``.
+    """For each layer and voter the percentile of its directions, per parameter, float64 ``[m]``.
 
     Args:
         ballot: The scores.
@@ -276,5 +277,5 @@ def _percentiles(
 
 
 def _costs(ballot: Ballot) -> Tensor:
-    """How many parameters each component costs, layer by layer, float64."""
+    """How many parameters each direction costs, layer by layer, float64."""
     return torch.tensor([sum(shape) for shape in ballot.shapes for _ in range(min(shape))]).double()

@@ -1,12 +1,12 @@
-r"""Factors: matrices as sums of components.
+r"""Factors: matrices as sums of directions.
 
-A weight ``[out, in]`` is a sum of rank-one components, its singular triples,
+A weight ``[out, in]`` is a sum of rank-one directions, its singular triples,
 
 .. math:: W = U S V^T = \sum_k s_k\, u_k v_k^T .
 
 With r of them it can be stored as two matrices of ``r (in + out)`` parameters together, which is
 less than ``in * out`` below the break-even rank ``in * out / (in + out)``. Above it the matrix
-stays one, and keeps all its components.
+stays one, and keeps all its directions.
 """
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 __all__ = [
     "along",
-    "components",
+    "directions",
     "factors",
     "most",
     "numerical_rank",
     "parameters",
-    "per_component",
+    "per_direction",
     "rotate",
     "rounding",
     "spread",
@@ -48,7 +48,7 @@ def most(shape: Shape) -> int:
     return (shape[0] * shape[1] - 1) // sum(shape)
 
 
-def components(weight: Tensor) -> tuple[Tensor, Tensor]:
+def directions(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The singular values of a matrix, and its singular vectors on the smaller side.
 
     From the eigenvalues of the smaller Gram matrix in float64, which takes a fraction of the time
@@ -66,7 +66,7 @@ def components(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If the matrix is not finite.
 
     Example:
-        >>> values, vectors = components(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
+        >>> values, vectors = directions(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
         >>> values, vectors.abs()
         (tensor([4., 3.], dtype=torch.float64), tensor([[0., 1.],
                 [1., 0.]], dtype=torch.float64))
@@ -79,7 +79,7 @@ def components(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """A matrix in the basis of `components`: each component is a column, or a row of a wide one.
+    """A matrix in the basis of `directions`: each direction is a column, or a row of a wide one.
 
     Args:
         matrix: ``[out, in]``, a weight or its gradient.
@@ -101,11 +101,11 @@ def spread(rotated: Tensor, vectors: Tensor, shape: Shape) -> Tensor:
 
 
 def along(rotated: Tensor) -> Tensor:
-    """The sum over each component's column or row of what `rotate` has given, ``[m]``."""
+    """The sum over each direction's column or row of what `rotate` has given, ``[m]``."""
     return rotated.sum(0 if _is_tall(rotated.shape) else 1)
 
 
-def per_component(values: Tensor, shape: Shape) -> Tensor:
+def per_direction(values: Tensor, shape: Shape) -> Tensor:
     """Values ``[m]`` shaped to multiply a rotated matrix of that shape."""
     return values if _is_tall(shape) else values.unsqueeze(1)
 
