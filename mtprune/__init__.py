@@ -19,21 +19,20 @@
 """
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from mtprune import recipes, saliency, votes, weighting
+from mtprune import saliency, votes
 from mtprune.allocation import Erk, Floor
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
-from mtprune.methods import LowRank, PerTaskKeep, SigmoidThreshold, SoftThreshold, Vote
+from mtprune.methods.vote import PerTaskKeep, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, metrics, sampling
+    from mtprune import affinity, budget, metrics, recipes, sampling, weighting
     from mtprune.compression import (
         Plan,
         Sizes,
@@ -45,8 +44,7 @@ if _TYPE_CHECKING:
         recalibrate_bn,
         save,
     )
-
-__version__ = _version("mtprune")
+    from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
 
 __all__ = [
     "NM",
@@ -90,6 +88,8 @@ __all__ = [
 ]
 
 
+_MODULES = ("affinity", "budget", "metrics", "recipes", "sampling", "weighting")
+_METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
 _COMPRESSION = (
     "Plan",
     "Sizes",
@@ -105,10 +105,14 @@ _COMPRESSION = (
 
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
-    if name in ("affinity", "budget", "metrics", "sampling"):
+    if name in _MODULES:
         return _import_module(f"mtprune.{name}")
+    if name in _METHODS:
+        return getattr(_import_module("mtprune.methods"), name)
     if name in _COMPRESSION:
         return getattr(_import_module("mtprune.compression"), name)
+    if name == "__version__":
+        return _import_module("importlib.metadata").version("mtprune")
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
 
 

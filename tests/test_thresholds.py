@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import grad as derivative
 from torch.func import vmap
 
+from mtprune.holding.thresholds import nearest_threshold, shrinkage, soft_threshold
 from mtprune.methods.controller import pi_step
 from mtprune.selection import waterline
-from mtprune.thresholds import nearest_threshold, shrinkage, soft_threshold
 
 
 class Leaky:

@@ -2,34 +2,23 @@
 
 from torch import nn
 
+from mtprune import checks
 from mtprune.holding.base import Decision, Hold, MaskHold, Masks, View
 from mtprune.holding.inplace import InplaceMasking
-from mtprune.holding.low_rank import LowRankHold, LowRanks
 from mtprune.holding.masking import Masking
 from mtprune.holding.phases import OpenHold, Phased
 from mtprune.holding.prune import PruneMasking
-from mtprune.holding.regrow import RegrowHold
-from mtprune.holding.soft import EDGE, SoftHold, SoftThresholds, Watch
-from mtprune.holding.straight_through import StraightThrough
 
 __all__ = [
     "BACKENDS",
-    "EDGE",
     "Decision",
     "Hold",
-    "LowRankHold",
-    "LowRanks",
     "MaskHold",
     "Masking",
     "Masks",
     "OpenHold",
     "Phased",
-    "RegrowHold",
-    "SoftHold",
-    "SoftThresholds",
-    "StraightThrough",
     "View",
-    "Watch",
     "make_masking",
 ]
 
@@ -42,7 +31,6 @@ def make_masking(backend: str, model: nn.Module) -> Masking:
     Raises:
         ValueError: If there is none.
     """
-    if backend not in tuple(BACKENDS):
-        raise ValueError(f"`backend` must be one of {tuple(BACKENDS)}. Got {backend!r}.")
+    checks.one_of("backend", backend, tuple(BACKENDS))
     masking: Masking = BACKENDS[backend](model)
     return masking

@@ -19,8 +19,8 @@ from mtprune.facts import Count, Subject, count
 from mtprune.holding.base import Masks, View, packed, shaped, unpacked
 from mtprune.holding.masking import Gate, Masking
 from mtprune.holding.phases import OpenHold
+from mtprune.holding.thresholds import soft_threshold
 from mtprune.model.layers import Layer
-from mtprune.thresholds import soft_threshold
 
 __all__ = ["EDGE", "SoftHold", "SoftThresholds", "Watch"]
 
@@ -76,12 +76,12 @@ class _Leak:
 
     @property
     def now(self) -> float:
-        """See `mtprune.thresholds.Leak`."""
+        """See `mtprune.holding.thresholds.Leak`."""
         return 1.0 if self.gate.dense else self.share
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """See `mtprune.thresholds.Leak`."""
+        """See `mtprune.holding.thresholds.Leak`."""
         return self._tensor, self.gate.flag
 
 

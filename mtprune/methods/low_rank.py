@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from mtprune import checks, votes
-from mtprune.holding import Hold, LowRankHold, LowRanks, Masking
+from mtprune.holding import Hold, Masking
+from mtprune.holding.low_rank import LowRankHold, LowRanks
 from mtprune.methods import gates
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model import factors

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from mtprune import checks
-from mtprune.holding import Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds
+from mtprune.holding import Hold, MaskHold, Masking, Phased
+from mtprune.holding.soft import SoftHold, SoftThresholds
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.schedule import Linear, Schedule

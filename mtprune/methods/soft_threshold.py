@@ -23,7 +23,9 @@ from typing_extensions import override
 
 from mtprune import checks
 from mtprune.allocation import Budget, ByComponent
-from mtprune.holding import EDGE, Hold, MaskHold, Masking, Phased, SoftHold, SoftThresholds, Watch
+from mtprune.holding import Hold, MaskHold, Masking, Phased
+from mtprune.holding.soft import EDGE, SoftHold, SoftThresholds, Watch
+from mtprune.holding.thresholds import nearest_threshold, shrinkage
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.methods.controller import pi_step
 from mtprune.model.inventory import Inventory
@@ -31,7 +33,6 @@ from mtprune.model.layers import Layer
 from mtprune.schedule import Cubic, Regrow, Schedule
 from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
-from mtprune.thresholds import nearest_threshold, shrinkage
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
 __all__ = ["SoftThreshold"]

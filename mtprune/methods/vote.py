@@ -28,15 +28,9 @@ from mtprune.granularity import (
     check_granularity,
     example_inputs_of,
 )
-from mtprune.holding import (
-    Hold,
-    MaskHold,
-    Masking,
-    Masks,
-    Phased,
-    RegrowHold,
-    StraightThrough,
-)
+from mtprune.holding import Hold, MaskHold, Masking, Masks, Phased
+from mtprune.holding.regrow import RegrowHold
+from mtprune.holding.straight_through import StraightThrough
 from mtprune.methods.base import Ballot, Method, Needs, describe
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.exchange import draw, exchange
