@@ -27,10 +27,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from mtprune.bits import zeroed
+from mtprune.model.inputs import why_no_inputs
 from mtprune.model.layers import Layer
 from mtprune.saliency import IN_PLACE, Saliency, asks
 
-__all__ = ["JOINT", "PerWeight", "Seen", "Statistic"]
+__all__ = ["JOINT", "PerWeight", "Seen", "Statistic", "why_no_inputs"]
 
 JOINT = "(all tasks)"
 """The one voter when losses are not scored apart, and the owner of what is the same for all."""
