@@ -142,7 +142,10 @@ class Statistic(ABC):
             layer: The layer.
             weight: Its weight, of the layer's shape.
         """
-        return torch.zeros_like(self.of(Seen(layer, weight, grad=torch.zeros_like(weight))))
+        nothing = torch.zeros_like(weight)
+        return torch.zeros_like(
+            self.of(Seen(layer, weight, grad=nothing, inputs=nothing[:1].flatten(1)))
+        )
 
     def add(self, seen: Seen, total: Tensor | None, new: New) -> Tensor:
         """The sum with one observation more.
