@@ -427,11 +427,10 @@ class MultitaskPruner:
         changed = self._hold.take(layers, decision)
         self._round.memory = decision.memory
         self._weigher.note(decision.slopes)
-        self._task_masks = PackedTaskMasks.pack(
-            self._losses, layers, [decision.wishes(x.tasks, i) for i, x in enumerate(subjects)]
-        )
+        counts, bits = decision.record(subjects)
+        self._task_masks = PackedTaskMasks.of(self._losses, layers, bits)
         self._facts = Facts(
-            tuple(decision.count(subject, place) for place, subject in enumerate(subjects)),
+            tuple(counts),
             stable=self._round.stable,
             groups=tuple(GroupRow.of(name, kept) for name, kept in decision.units.items()),
             history=self._facts.history,

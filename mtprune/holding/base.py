@@ -61,17 +61,31 @@ class Decision:
         return self.masks
 
     def alone_for(self, tasks: Iterable[str], place: int) -> dict[str, Tensor]:
-        """The weights of one layer that each of some tasks alone would keep."""
+        """The weights of one layer that each of some tasks alone would keep; empty if not asked."""
         return by_task(self.alone, tasks, place)
 
-    def wishes(self, tasks: Iterable[str], place: int) -> dict[str, Tensor]:
-        """The same; all that is kept where the tasks were not asked."""
-        asked = self.alone_for(tasks, place)
-        return {task: asked.get(task, self.masks[place]) for task in tasks}
+    def count(self, subject: Subject, place: int, alone: Mapping[str, Tensor]) -> Count:
+        """The numbers of one layer, for the report.
 
-    def count(self, subject: Subject, place: int) -> Count:
-        """The numbers of one layer, for the report."""
-        return count(subject, self.masks[place], self.alone_for(subject.tasks, place))
+        Args:
+            subject: The layer.
+            place: Its place among all.
+            alone: What `alone_for` gives for it.
+        """
+        return count(subject, self.masks[place], alone)
+
+    def record(self, subjects: Sequence[Subject]) -> tuple[list[Count], list[dict[str, Tensor]]]:
+        """The numbers of all layers, and for each the mask of each task that uses it, as bits.
+
+        Layer by layer, so that the masks of one layer are unpacked at a time.
+        """
+        counts, bits = [], []
+        for place, subject in enumerate(subjects):
+            alone = self.alone_for(subject.tasks, place)
+            counts.append(self.count(subject, place, alone))
+            wishes = {task: alone.get(task, self.masks[place]) for task in subject.tasks}
+            bits.append({task: pack_bits(mask) for task, mask in wishes.items()})
+        return counts, bits
 
 
 @dataclass(frozen=True)

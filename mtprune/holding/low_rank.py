@@ -50,9 +50,9 @@ class LowRanks(Decision):
         return [*self.masks, *self.directions]
 
     @override
-    def count(self, subject: Subject, place: int) -> Count:
-        alone = by_task(self.directions_alone, subject.tasks, place)
-        return count_rank(subject, self.directions[place], alone)
+    def count(self, subject: Subject, place: int, alone: Mapping[str, Tensor]) -> Count:
+        directions = by_task(self.directions_alone, subject.tasks, place)
+        return count_rank(subject, self.directions[place], directions)
 
 
 class LowRankHold(Hold[LowRanks]):

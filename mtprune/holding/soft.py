@@ -55,9 +55,8 @@ class SoftThresholds(Masks):
         return [*self.masks, *self.thresholds]
 
     @override
-    def count(self, subject: Subject, place: int) -> Count:
+    def count(self, subject: Subject, place: int, alone: Mapping[str, Tensor]) -> Count:
         tau = float(self.thresholds[place])
-        alone = self.alone_for(subject.tasks, place)
         return count(subject, self.masks[place], alone, threshold=tau)
 
 

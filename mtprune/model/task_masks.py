@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mtprune.bits import pack_bits, unpack_bits
+from mtprune.bits import unpack_bits
 from mtprune.model.layers import Layer
 
 __all__ = ["PackedTaskMasks", "TaskMasks", "recall_task_masks", "remember_task_masks"]
@@ -33,25 +33,24 @@ class PackedTaskMasks:
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def pack(
+    def of(
         cls,
         tasks: Iterable[str],
         layers: Sequence[Layer],
-        wishes: Sequence[Mapping[str, Tensor]],
+        bits: Sequence[Mapping[str, Tensor]],
     ) -> "PackedTaskMasks":
-        """Pack masks.
+        """The task masks of a model.
 
         Args:
             tasks: All tasks.
             layers: The layers.
-            wishes: For each layer, the mask of each task that uses it.
+            bits: For each layer, the packed mask of each task that uses it.
         """
-        pairs = list(zip(layers, wishes, strict=True))
-        bits = {
-            task: {layer.name: pack_bits(own[task]) for layer, own in pairs if task in own}
-            for task in tasks
+        pairs = list(zip(layers, bits, strict=True))
+        by_task = {
+            task: {layer.name: own[task] for layer, own in pairs if task in own} for task in tasks
         }
-        return cls(bits, {layer.name: layer.shape for layer in layers})
+        return cls(by_task, {layer.name: layer.shape for layer in layers})
 
     def unpack(self) -> dict[str, dict[str, Tensor]]:
         """The masks again, bool, in the shapes of their layers."""
