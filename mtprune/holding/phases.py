@@ -37,6 +37,10 @@ class OpenHold(Hold[M]):
         """End the phase, and leave weights as they are."""
 
     @override
+    def trained(self, layer: Layer) -> Tensor:
+        return layer.parameter.detach()
+
+    @override
     def release(self) -> None:
         self.discard()
 

@@ -219,10 +219,6 @@ class SoftHold(OpenHold[SoftThresholds]):
         return View(self._effective(layer))
 
     @override
-    def trained(self, layer: Layer) -> Tensor:
-        return layer.parameter.detach()
-
-    @override
     def gradient_mask(self, layer: Layer) -> Tensor | None:
         return None
 

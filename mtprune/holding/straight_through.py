@@ -99,10 +99,6 @@ class StraightThrough(OpenHold[Masks]):
         return View(layer.parameter.detach())
 
     @override
-    def trained(self, layer: Layer) -> Tensor:
-        return layer.parameter.detach()
-
-    @override
     def gradient_mask(self, layer: Layer) -> Tensor | None:
         return self._masks.gradient_mask(layer)
 
