@@ -32,7 +32,7 @@ from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, metrics, recipes, sampling, weighting
+    from mtprune import affinity, budget, metrics, recipes, sampling, testing, weighting
     from mtprune.compression import (
         Plan,
         Sizes,
@@ -83,12 +83,13 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "testing",
     "votes",
     "weighting",
 ]
 
 
-_MODULES = ("affinity", "budget", "metrics", "recipes", "sampling", "weighting")
+_MODULES = ("affinity", "budget", "metrics", "recipes", "sampling", "testing", "weighting")
 _METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
 _COMPRESSION = (
     "Plan",

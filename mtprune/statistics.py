@@ -27,10 +27,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from mtprune.bits import zeroed
+from mtprune.model.inputs import why_no_inputs
 from mtprune.model.layers import Layer
 from mtprune.saliency import IN_PLACE, Saliency, asks
 
-__all__ = ["JOINT", "PerWeight", "Seen", "Statistic"]
+__all__ = ["JOINT", "PerWeight", "Seen", "Statistic", "why_no_inputs"]
 
 JOINT = "(all tasks)"
 """The one voter when losses are not scored apart, and the owner of what is the same for all."""
@@ -141,7 +142,10 @@ class Statistic(ABC):
             layer: The layer.
             weight: Its weight, of the layer's shape.
         """
-        return torch.zeros_like(self.of(Seen(layer, weight, grad=torch.zeros_like(weight))))
+        nothing = torch.zeros_like(weight)
+        return torch.zeros_like(
+            self.of(Seen(layer, weight, grad=nothing, inputs=nothing[:1].flatten(1)))
+        )
 
     def add(self, seen: Seen, total: Tensor | None, new: New) -> Tensor:
         """The sum with one observation more.

@@ -223,7 +223,10 @@ def test_names_and_registration_order_do_not_matter(method, backend, device):
 
 
 @pytest.mark.parametrize("method", nets.METHODS)
-@pytest.mark.parametrize("name", ["skipped_layer", "twelve_tasks", "stacked_losses"])
+@pytest.mark.parametrize(
+    "name",
+    ["skipped_layer", "stacked_losses", pytest.param("twelve_tasks", marks=pytest.mark.slow)],
+)
 def test_the_order_of_tasks_does_not_matter(name, method, device):
     def train(reverse):
         net = build(name, device)

@@ -1,21 +1,16 @@
 """Two gloo ranks on this machine, half a batch each: one decision, that of the whole batch."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mtprune import Block, Cubic, LowRank, SoftThreshold, Vote, recipes
 from tests import checkpoints, nets
 from tests.nets import Run, build, same, sgd, weights
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 STEPS = 10
 
 
@@ -94,47 +89,15 @@ def disagree(rank):
     return ""
 
 
-def worker(rank, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
+def work(rank, world):
     results = {"/".join(case): train(case, rank, world) for case in CASES}
-    results["disagree"] = disagree(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-SCRIPT = """
-import sys
-from tests import test_distributed
-
-test_distributed.worker(int(sys.argv[1]), 2, sys.argv[2])
-"""
+    return {**results, "disagree": disagree(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two ranks saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "error", "-c", SCRIPT]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in workers:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in workers:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_ranks(__name__, "work", tmp_path_factory.mktemp("ranks"))
 
 
 CASE = pytest.mark.parametrize("case", CASES, ids="-".join)

@@ -373,6 +373,7 @@ def test_empty_splits(copy):
         found(root, "omnidata")
 
 
+@pytest.mark.slow
 def test_broken_arrays_and_tables(copy):
     root = copy("camvid")
     arrays = dict(np.load(root / "train.npz"))

@@ -14,6 +14,7 @@ def prunable(module: nn.Module) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("outputs", "total"),
     [

@@ -34,6 +34,7 @@ from mtprune import (
 from mtprune.structure import NOBODY, Group, Member
 from tests.nets import Run, build, each, same, size, zeros
 from tests.oracles import unit_masks, unit_sums
+from tests.pairs import pairs
 from tests.runs import record
 from tests.test_resume import assert_ends_like, load, through_a_file
 
@@ -637,8 +638,9 @@ METHODS: dict[str, Callable[[Any], Vote]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", ["rows", "block", "both"])
+@pytest.mark.parametrize(
+    ("name", "kind", "backend"), pairs(METHODS, ["rows", "block", "both"], ["prune", "inplace"])
+)
 def test_whatever_a_method_does_it_does_over_units(name, kind, backend):
     run = Run(build("plain"), METHODS[name](GRANULARITIES[kind]), backend)
     before: list[dict[str, Tensor]] = []

@@ -19,12 +19,8 @@ from tests.nets import Run, build, evaluate, read, same, sgd, weights
 from tests.pairs import pairs
 
 BACKENDS = ("prune", "inplace")
-# A tied weight, one that is read and not called, two kinds that keep weights elsewhere, buffers.
-COPIED = ("tied_embedding", "read_not_called", "attention", "lstm", "conv_bn")
-OTHERS = [name for name in nets.SHELF if name not in COPIED]
-FEW_NETS = pytest.mark.parametrize(
-    "name", ["plain", "tied", "attention", "lstm", "conv_bn", "read_not_called", "tied_embedding"]
-)
+OTHERS = [name for name in nets.SHELF if name not in nets.TYPICAL]
+FEW_NETS = pytest.mark.parametrize("name", nets.each(["plain", "tied", *nets.TYPICAL]))
 
 
 def by_torch(model):
@@ -68,7 +64,7 @@ def assert_independent_copy(run, twin):
     ("name", "how", "backend"),
     nets.each(
         [
-            *itertools.product(COPIED, COPIES, BACKENDS),
+            *itertools.product(nets.TYPICAL, COPIES, BACKENDS),
             *((name, "deepcopy", BACKENDS[i % 2]) for i, name in enumerate(OTHERS)),
         ]
     ),
@@ -273,8 +269,10 @@ def test_after_finalize_the_verbs_refuse(call, backend, device):
 # One live pruner per model, and no longer than that.
 
 
-@pytest.mark.parametrize("finalized", [False, True], ids=["forgotten", "finalized"])
-@pytest.mark.parametrize("name", ["plain", "attention", "lstm", "stacked_losses"])
+@pytest.mark.parametrize(
+    ("name", "finalized", "backend"),
+    pairs(["plain", "attention", "lstm", "stacked_losses"], [False, True], BACKENDS),
+)
 def test_nothing_keeps_a_pruner_alive(name, finalized, backend, device):
     run = Run(build(name, device), nets.dynamic(), backend).train(4)
     model, optimizer = run.model, run.optimizer

@@ -14,7 +14,8 @@ from tests.nets import Run, build, evaluate, read, same, sgd, weights
 from tests.runs import record
 
 FEW_NETS = pytest.mark.parametrize(
-    "name", ["plain", "called_twice", "tied", "attention", "lstm", "conv_bn", "read_not_called"]
+    "name",
+    nets.each(["plain", "called_twice", "tied", "attention", "lstm", "conv_bn", "read_not_called"]),
 )
 
 

@@ -146,7 +146,7 @@ class Evidence:
             losses=dict(state["losses"]),
         )
 
-    def problem(self, layers: Sequence[Layer]) -> str | None:
+    def problem(self, layers: Sequence[Layer], statistics: Mapping[str, Statistic]) -> str | None:
         """Why this evidence cannot be used: what is not finite, and whose; None if all is."""
         for task, flags in self.finite.items():
             if not all(bool(flag) for flag in flags):
@@ -166,11 +166,14 @@ class Evidence:
         for (name, voter, index, total, _), fine in zip(ranges, finite, strict=True):
             if not fine:
                 bad = int((~torch.isfinite(total)).sum())
-                whose = "the summed losses" if voter == JOINT else f"task '{voter}'"
+                whose = " of the summed losses" if voter == JOINT else f" of task '{voter}'"
+                cause = "loss"
+                if statistics[name].when == "forward":
+                    whose, cause = "", "inputs"
                 what = "Saliency" if name == "saliency" else f"Statistic '{name}'"
                 return (
-                    f"{what} of {whose} is not finite in '{layers[index].name}' "
-                    f"({bad} of {total.numel()}). Check the loss; masks are unchanged, and "
+                    f"{what}{whose} is not finite in '{layers[index].name}' "
+                    f"({bad} of {total.numel()}). Check the {cause}; masks are unchanged, and "
                     "this evidence is dropped."
                 )
         return None

@@ -91,8 +91,9 @@ class Inputs:
         self, index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
         """Forward pre-hook of one layer."""
-        again = torch._C._current_graph_task_id() != -1  # a checkpoint runs its part once more
-        if again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint runs its part once more
             return
         layer = self._layers[index]
         value = (given[0] if given else named["input"]).detach()

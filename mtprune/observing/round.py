@@ -249,7 +249,7 @@ class Round(Generic[D]):
         self.evidence.statistics = {}
 
     def _check(self) -> None:
-        problem = self.evidence.problem(self._inventory.layers)
+        problem = self.evidence.problem(self._inventory.layers, self._needs.statistics)
         if problem is not None:
             self.forget()
             raise RuntimeError(problem)
