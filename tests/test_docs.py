@@ -128,13 +128,14 @@ def test_the_walks_and_the_types_name_what_is_there() -> None:
     assert len(types) > 10
     for path, name in [*stops, *((path, name) for name, path in types)]:
         attrgetter(name)(importlib.import_module(f"mtprune.{path.replace('/', '.')}"))
+    assert all((ROOT / path).exists() for path in re.findall(r"`(tests/[\w/.]+)`", ARCHITECTURE))
 
 
 def test_every_folder_and_every_file_beside_the_folders_is_explained() -> None:
     package = ROOT / "mtprune"
     folders = re.findall(r"^\| `(\w+)/` \|", ARCHITECTURE, re.MULTILINE)
-    assert sorted(folders) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
-    assert folders == list(ORDER)
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= set(folders)
+    assert [folder for folder in folders if folder in ORDER] == list(ORDER)
     files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     assert files <= set(re.findall(r"`(\w+\.py)`", ARCHITECTURE))
 
