@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["advised", "reachable"]
+__all__ = ["advised", "leave_mark", "marks", "reachable"]
+
+_MARK = "mtprune"
+_COUNTER = count()
 
 _ADVICE = {
     "a second time": "Call observe() before backward(): the graph of this loss is gone.",
@@ -31,6 +36,48 @@ def reachable(loss: Tensor) -> set[int]:
         RuntimeError: If reentrant checkpointing hides what lies behind it.
     """
     found: set[int] = set()
+    for node in _nodes(loss):
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(_ADVICE["use_reentrant=True"])
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+    return found
+
+
+def leave_mark(output: Tensor) -> int:
+    """Mark the node that made a tensor, in addition to marks it has; the mark.
+
+    A mark keeps nothing alive.
+    """
+    mark = next(_COUNTER)
+    assert output.grad_fn is not None
+    _metadata(output.grad_fn).setdefault(_MARK, []).append(mark)
+    return mark
+
+
+def marks(loss: Tensor) -> set[int]:
+    """The marks in the autograd graph of a loss.
+
+    Example:
+        >>> layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> output, unused = layer(torch.ones(1, 2)), other(torch.ones(1, 2))
+        >>> mark, _ = leave_mark(output), leave_mark(unused)
+        >>> marks(output.relu().sum()) == {mark}
+        True
+    """
+    return {mark for node in _nodes(loss) for mark in _metadata(node).get(_MARK, ())}
+
+
+def _metadata(node: torch.autograd.graph.Node) -> dict[str, list[int]]:
+    """A dictionary that a node keeps; torch declares it as a method."""
+    kept: Any = node.metadata
+    metadata: dict[str, list[int]] = kept
+    return metadata
+
+
+def _nodes(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """All nodes of the autograd graph of a loss."""
     seen = set()
     stack: list[torch.autograd.graph.Node | None] = [loss.grad_fn]
     while stack:
@@ -38,13 +85,8 @@ def reachable(loss: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(_ADVICE["use_reentrant=True"])
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
+        yield node
         stack.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class Collector:
     def _add(self, losses: Losses, users: Mapping[str, Tensor] | None) -> None:
         evidence, scored = self.evidence, bool(self._swept)
         rest = list(losses.others or ())  # losses that no sweep has folded yet
+        self._inputs.match(losses.scored)
         with untouched(self._model), self._dense_gradients():
             flags, able = {}, []
             for task, loss in losses.scored.items():
@@ -228,7 +229,7 @@ class Collector:
                 mask=view.mask,
                 grad=grad,
                 scale=scale,
-                inputs=self._inputs.of(layer) if "inputs" in statistic.asks else None,
+                inputs=self._inputs.of(layer, voter) if "inputs" in statistic.asks else None,
                 task=voter,
                 generator=self._generator,
             )

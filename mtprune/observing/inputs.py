@@ -6,6 +6,7 @@ layer's inputs are kept until the sweep: by reference, for autograd keeps them j
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtprune import distributed
 from mtprune.holding import Hold
+from mtprune.model.graph import leave_mark, marks
 from mtprune.model.inputs import rows
 from mtprune.model.layers import Layer
 from mtprune.observing.evidence import Evidence, Store
@@ -23,8 +25,28 @@ from mtprune.statistics import JOINT, Seen, Statistic
 __all__ = ["Inputs", "unseen"]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+        index: Which layer.
+        module: The module that was called.
+        inputs: What it was called with, if a statistic asks for inputs and gradient.
+        values: The statistics of inputs alone, by name.
+    """
+
+    index: int
+    module: nn.Module
+    inputs: Tensor | None
+    values: Mapping[str, Tensor]
+
+
 class Inputs:
     """Gathers the inputs of layers while a model runs.
+
+    A forward may have nothing to do with the losses that are observed. So each call of a layer
+    leaves a mark on the graph of its output, and counts if a loss leads to the mark.
 
     Args:
         layers: All prunable layers.
@@ -47,8 +69,8 @@ class Inputs:
         self._streamed = {name: s for name, s in asking.items() if s.when == "forward"}
         self._keeps = len(asking) > len(self._streamed)
         self._handles: list[RemovableHandle] = []
-        self._sums: dict[str, dict[int, Tensor]] = {}
-        self._kept: dict[str, list[tuple[nn.Module, Tensor]]] = {}
+        self._calls: dict[int, _Call] = {}
+        self._used: dict[str, set[int]] = {}
 
     def listen(self, on: bool) -> None:
         """Put hooks on all layers before a forward that is observed, or take them off."""
@@ -63,52 +85,69 @@ class Inputs:
         for index, layer in enumerate(self._layers):
             for module, _ in layer.places:
                 hook = partial(self._see, index)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def of(self, layer: Layer) -> Tensor:
-        """The inputs of a layer in the forward that is observed, float32 ``[rows, columns]``.
+    def match(self, losses: Mapping[str, Tensor]) -> None:
+        """Find the calls that each task's loss was computed from."""
+        if self._handles:
+            self._used = {task: marks(loss) for task, loss in losses.items()}
+            self._used[JOINT] = set().union(*self._used.values())
+
+    def of(self, layer: Layer, voter: str) -> Tensor:
+        """The inputs of a layer that a voter's loss depends on, float32 ``[rows, columns]``.
 
         Raises:
             RuntimeError: If there are none.
         """
-        if layer.name not in self._kept:
+        calls = [c for c in self._matched(voter) if self._layers[c.index] is layer]
+        found = [rows(c.module, c.inputs) for c in calls if c.inputs is not None]
+        if not found:
             raise RuntimeError(unseen(layer))
-        return torch.cat([rows(module, value) for module, value in self._kept[layer.name]])
+        return torch.cat(found)
 
     def add_to(self, evidence: Evidence) -> None:
-        """Add what was summed in this forward to the evidence."""
+        """Add the statistics of inputs alone to the evidence."""
         for name in self._streamed:
             sums = evidence.statistics.setdefault(name, {}).setdefault(JOINT, {})
-            for index, value in sorted(self._sums.get(name, {}).items()):
-                distributed.sum_(value)
+            for call in sorted(self._matched(JOINT), key=lambda call: call.index):
+                value = distributed.sum_(call.values[name])
+                index = call.index
                 sums[index] = value if index not in sums else sums[index].add_(value)
 
     def forget(self) -> None:
         """Drop what was gathered since the last observation."""
-        self._sums, self._kept = {}, {}
+        self._calls, self._used = {}, {}
+
+    def _matched(self, voter: str) -> list[_Call]:
+        used = self._used.get(voter, set())
+        return [call for mark, call in self._calls.items() if mark in used]
 
     def _see(
-        self, index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+        self,
+        index: int,
+        module: nn.Module,
+        given: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
     ) -> None:
-        """Forward pre-hook of one layer."""
+        """Forward hook of one layer."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if torch._C._current_graph_task_id() != -1:  # a checkpoint runs its part once more
             return
+        if output.grad_fn is None:  # no loss leads here
+            return
         layer = self._layers[index]
         value = (given[0] if given else named["input"]).detach()
-        if self._keeps:
-            self._kept.setdefault(layer.name, []).append((module, value))
-        if not self._streamed:
-            return
+        values = {}
         with torch.no_grad():
-            inputs = rows(module, value)
-            for name, statistic in self._streamed.items():
-                view = self._hold.view(layer)
+            if self._streamed:
+                view, inputs = self._hold.view(layer), rows(module, value)
                 seen = Seen(layer, view.weight, mask=view.mask, inputs=inputs)
-                sums = self._sums.setdefault(name, {})
-                new = partial(self._store.empty, name)
-                sums[index] = statistic.add(seen, sums.get(index), new)
+                for name, statistic in self._streamed.items():
+                    values[name] = statistic.add(seen, None, partial(self._store.empty, name))
+        kept = value if self._keeps else None
+        self._calls[leave_mark(output)] = _Call(index, module, kept, values)
 
 
 def unseen(layer: Layer) -> str:
