@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 
 from mtprune import checks
-from mtprune.holding.inspect import prunable
+from mtprune.holding.hidden import prunable
 from mtprune.model.names import unwrap
 from mtprune.model.selectors import Spec
 

@@ -13,7 +13,7 @@ from mtprune.holding import make_masking
 from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import check_method, describe
-from mtprune.methods.stock import Selection, take_inventory
+from mtprune.methods.inventory import Selection, take_inventory
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free

@@ -22,6 +22,7 @@ ORDER = (
     "observing",
     "compression",
     "integrations",
+    "testing",
 )
 
 

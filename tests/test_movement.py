@@ -11,9 +11,7 @@ from torch.func import functional_call
 from mtprune import Cubic, Hold, Linear, MultitaskPruner, OneShot, Regrow, Vote, recipes, saliency
 from tests import nets, oracles
 from tests.nets import Run, build, evaluate, same, size, weights, zeros
-from tests.pairs import pairs
-from tests.runs import record
-from tests.test_resume import assert_ends_like, load, save, through_a_file
+from tests.test_resume import load, save, through_a_file
 
 STEPS, RATE = 20, 0.1
 ORDERS = [("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")]
@@ -249,16 +247,6 @@ class _Named:
 
 def moving(backend, device, seed=0):
     return Run(build("plain", device, seed=seed), recipes.movement(0.7, 10), backend)
-
-
-@pytest.mark.parametrize(
-    ("at", "order", "backend"), pairs([0, 1, 4, 8, 11], ORDERS, ["prune", "inplace"]), ids=str
-)
-def test_a_resumed_run_is_the_uninterrupted_run(at, order, backend, device):
-    straight = record(moving, backend, device)
-    state = through_a_file(straight.at(at).checkpoint)
-    resumed = load(moving(backend, device, seed=9), state, order).train(12 - at)
-    assert_ends_like(resumed, straight.at(12))
 
 
 def test_a_checkpoint_from_before_the_end_opens_masks_again(backend, device):

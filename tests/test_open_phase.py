@@ -133,7 +133,7 @@ def test_a_copy_in_between_computes_the_same_and_is_plain_to_optimizers(method, 
 
 
 @EVERY_METHOD
-@pytest.mark.parametrize("name", ["conv_bn", "attention", "lstm"])
+@pytest.mark.parametrize("name", ["conv_bn", "attention", "lstm", "tied"])
 def test_a_plain_copy_has_the_weights_that_the_model_computes_with(name, method, backend, training):
     run = training(name, method, backend).train(5)
     plain, batch = plain_copy(run.net.model), run.net.make_batch(99)

@@ -204,7 +204,7 @@ def test_sums_over_inputs_are_those_of_every_call(name, backend, device):
 
 
 def hooks(model):
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
 def test_hooks_exist_only_on_steps_that_are_observed(device):
@@ -276,6 +276,28 @@ def test_evaluation_between_steps_is_not_counted(backend, device):
         run.optimizer.step()
         run.pruner.step()
     assert counted(method) == 2 * 2 * 16
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_forward_that_is_not_observed_is_not_counted(order, backend, device):
+    """Only calls that a loss was computed from: not those of another forward with gradients."""
+    method = Spy({"rows": ROWS, "gram": GRAM})
+    run = Run(build("called_twice", device), method, backend)
+    alone = Spy({"rows": ROWS, "gram": GRAM})
+    other = Run(build("called_twice", device), alone, backend)
+    extra = 100 * run.net.make_batch(5)["x"]
+    if order == "before":
+        kept = run.model(extra)
+    outputs, batch = run.forward()
+    if order == "after":
+        kept = run.model(extra)
+    run.pruner.observe(outputs, batch)
+    other.pruner.observe(*other.forward())
+    run.pruner.step(), other.pruner.step()
+    assert counted(method) == counted(alone) == 2 * 16
+    grams = [spy.shown("gram")["trunk.inner.weight"] for spy in (method, alone)]
+    assert all(torch.equal(grams[0][voter], sums) for voter, sums in grams[1].items())
+    assert all(out.grad_fn is not None for out in kept.values())
 
 
 def test_forwards_that_are_not_wanted_are_not_counted(backend, device):
@@ -541,10 +563,9 @@ def test_a_compiled_model_is_named(saliency, backend, device):
 
 
 def test_inputs_that_are_not_finite_are_named(backend, device):
-    run = Run(build("plain", device), Spy({"gram": GRAM}), backend)
-    outputs, batch = run.forward()
-    run.model(batch["x"] * float("nan"))
-    run.pruner.observe(outputs, batch)
+    infinite = Of(lambda seen: seen.inputs.T @ seen.inputs / 0)
+    run = Run(build("plain", device), Spy({"gram": infinite}), backend)
+    run.pruner.observe(*run.forward())
     with pytest.raises(
         RuntimeError,
         match=r"Statistic 'gram' is not finite in 'trunk\.0\.weight' \(36 of 36\)\. Check the inp",

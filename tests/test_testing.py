@@ -28,6 +28,7 @@ from mtprune.methods import Needs
 from mtprune.statistics import PerWeight
 from mtprune.testing import NETS, methods
 from tests import nets as shelf
+from tests import test_pruner
 
 SOON = Cubic(begin=1, end=5, every=2)
 PLAIN = {"trunk_with_heads": NETS["trunk_with_heads"]}
@@ -335,21 +336,7 @@ def test_nets_of_ones_own(device):
 
 # Methods of ours.
 
-RECIPES = {
-    "disparse_static": lambda: recipes.disparse_static(0.7),
-    "disparse_pretrained": lambda: recipes.disparse_pretrained(0.7, observations=2, schedule=SOON),
-    "disparse_dynamic": lambda: recipes.disparse_dynamic(0.7, every=2, end=6),
-    "snip": lambda: recipes.snip(0.7),
-    "rigl": lambda: recipes.rigl(0.7, every=2, end=6),
-    "set_": lambda: recipes.set_(0.7, every=2, end=6),
-    "magnitude": lambda: recipes.magnitude(0.7),
-    "gradual_magnitude": lambda: recipes.gradual_magnitude(0.7, begin=1, end=5, every=2),
-    "random": lambda: recipes.random(0.7),
-    "movement": lambda: recipes.movement(0.7, 6),
-    "flop": lambda: recipes.flop(0.5, 6),
-    "adapmtl": lambda: recipes.adapmtl(0.7, 8),
-    "best": lambda: recipes.best(0.7, 8),
-}
+RECIPES = {**test_pruner.RECIPES, "flop": lambda: recipes.flop(0.5, 6)}
 FORMS = {
     "majority": lambda: Vote(0.7, vote=votes.majority, allocation="uniform", schedule=SOON),
     "joint": lambda: Vote(0.7, disentangled=False, priority={}, schedule=SOON),
@@ -368,8 +355,19 @@ FORMS = {
     ),
     "ranks": lambda: LowRank(0.5, schedule=SOON, vote=votes.mean),
 }
-MOVING = {"disparse_dynamic", "rigl", "set_", "movement", "adapmtl", "straight-through", "fixed"}
-MOVING |= {"learned thresholds", "controlled thresholds"}
+MOVING = {
+    "disparse_dynamic",
+    "rigl",
+    "set_",
+    "movement",
+    "movement, joint",
+    "adapmtl",
+    "best, from scratch",
+    "straight-through",
+    "fixed",
+    "learned thresholds",
+    "controlled thresholds",
+}
 METHODS = {**RECIPES, **FORMS}
 
 
@@ -402,7 +400,3 @@ def test_the_published_thresholds_are_a_method_but_for_the_count():
     testing.check_resume(method, nets=PLAIN)
     testing.check_observe_leaves_no_trace(method, nets=PLAIN)
     testing.check_finalize(method, nets=PLAIN)
-
-
-def test_every_recipe_is_tried():
-    assert {*RECIPES, "adapmtl_published"} == set(recipes.__all__)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
-from mtprune.holding.inspect import hidden_weights
+from mtprune.holding.hidden import hidden_weights
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
 
@@ -142,14 +142,14 @@ def refuse_unfinished(model: nn.Module) -> None:
     Raises:
         ValueError: If a module is pruned but not finalized, or parametrized.
     """
-    hidden = dict(hidden_weights(model).keys())
+    for hidden, attribute in hidden_weights(model):
+        path = next(path for path, module in model.named_modules() if module is hidden)
+        raise ValueError(
+            f"'{path or type(hidden).__name__}' still has a mask that may open again on its "
+            f"'{attribute}'. Call pruner.finalize() first."
+        )
     for name, module in model.named_modules():
         parameters: dict[str, Any] = module._parameters
-        if module in hidden:
-            raise ValueError(
-                f"'{name or type(module).__name__}' still has masks that may open again, on its "
-                f"'{hidden[module]}'. Call pruner.finalize() first."
-            )
         pruned = [key[:-5] for key in parameters if key.endswith("_orig")]
         pruned = [key for key in pruned if key + "_mask" in module._buffers]
         label = name or type(module).__name__

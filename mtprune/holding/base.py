@@ -115,6 +115,7 @@ class View:
 
 
 D = TypeVar("D", bound=Decision)
+M = TypeVar("M", bound=Masks)
 
 
 class Hold(ABC, Generic[D]):
@@ -178,7 +179,7 @@ class Hold(ABC, Generic[D]):
         """
 
 
-class MaskHold(Hold[Masks]):
+class MaskHold(Hold[M]):
     """Masked weights are zero, and stay so.
 
     Args:
@@ -192,7 +193,7 @@ class MaskHold(Hold[Masks]):
         self.gate = masks.gate
 
     @override
-    def take(self, layers: Sequence[Layer], decision: Masks) -> bool:
+    def take(self, layers: Sequence[Layer], decision: M) -> bool:
         masks = shaped(layers, decision.masks)
         before = [self.mask(layer).clone() for layer in layers]
         self._put(layers, masks)

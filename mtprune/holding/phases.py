@@ -2,17 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune.holding.base import Hold, MaskHold, Masks, View, differ, shaped
+from mtprune.holding.base import Hold, M, MaskHold, Masks, View, differ, shaped
 from mtprune.model.layers import Layer
 
 __all__ = ["OpenHold", "Phased"]
-
-M = TypeVar("M", bound=Masks)
 
 
 class OpenHold(Hold[M]):
@@ -53,7 +51,7 @@ class Phased(Hold[M]):
         last: The hold of the masks that are for good.
     """
 
-    def __init__(self, first: OpenHold[M], last: MaskHold) -> None:
+    def __init__(self, first: OpenHold[M], last: MaskHold[Any]) -> None:
         self._first = first
         self._last = last
         self._layers: list[Layer] = []

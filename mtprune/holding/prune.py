@@ -187,14 +187,27 @@ def plain_copy(model: nn.Module) -> nn.Module:
     ]
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in held})
     settle(copied)
+    effective: dict[nn.Parameter, Tensor] = {}
     for module in copied.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, prune.BasePruningMethod):
-                    hook.remove(module)
+                    _settle_once(module, hook, effective)
                 if isinstance(hook, (prune.BasePruningMethod, _Release, FromParent)):
                     del hooks[key]
     return copied
+
+
+def _settle_once(
+    module: nn.Module, hook: prune.BasePruningMethod, effective: dict[nn.Parameter, Tensor]
+) -> None:
+    """Write the effective weight into the Parameter: once for all uses of a tied one."""
+    parameter = module._parameters[hook._tensor_name + "_orig"]
+    assert parameter is not None
+    if parameter not in effective:
+        effective[parameter] = hook.apply_mask(module).detach()
+    hook.remove(module)
+    parameter.data = effective[parameter]
 
 
 class _PrunedKeys:

@@ -14,7 +14,7 @@ from mtprune.model.layers import Layer
 __all__ = ["RegrowHold"]
 
 
-class RegrowHold(MaskHold):
+class RegrowHold(MaskHold[Masks]):
     """Masks under which pruned weights may grow again.
 
     Args:

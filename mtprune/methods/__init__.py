@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mtprune.holding import Decision, Hold, MaskHold, Masking, Masks
+from mtprune.holding import Decision, MaskHold, Masking, Masks
 from mtprune.methods.base import Ballot, Method, Needs, describe
 from mtprune.methods.vote import PerTaskKeep, Vote
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Ballot",
     "Decision",
-    "Hold",
     "LowRank",
     "MaskHold",
     "Masking",

@@ -41,8 +41,8 @@ class Store:
             )
         if needs.over_the_run and dtype is not torch.float32:
             raise ValueError(
-                f"Scores are added up over the whole run, which {dtype} cannot hold. Leave "
-                "`score_dtype` out."
+                f"Scores are added up over the whole run, as straight_through=True asks, which "
+                f"{dtype} cannot hold. Leave `score_dtype` out."
             )
         return cls(needs.statistics, dtype, None if device is None else torch.device(device))
 

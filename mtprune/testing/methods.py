@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.methods.base import Method
-from mtprune.methods.stock import Selection, take_inventory
+from mtprune.methods.inventory import Selection, take_inventory
 from mtprune.pruner import MultitaskPruner
 from mtprune.testing.functions import check
 from mtprune.testing.nets import NETS, Nets

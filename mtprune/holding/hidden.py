@@ -1,4 +1,4 @@
-"""Inspecting: the masks that a model holds now, whichever back-end put them there."""
+"""Hidden weights: the masks that a model holds now, whichever back-end put them there."""
 
 from collections.abc import Iterator
 from typing import Any
