@@ -93,8 +93,8 @@ class Report:
         if any(row.macs is None for row in self.components) or not self.components:
             return None
         macs = sum(row.macs or 0.0 for row in self.components)
-        gone = macs - sum(row.macs_kept or 0.0 for row in self.components)
-        return gone / (macs if self.macs is None else self.macs)
+        left = sum(row.macs_kept or 0.0 for row in self.components)
+        return (macs - left) / (macs if self.macs is None else self.macs)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, numbers and strings: what JSON gives back."""
@@ -112,9 +112,9 @@ class Report:
         head = ["layer" if layers else "component", "weights", "kept", "sparsity"]
         head += ["rank"] if any(row.rank is not None for row in rows) else []
         head += ["threshold"] if (soft := any(row.threshold is not None for row in rows)) else []
-        asked = self.tasks if any(row.want for row in rows) else ()
-        head += [*(f"want {task}" for task in asked), "unanimity"] if asked else []
-        body = [_cells(row, asked, soft) for row in rows]
+        voters = self.tasks if any(row.want for row in rows) else ()
+        head += [*(f"want {task}" for task in voters), "unanimity"] if voters else []
+        body = [_cells(row, voters, soft) for row in rows]
         total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
         body.append(total + [""] * (len(head) - len(total)))
         lines = columns([head, *body])
@@ -132,8 +132,8 @@ class Report:
         if self.macs_sparsity is not None:
             notes.append(f"{self.macs_sparsity:.2%} of the multiply-adds fall on pruned weights.")
         if self.weights:
-            told = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
-            notes.append(f"Losses count {told}.")
+            factors = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
+            notes.append(f"Losses count {factors}.")
         if self.method:
             notes.append(f"By {self.method}.")
         if self.observations:

@@ -145,10 +145,10 @@ class _Release:
         self.parameter: Tensor | None = None
 
     def __call__(self, module: nn.Module, *_: object) -> None:
-        held = module._parameters.get(self.attribute + "_orig")
-        if isinstance(held, nn.Parameter):  # else it is a guest, brought by functional_call
-            self.parameter = held
-        if self.parameter is not None and held is not None:
+        registered = module._parameters.get(self.attribute + "_orig")
+        if isinstance(registered, nn.Parameter):  # else it is a guest, brought by functional_call
+            self.parameter = registered
+        if self.parameter is not None and registered is not None:
             _expose(module, self.attribute, self.parameter)
 
 
@@ -162,11 +162,11 @@ def _expose(module: nn.Module, attribute: str, parameter: Tensor | None) -> None
 
 
 def _reorder(module: nn.Module, order: Sequence[str]) -> None:
-    held = dict(module._parameters)
+    parameters = dict(module._parameters)
     module._parameters.clear()
     for name in order:
-        module._parameters[name] = held.pop(name)
-    module._parameters.update(held)
+        module._parameters[name] = parameters.pop(name)
+    module._parameters.update(parameters)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -179,13 +179,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
         (['bias', 'weight'], 2)
     """
     # The effective weight has a history, and what has one is not copied by deepcopy.
-    held = [
+    computed = [
         value
         for module in model.modules()
         for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))
         if isinstance(value, Tensor) and not value.is_leaf
     ]
-    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in held})
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     settle(copied)
     effective: dict[nn.Parameter, Tensor] = {}
     for module in copied.modules():

@@ -199,9 +199,9 @@ class SoftHold(OpenHold[SoftThresholds]):
             return
         slack = [threshold.slack for threshold in self._thresholds.values()]
         grads = [x.new_zeros(()) if x.grad is None else x.grad for x in slack if x is not None]
-        found = torch.stack([grad.to(grads[0].device) for grad in grads])
+        values = torch.stack([grad.to(grads[0].device) for grad in grads])
         # Neither infinite nor NaN, as where a GradScaler overflows.
-        self._noted = self._noted.to(found.device) + torch.where(found.isfinite(), found, 0.0)
+        self._noted = self._noted.to(values.device) + torch.where(values.isfinite(), values, 0.0)
         for x in slack:
             if x is not None:
                 x.grad = None

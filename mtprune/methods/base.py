@@ -218,15 +218,15 @@ def describe(value: object, *, defaults: bool = True) -> str:
         given: Any = value
         if not given.__dataclass_params__.repr:  # it says itself what it is
             return repr(value)
-        told = [f for f in fields(value) if f.repr]
-        held = {f.name: getattr(value, f.name) for f in told}
+        shown = [f for f in fields(value) if f.repr]
+        values = {f.name: getattr(value, f.name) for f in shown}
         if not defaults:
             usual = {
                 f.name: f.default if f.default_factory is MISSING else f.default_factory()
-                for f in told
+                for f in shown
             }
-            held = {name: v for name, v in held.items() if v != usual[name]}
-        return f"{type(value).__name__}({', '.join(f'{k}={say(v)}' for k, v in held.items())})"
+            values = {name: v for name, v in values.items() if v != usual[name]}
+        return f"{type(value).__name__}({', '.join(f'{k}={say(v)}' for k, v in values.items())})"
     if isinstance(value, tuple):
         return f"({', '.join(map(say, value))}{',' * (len(value) == 1)})"
     if isinstance(value, Mapping):

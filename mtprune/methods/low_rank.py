@@ -136,8 +136,8 @@ class LowRank(Method[LowRanks]):
         """The ranks of the update of ``step``, or the gates until the next one."""
         if self.gates == "learned":
             return self._learn(ballot, step)
-        held = ballot.memory.get("ranks", {})
-        alive = [held.get(n, min(s)) for n, s in zip(ballot.names, ballot.shapes, strict=True)]
+        known = ballot.memory.get("ranks", {})
+        alive = [known.get(n, min(s)) for n, s in zip(ballot.names, ballot.shapes, strict=True)]
         share = self.sparsity * self.schedule.progress(step)
         percentiles = _percentiles(ballot)
         kept = self._select(ballot, self._vote(percentiles), share, alive)
@@ -206,32 +206,32 @@ class LowRank(Method[LowRanks]):
         pace = memory["pace"] if memory else self._pace()
         count = memory["count"] + 1 if memory else 1
         fresh = [torch.full((size,), _START, dtype=torch.float64) for size in sizes]
-        held = [memory["log_alpha"][name] for name in names] if memory else fresh
-        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in held])))
+        before = [memory["log_alpha"][name] for name in names] if memory else fresh
+        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in before])))
         smooth = (1 - _MEMORY) * (worth - worth.mean())
         smooth += _MEMORY * memory["worth"] if memory else 0.0
-        log_alpha = torch.cat(held)
+        log_alpha = torch.cat(before)
         gap = self._saved(ballot, log_alpha) - self.schedule.progress(step) * self._due(ballot)
         first, second = memory["multipliers"] if memory else (0.0, _STIFFNESS)
         log_alpha += pace * (smooth / (1 - _MEMORY**count) + first + 2.0 * second * gap)
-        found = [x.clone() for x in log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)]
-        for x, sure in zip(found, self._least(ballot.shapes, self.sparsity), strict=True):
+        moved = [x.clone() for x in log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)]
+        for x, sure in zip(moved, self._least(ballot.shapes, self.sparsity), strict=True):
             best = x.argsort(descending=True, stable=True)[:sure]
             x[best] = x[best].clamp(min=_START)  # what a layer is sure of does not fade
         if settled:
-            kept = self._select(ballot, found, self.sparsity, sizes)
+            kept = self._select(ballot, moved, self.sparsity, sizes)
             return LowRanks(ballot.masks, directions=kept)
         return LowRanks(
             ballot.masks,
             memory={
-                "log_alpha": dict(zip(names, found, strict=True)),
+                "log_alpha": dict(zip(names, moved, strict=True)),
                 "worth": smooth,
                 "multipliers": [first + pace * gap, second + pace * gap**2],
                 "count": count,
                 "pace": pace,
             },
             directions=[torch.ones(size, dtype=torch.bool) for size in sizes],
-            gates=[_let(x) for x in found],
+            gates=[_let(x) for x in moved],
         )
 
     def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:

@@ -177,9 +177,9 @@ class Vote(Method[Masks]):
             fixed = self.granularity.sparsity
             number = self.sparsity if isinstance(self.sparsity, (int, float)) else -1.0
             if given and (given != ["sparsity"] or not isclose(number, fixed)):
-                told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+                extra = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
                 raise ValueError(
-                    f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {told} out."
+                    f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {extra} out."
                 )
             return
         if len(given) > 1:

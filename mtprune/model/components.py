@@ -64,25 +64,25 @@ def declare(model: nn.Module, layers: Sequence[Layer], spec: Spec) -> list[Decla
         matches = [match(model, item, "shared_modules") for item in resolved]
         anything = any(id(p) in by_parameter for matched in matches for p in matched)
         for item, matched in zip(resolved, matches, strict=True):
-            found = {id(p): by_parameter[id(p)] for p in matched if id(p) in by_parameter}
+            members = {id(p): by_parameter[id(p)] for p in matched if id(p) in by_parameter}
             called = label(model, item)
-            if not found:
+            if not members:
                 # A list of all children, or of all parameters, holds norms and biases too.
                 if anything and not isinstance(item, str):
                     continue
                 raise ValueError(_nothing_prunable(model, item, called))
-            if not any(layer.parameter.requires_grad for layer in found.values()):
+            if not any(layer.parameter.requires_grad for layer in members.values()):
                 raise ValueError(
                     f"Shared {called} has nothing prunable: all its weights are frozen "
                     "(requires_grad=False). Unfreeze it or leave it out of `shared_modules`."
                 )
-            for layer in found.values():
+            for layer in members.values():
                 if owner.setdefault(layer.name, component) != component:
                     raise ValueError(
                         f"Layer '{layer.name}' is in components '{owner[layer.name]}' and "
                         f"'{component}'. A layer belongs to one component."
                     )
-            names = tuple(layer.name for layer in found.values())
+            names = tuple(layer.name for layer in members.values())
             declared.append(Declared(component, called, names))
     if not declared:
         raise ValueError(
@@ -133,5 +133,5 @@ def _nothing_prunable(model: nn.Module, item: Any, called: str) -> str:
             if any(id(p) in matched for p in module._parameters.values())
         }
     )
-    held = f"Found parameters of {', '.join(kinds)}." if kinds else "It has no parameters."
-    return f"Shared {called} has nothing prunable. Prunable: {KINDS}. {held}"
+    contents = f"Found parameters of {', '.join(kinds)}." if kinds else "It has no parameters."
+    return f"Shared {called} has nothing prunable. Prunable: {KINDS}. {contents}"

@@ -35,14 +35,14 @@ def reachable(loss: Tensor) -> set[int]:
     Raises:
         RuntimeError: If reentrant checkpointing hides what lies behind it.
     """
-    found: set[int] = set()
+    leaves: set[int] = set()
     for node in _nodes(loss):
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(_ADVICE["use_reentrant=True"])
         variable = getattr(node, "variable", None)
         if variable is not None:
-            found.add(id(variable))
-    return found
+            leaves.add(id(variable))
+    return leaves
 
 
 def leave_mark(output: Tensor) -> int:

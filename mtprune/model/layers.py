@@ -59,8 +59,8 @@ class Layer:
     def parameter(self) -> nn.Parameter:
         """The Parameter as it is now, pruned or not."""
         module, attribute = self.places[0]
-        held = module._parameters
-        found = held.get(attribute, held.get(attribute + "_orig"))
+        parameters = module._parameters
+        found = parameters.get(attribute, parameters.get(attribute + "_orig"))
         if found is None:
             raise RuntimeError(f"'{self.name}' is gone: its module no longer has '{attribute}'.")
         return found
@@ -104,8 +104,8 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     layers = []
     for name, parameter in model.named_parameters():
         if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
-            found = tuple(places[id(parameter)])
-            layers.append(Layer(own_name(model, name), found, tuple(parameter.shape)))
+            uses = tuple(places[id(parameter)])
+            layers.append(Layer(own_name(model, name), uses, tuple(parameter.shape)))
     return layers
 
 

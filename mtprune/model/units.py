@@ -213,13 +213,13 @@ class _Groups(Units):
 
     @override
     def pool(self, place: int, values: Tensor) -> Tensor:
-        found = []
+        sums = []
         for seat in self._seats[place]:
             along = values.movedim(seat.dim, 0).reshape(values.shape[seat.dim], -1).sum(1)
             # Sums of what a table says, because scattered additions on a GPU come in any order.
             padded = torch.cat([along, along.new_zeros(1)])
-            found.append(padded[seat.table.to(along.device)].sum(1))
-        return torch.cat(found)
+            sums.append(padded[seat.table.to(along.device)].sum(1))
+        return torch.cat(sums)
 
     @override
     def gather(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -262,20 +262,20 @@ class _Groups(Units):
 
     @override
     def _costs(self) -> list[Tensor]:
-        found = [torch.zeros(size, dtype=torch.float64) for _, size in self._groups]
+        costs = [torch.zeros(size, dtype=torch.float64) for _, size in self._groups]
         for layer, seats, price in zip(self.layers, self._seats, self.prices, strict=True):
             for group in {seat.group for seat in seats}:
-                gone: dict[int, Tensor] = {}
+                removed: dict[int, Tensor] = {}
                 for seat in seats:
                     if seat.group == group:
                         own = (seat.table < layer.shape[seat.dim]).sum(1)
-                        gone[seat.dim] = gone[seat.dim] + own if seat.dim in gone else own
-                left = prod(layer.shape) // prod(layer.shape[d] for d in gone)
-                kept = torch.full_like(found[group], left)
-                for dim, own in gone.items():
+                        removed[seat.dim] = removed[seat.dim] + own if seat.dim in removed else own
+                left = prod(layer.shape) // prod(layer.shape[d] for d in removed)
+                kept = torch.full_like(costs[group], left)
+                for dim, own in removed.items():
                     kept *= layer.shape[dim] - own
-                found[group] += (prod(layer.shape) - kept) * float(price)
-        return found
+                costs[group] += (prod(layer.shape) - kept) * float(price)
+        return costs
 
     @override
     def holding(self, group: int) -> list[int]:
@@ -288,12 +288,12 @@ class _Groups(Units):
 
     def _along(self, seats: Sequence[_Seat], masks: Sequence[Tensor]) -> dict[int, Tensor]:
         """What stays along each dimension of a layer."""
-        found: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}
         for seat in seats:
             mask = masks[seat.group]
             along = torch.cat([mask, mask.new_ones(1)])[seat.index]
-            found[seat.dim] = found[seat.dim] & along if seat.dim in found else along
-        return found
+            kept[seat.dim] = kept[seat.dim] & along if seat.dim in kept else along
+        return kept
 
 
 @dataclass(frozen=True)

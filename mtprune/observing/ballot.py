@@ -70,10 +70,10 @@ class Pollster:
         units = self._inventory.units
         statistics = {
             name: [
-                self._sums(name, statistic, evidence, index, asked)
+                self._sums(name, statistic, evidence, index, electors)
                 if statistic.when != "update"
-                else self._data_free(statistic, layer, asked, weights[place])
-                for place, ((index, layer), asked) in enumerate(zip(active, voters, strict=True))
+                else self._data_free(statistic, layer, electors, weights[place])
+                for place, ((index, layer), electors) in enumerate(zip(active, voters, strict=True))
             ]
             for name, statistic in self._needs.statistics.items()
         }
@@ -120,14 +120,14 @@ class Pollster:
         """A statistic of the weights as they are now: one for all voters, unless it names them."""
         weight = weight.view(layer.shape)
         if "task" in statistic.asks:
-            asked = {v: statistic.of(self._glance(layer, weight, v)) for v in voters}
+            values = {v: statistic.of(self._glance(layer, weight, v)) for v in voters}
         else:
-            asked = dict.fromkeys(voters, statistic.of(self._glance(layer, weight, None)))
-        if not all(bool(torch.isfinite(value).all()) for value in asked.values()):
+            values = dict.fromkeys(voters, statistic.of(self._glance(layer, weight, None)))
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):
             raise RuntimeError(
                 f"Saliency is not finite in '{layer.name}'. Check its weights; masks are unchanged."
             )
-        return asked
+        return values
 
     def _glance(self, layer: Layer, weight: Tensor, task: str | None) -> Seen:
         return Seen(layer, weight, task=task, generator=self._generator)

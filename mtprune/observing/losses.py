@@ -73,12 +73,12 @@ def compute(
 def given(tasks: Collection[str], losses: object) -> dict[str, Any]:
     """The declared tasks' losses out of what the caller computed."""
     if isinstance(losses, Mapping):
-        found = {name: losses[name] for name in tasks if name in losses}
-        if not found:
+        chosen = {name: losses[name] for name in tasks if name in losses}
+        if not chosen:
             raise ValueError(
                 f"`losses` has none of the declared tasks {list(tasks)}. Got keys {list(losses)}."
             )
-        return found
+        return chosen
     if isinstance(losses, Tensor) and losses.dim() == 1:
         losses = losses.unbind()
     if isinstance(losses, Sequence):
@@ -125,8 +125,8 @@ def scalars(losses: Mapping[str, object]) -> dict[str, Tensor]:
         TypeError: If one is neither a tensor nor a list of tensors.
         ValueError: If one is not a scalar.
     """
-    found = {name: scalar(name, loss) for name, loss in losses.items()}
-    return {name: loss for name, loss in found.items() if loss is not None}
+    parsed = {name: scalar(name, loss) for name, loss in losses.items()}
+    return {name: loss for name, loss in parsed.items() if loss is not None}
 
 
 def check_graphs(losses: Collection[str], present: Collection[str]) -> None:

@@ -76,14 +76,14 @@ def fold(
         shown: For each target the mask that training's gradient goes through, or None.
         keep: Whether the graph is needed again.
     """
-    held: list[tuple[int, Tensor]] = []
+    waiting: list[tuple[int, Tensor]] = []
     handles = []
 
     def consume(index: int) -> Callable[[Tensor], Tensor | None]:
         def hook(grad: Tensor) -> Tensor | None:
             dense = grad.to_dense() if grad.is_sparse else grad
             if guarded:
-                held.append((index, dense))
+                waiting.append((index, dense))
             else:
                 sink(index, dense)
             mask = shown[index]
@@ -99,9 +99,9 @@ def fold(
     finally:
         for handle in handles:
             handle.remove()
-    if not all(bool(torch.isfinite(grad).all()) for _, grad in held):
+    if not all(bool(torch.isfinite(grad).all()) for _, grad in waiting):
         return False
-    for index, grad in held:
+    for index, grad in waiting:
         sink(index, grad)
     return True
 

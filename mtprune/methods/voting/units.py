@@ -45,8 +45,8 @@ class UnitBudget:
 
     def room(self, cost: Fraction, progress: float) -> Fraction:
         """The part of a cost that may stay."""
-        gone = (1 - self.stays) * Fraction(progress) * cost
-        return cost - (gone if self.by_macs else round(gone))
+        pruned = (1 - self.stays) * Fraction(progress) * cost
+        return cost - (pruned if self.by_macs else round(pruned))
 
     def check(self, units: Units, fixed: Fraction, min_keep: int, what: str) -> None:
         """Refuse a budget that leaves no room for the units that have to stay.
