@@ -48,6 +48,11 @@ class Losses:
     scale: float = 1.0
     guarded: bool = False
 
+    @property
+    def folds(self) -> bool:
+        """Whether the sweeps are the training's backward as well."""
+        return self.others is not None
+
 
 class Collector:
     """Turns losses into evidence.
@@ -114,47 +119,61 @@ class Collector:
             self._inputs.forget()
 
     def _add(self, losses: Losses, users: Mapping[str, Tensor] | None) -> None:
-        evidence, scored = self.evidence, bool(self._swept)
-        rest = list(losses.others or ())  # losses that no sweep has folded yet
-        self._inputs.match(losses.scored)
+        """Observe every task whose loss can be used."""
+        scored = losses.scored
+        self._inputs.match(scored)
         with untouched(self._model), self._dense_gradients():
-            flags, able = {}, []
-            for task, loss in losses.scored.items():
-                flags[task] = ~distributed.any_rank(~torch.isfinite(loss.detach()))
-                if not losses.guarded or bool(flags[task]):
-                    able.append(task)
+            finite = {t: ~distributed.any_rank(~x.detach().isfinite()) for t, x in scored.items()}
+            able = [task for task in scored if not losses.guarded or bool(finite[task])]
+            # The losses that no sweep has folded yet.
+            rest = [*(losses.others or ()), *(x for task, x in scored.items() if task not in able)]
+            if self._swept and self._apart:
+                valid = self._score_apart(losses, able, users, rest)
+            else:
+                valid = [task for task in able if self._probe(task, losses, users, None)]
+                if self._swept and valid:
+                    rest += [scored[task] for task in able if task not in valid]
+                    valid = self._score_together(losses, valid, rest)
                 else:
-                    rest.append(loss)
-            valid = []
-            folds = losses.others is not None and scored
-            for task in able:
-                last = not rest and task == able[-1]
-                folding = _Fold(keep=not last) if folds and self._apart else None
-                if self._probe(task, losses, users, folding):
-                    valid.append(task)
-            if scored and not self._apart and valid:
-                walked = [evidence.walked[task] for task in valid]
-                targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
-                rest += [losses.scored[task] for task in able if task not in valid]
-                folding = _Fold(keep=bool(rest)) if folds else None
-                sweep = _Sweep(valid, targets, JOINT, False, folding)
-                if not self._sweep(losses, sweep):
-                    valid = []
-            elif not (scored and self._apart):
-                rest += [losses.scored[task] for task in able]
+                    rest += [scored[task] for task in able]
             if valid:
-                self._inputs.add_to(evidence)
-            for task in losses.scored:
-                if task in valid:
-                    self._count(task, losses.scored[task], flags[task])
-                else:
-                    evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
-        if losses.others is not None and rest:
+                self._inputs.add_to(self.evidence)
+            for task, loss in scored.items():
+                self._count(task, loss, finite[task], task in valid)
+        if losses.folds and rest:
             backward(rest, losses.scale)
 
-    def _count(self, task: str, loss: Tensor, finite: Tensor) -> None:
-        """Note one observation of a task that counts."""
+    def _score_apart(
+        self,
+        losses: Losses,
+        able: Sequence[str],
+        users: Mapping[str, Tensor] | None,
+        rest: Sequence[Tensor],
+    ) -> list[str]:
+        """One sweep for each task; the tasks whose gradients could be used."""
+        valid = []
+        for task in able:
+            last = not rest and task == able[-1]
+            folding = _Fold(keep=not last) if losses.folds else None
+            if self._probe(task, losses, users, folding):
+                valid.append(task)
+        return valid
+
+    def _score_together(
+        self, losses: Losses, valid: list[str], rest: Sequence[Tensor]
+    ) -> list[str]:
+        """One sweep for the sum of the losses; the tasks whose gradients could be used."""
+        walked = [self.evidence.walked[task] for task in valid]
+        targets = torch.stack(walked).any(0).nonzero().flatten().tolist()
+        folding = _Fold(keep=bool(rest)) if losses.folds else None
+        return valid if self._sweep(losses, _Sweep(valid, targets, JOINT, False, folding)) else []
+
+    def _count(self, task: str, loss: Tensor, finite: Tensor, valid: bool) -> None:
+        """Note one observation of a task, or that it was discarded."""
         evidence = self.evidence
+        if not valid:
+            evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
+            return
         evidence.counts[task] = evidence.counts.get(task, 0) + 1
         evidence.finite.setdefault(task, []).append(finite)
         value = distributed.mean_(loss.detach().to(torch.float32).clone())

@@ -13,9 +13,9 @@ from mtprune.holding import Decision, Hold
 from mtprune.methods.base import Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
-from mtprune.observing.ballot import Pollster
 from mtprune.observing.collector import Collector, Losses
 from mtprune.observing.evidence import Evidence, Store
+from mtprune.observing.pollster import Pollster
 from mtprune.observing.reach import Reach
 from mtprune.observing.stability import Stability
 
@@ -101,10 +101,10 @@ class Round(Generic[D]):
         """
         lacking = self._missing_now()
         wanted = {task: loss for task, loss in losses.scored.items() if task in lacking}
-        if losses.others is not None:
+        if losses.folds:
             rest = [loss for task, loss in losses.scored.items() if task not in wanted]
             losses = replace(losses, others=rest)
-        if not wanted and losses.others is None:
+        if not wanted and not losses.folds:
             self._collector.skip()
             return
         self._collector.add(replace(losses, scored=wanted), self._reach.settled)

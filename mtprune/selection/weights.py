@@ -80,7 +80,7 @@ def select(
     masks = [torch.zeros_like(next(iter(s.values())), dtype=torch.bool) for s in scores]
     if rankings is None:
         rankings = rank(scores, priority)
-    ballot = _Ballot(scores, vote, rankings, eligible)
+    selection = _Selection(scores, vote, rankings, eligible)
     order = votes.order_statistic(vote)
     if order is not None and rankings:
         # Such a vote picks one of the percentiles, so it may as well pick among their grid cells.
@@ -88,19 +88,19 @@ def select(
         grid = Grid(min(low for low, _ in ranges), max(high for _, high in ranges))
         for ranking in rankings.values():
             ranking.tabulate(grid)
-        contests: list[_Contest] = [_OrderStatistic(ballot, quota, order) for quota in quotas]
+        contests: list[_Contest] = [_OrderStatistic(selection, quota, order) for quota in quotas]
     else:
-        contests = [_AnyVote(ballot, quota) for quota in quotas]
+        contests = [_AnyVote(selection, quota) for quota in quotas]
     for contest in contests:
         contest.open(masks)
-    worths = _exact_worths(ballot, [part for contest in contests for part in contest.undecided])
+    worths = _exact_worths(selection, [part for contest in contests for part in contest.undecided])
     for contest in contests:
         contest.close(masks, [next(worths) for _ in contest.undecided])
     return masks
 
 
 @dataclass(frozen=True)
-class _Ballot:
+class _Selection:
     """The arguments of `select` that all its contests look at."""
 
     scores: Sequence[Mapping[str, Tensor]]
@@ -133,8 +133,8 @@ class _Contest(ABC):
             alone do not decide.
     """
 
-    def __init__(self, ballot: _Ballot, quota: Quota) -> None:
-        self._ballot = ballot
+    def __init__(self, selection: _Selection, quota: Quota) -> None:
+        self._selection = selection
         self._quota = quota
         self._sure_counts: list[int] = []
         self.undecided: list[tuple[int, Tensor]] = []
@@ -191,13 +191,13 @@ class _OrderStatistic(_Contest):
     its saliency reaches a certain value.
     """
 
-    def __init__(self, ballot: _Ballot, quota: Quota, order: Callable[[int], int]) -> None:
-        super().__init__(ballot, quota)
+    def __init__(self, selection: _Selection, quota: Quota, order: Callable[[int], int]) -> None:
+        super().__init__(selection, quota)
         self._order = order
 
     @override
     def _decisions(self) -> Iterator[Iterator[_Decision]]:
-        rankings = self._ballot.rankings
+        rankings = self._selection.rankings
         surely_in, surely_out = self._cuts()
         edges = {task: r.edges(surely_in, surely_out) for task, r in rankings.items()}
         for place, layer in enumerate(self._quota.layers):
@@ -205,7 +205,7 @@ class _OrderStatistic(_Contest):
             possible = {task: values[place] for task, (_, values) in edges.items()}
             yield (
                 (chunk, self._enough(saliencies, sure), self._enough(saliencies, possible), e)
-                for chunk, saliencies, e in self._ballot.chunks(layer)
+                for chunk, saliencies, e in self._selection.chunks(layer)
             )
 
     def _enough(self, saliencies: Mapping[str, Tensor], edges: Mapping[str, int]) -> Tensor:
@@ -252,21 +252,21 @@ class _OrderStatistic(_Contest):
         common = torch.stack([(total > quota.keep).sum(), (total >= quota.keep).sum() - 1])
         cuts = torch.minimum(torch.stack(own), common).to(torch.int32)
         first, surely_out = cuts[:, 0].contiguous(), cuts[:, 1].contiguous()
-        reach = torch.stack([r.reach(first) for r in self._ballot.rankings.values()]).amax(0) + 1
+        reach = torch.stack([r.reach(first) for r in self._selection.rankings.values()]).amax(0) + 1
         return torch.maximum(first, reach.to(torch.int32)), surely_out
 
     def _low(self, layer: int) -> Tensor:
         """For each cell, how many weights of a layer have a lower bound of worth at least there."""
-        voters = self._ballot.scores[layer]
+        voters = self._selection.scores[layer]
         like = next(iter(voters.values()))
         counts = torch.zeros(GRID + 1, dtype=torch.int64, device=like.device)
         space = torch.empty(
             len(voters), min(like.numel(), chunk_size(like)), dtype=torch.int16, device=like.device
         )
-        for _, saliencies, eligible in self._ballot.chunks(layer):
+        for _, saliencies, eligible in self._selection.chunks(layer):
             rows = [space[i, : values.numel()] for i, values in enumerate(saliencies.values())]
             for row, (task, values) in zip(rows, saliencies.items(), strict=True):
-                self._ballot.rankings[task].on_grid(values, row)
+                self._selection.rankings[task].on_grid(values, row)
             worth = votes.pick(rows, self._order(len(rows)))
             if eligible is not None:
                 worth = worth[positions(eligible)]
@@ -278,8 +278,8 @@ class _OrderStatistic(_Contest):
 class _AnyVote(_Contest):
     """Under any vote, by bounds of each weight's worth."""
 
-    def __init__(self, ballot: _Ballot, quota: Quota) -> None:
-        super().__init__(ballot, quota)
+    def __init__(self, selection: _Selection, quota: Quota) -> None:
+        super().__init__(selection, quota)
         self._grid = Grid(*self._range())
 
     @override
@@ -292,12 +292,12 @@ class _AnyVote(_Contest):
 
     def _range(self) -> tuple[float, float]:
         """The lowest and the highest worth there can be."""
-        ballot = self._ballot
+        selection = self._selection
         ranges: list[tuple[float, float]] = []
-        for voters in {tuple(ballot.scores[layer]) for layer in self._quota.layers}:
-            rankings = [ballot.rankings[task] for task in voters]
+        for voters in {tuple(selection.scores[layer]) for layer in self._quota.layers}:
+            rankings = [selection.rankings[task] for task in voters]
             rows = [r.percentile(r.counts.new_tensor([0, r.total])) for r in rankings]
-            low, high = votes.tally(ballot.vote, torch.stack(rows)).tolist()
+            low, high = votes.tally(selection.vote, torch.stack(rows)).tolist()
             if high < low:
                 raise ValueError(_NOT_A_VOTE)
             ranges.append((low, high))
@@ -305,10 +305,10 @@ class _AnyVote(_Contest):
 
     def _bounds(self, layer: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Positions, lowest and highest cell of the worth, and eligibility, chunk by chunk."""
-        for chunk, saliencies, eligible in self._ballot.chunks(layer):
-            pairs = [self._ballot.rankings[task].bounds(v) for task, v in saliencies.items()]
+        for chunk, saliencies, eligible in self._selection.chunks(layer):
+            pairs = [self._selection.rankings[task].bounds(v) for task, v in saliencies.items()]
             low, high = (
-                self._grid.cell(self._ballot.vote(torch.stack(rows)))
+                self._grid.cell(self._selection.vote(torch.stack(rows)))
                 for rows in zip(*pairs, strict=True)
             )
             yield chunk, low, high, eligible
@@ -323,7 +323,7 @@ class _AnyVote(_Contest):
         """
         lows, highs = [], []
         for layer in self._quota.layers:
-            device = next(iter(self._ballot.scores[layer].values())).device
+            device = next(iter(self._selection.scores[layer].values())).device
             counts = torch.zeros(2, GRID + 1, dtype=torch.int64, device=device)
             for _, lowest, topmost, eligible in self._bounds(layer):
                 if bool((lowest > topmost).any()):
@@ -344,36 +344,38 @@ class _AnyVote(_Contest):
         return torch.minimum(common_in, floor_in), torch.minimum(common_out, floor_out)
 
 
-def _exact_worths(ballot: _Ballot, undecided: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
+def _exact_worths(
+    selection: _Selection, undecided: Sequence[tuple[int, Tensor]]
+) -> Iterator[Tensor]:
     """The exact worth of some weights of each layer."""
-    queries: dict[str, list[Tensor]] = {task: [] for task in ballot.rankings}
+    queries: dict[str, list[Tensor]] = {task: [] for task in selection.rankings}
     rows_of, bounds_of, inexact_of = [], [], []
     for layer, index in undecided:
-        pairs = [ballot.rankings[t].bounds(v[index]) for t, v in ballot.scores[layer].items()]
+        pairs = [selection.rankings[t].bounds(v[index]) for t, v in selection.scores[layer].items()]
         low, high = (torch.stack(rows) for rows in zip(*pairs, strict=True))
-        bound = ballot.vote(low) if index.numel() else low[0]
+        bound = selection.vote(low) if index.numel() else low[0]
         # A percentile with equal bounds is exact already.
         inexact = high > low
-        if ballot.vote is votes.unanimous:
+        if selection.vote is votes.unanimous:
             # A task whose highest percentile is below another's lowest has no say in this weight,
             # and need not be ranked among the thousands around it.
             inexact &= high >= bound
-        for (task, values), mask in zip(ballot.scores[layer].items(), inexact, strict=True):
+        for (task, values), mask in zip(selection.scores[layer].items(), inexact, strict=True):
             queries[task].append(values[index[mask]])
         rows_of.append(low)
         bounds_of.append(bound)
         inexact_of.append(inexact)
     answers = {
-        task: iter(torch.split(ballot.rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
+        task: iter(torch.split(selection.rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
         for task, v in queries.items()
         if v
     }
     for (layer, _), rows, bound, inexact in zip(
         undecided, rows_of, bounds_of, inexact_of, strict=True
     ):
-        for task, row, mask in zip(ballot.scores[layer], rows, inexact, strict=True):
+        for task, row, mask in zip(selection.scores[layer], rows, inexact, strict=True):
             row[mask] = next(answers[task])
-        worth = ballot.vote(rows) if bound.numel() else bound
+        worth = selection.vote(rows) if bound.numel() else bound
         if not bool((worth >= bound - 1e-9).all()):  # allows for a vote's own rounding
             raise ValueError(_NOT_A_VOTE)
         yield worth

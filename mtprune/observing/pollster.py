@@ -1,4 +1,4 @@
-"""The ballot: from all that has been observed to what a method decides on."""
+"""The pollster: from all that has been observed to what a method decides on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
