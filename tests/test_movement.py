@@ -379,7 +379,7 @@ def test_hold_goes_on_at_the_full_sparsity():
                 Small(), LOSSES, method=recipes.movement(0.9, 9), score_dtype=torch.bfloat16
             ),
             ValueError,
-            "added up over the whole run, which torch.bfloat16 cannot hold",
+            "as straight_through=True asks, which torch.bfloat16 cannot hold",
         ),
     ],
 )
