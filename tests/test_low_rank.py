@@ -26,6 +26,7 @@ from mtprune.model import factors
 from tests import checkpoints, nets
 from tests.compression.fakes import prefer
 from tests.nets import Run, build, evaluate, read, same
+from tests.pairs import pairs
 from tests.runs import record
 from tests.test_resume import ORDERS, assert_ends_like, load, through_a_file
 
@@ -394,8 +395,9 @@ def test_ranks_hold_after_every_step(method, backend):
     assert loop.pruner.sparsity >= 0.6
 
 
-@EVERY_METHOD
-@pytest.mark.parametrize("name", LINEAR_NETS)
+@pytest.mark.parametrize(
+    ("name", "method", "backend"), pairs(LINEAR_NETS, METHODS, ["prune", "inplace"])
+)
 def test_nets_of_the_shelf(name, method, backend, device):
     run = Run(build(name, device), METHODS[method](), backend)
     before = [(n, id(p)) for n, p in run.model.named_parameters(remove_duplicate=False)]

@@ -197,10 +197,16 @@ def test_loading_a_state_from_before_the_first_masks_lifts_them(order, backend, 
     assert_ends_like(run, recorded("gradual", backend, device).at(9))
 
 
-@pytest.mark.parametrize("kind", ["gradual", "dynamic"])
-@pytest.mark.parametrize("name", ["plain", "attention", "lstm", "tied", "conv_bn"])
-@pytest.mark.parametrize(("source", "target"), [("prune", "inplace"), ("inplace", "prune")])
-def test_checkpoints_move_between_backends(kind, name, source, target, device):
+@pytest.mark.parametrize(
+    ("name", "kind", "backends"),
+    pairs(
+        ["plain", "attention", "lstm", "tied", "conv_bn"],
+        ["gradual", "dynamic"],
+        [("prune", "inplace"), ("inplace", "prune")],
+    ),
+)
+def test_checkpoints_move_between_backends(name, kind, backends, device):
+    source, target = backends
     straight = record(nets.start, name, kind, source, device)
     state, end = through_a_file(straight.at(5).checkpoint), straight.at(11)
     for order in (ORDERS[0], ORDERS[-1]):  # the model comes first, or the pruner

@@ -5,6 +5,7 @@ import torch
 
 from tests import nets
 from tests.nets import Run, build, read, same, weights
+from tests.pairs import pairs
 from tests.runs import Record, record
 
 
@@ -12,8 +13,10 @@ def start(name, method, backend, device):
     return Run(build(name, device), nets.METHODS[method](), backend)
 
 
-@pytest.mark.parametrize("method", nets.METHODS)
-@pytest.mark.parametrize("name", ["tied", "conv_bn", "transformer_encoder"])
+@pytest.mark.parametrize(
+    ("name", "method", "backend"),
+    pairs(["tied", "conv_bn", "transformer_encoder"], nets.METHODS, ["prune", "inplace"]),
+)
 def test_a_recorded_run_is_one_that_nobody_looks_at(name, method, backend, device):
     seen = record(start, name, method, backend, device).at(9)
     run = start(name, method, backend, device).train(9)

@@ -462,8 +462,10 @@ def learning(control, backend, device):
     return Loop(method, backend=backend, device=device)
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 6, 8, 9])
-@pytest.mark.parametrize("control", ["exact", "pi"])
+@pytest.mark.parametrize(
+    ("at", "control", "backend"),
+    pairs([1, 2, 4, 6, 8, 9], ["exact", "pi"], ["prune", "inplace"]),
+)
 def test_a_resumed_run_is_the_uninterrupted_run(at, control, backend, device):
     straight = record(learning, control, backend, device)
     for order in (("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")):
