@@ -1,4 +1,4 @@
-"""Usage: who uses which layer is seen in gradients, and settled at the first mask change."""
+"""Reach: which task uses which layer is seen in gradients, and settled at the first mask change."""
 
 from contextlib import nullcontext
 
@@ -66,44 +66,44 @@ def observe_once(pruner, model, device, size=16):
 # Settling.
 
 
-def components_of(usage):
-    return {subject.name: subject.component for subject in usage.subjects(usage.settled)}
+def components_of(reach):
+    return {subject.name: subject.component for subject in reach.subjects(reach.settled)}
 
 
-def make_usage(declared=()):
+def make_reach(declared=()):
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("one", "two", "three")})
     return Reach(Inventory(("a", "b"), find_layers(model), declared))
 
 
 def test_a_task_is_clear_when_graph_and_gradients_agree():
-    usage = make_usage()
+    reach = make_reach()
     evidence = Evidence(
         walked={"a": flags(1, 1, 0), "b": flags(1, 1, 1)},
         hits=hits({"a": flags(1, 1, 0), "b": flags(1, 0, 1)}),
     )
-    assert usage.is_clear(evidence, "a")
-    assert not usage.is_clear(evidence, "b")
+    assert reach.is_clear(evidence, "a")
+    assert not reach.is_clear(evidence, "b")
     with pytest.warns(UserWarning, match=r"leads to 'two\.weight' from task 'b', but no gradient"):
-        usage.settle(evidence)
-    assert usage.is_clear(Evidence(), "b")
+        reach.settle(evidence)
+    assert reach.is_clear(Evidence(), "b")
 
 
 def test_a_graph_that_leads_everywhere_for_every_task_promises_nothing():
-    usage = make_usage()
+    reach = make_reach()
     everywhere = flags(1, 1, 1)
     reached = {"a": flags(1, 1, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked={"a": everywhere, "b": everywhere}, hits=hits(reached)))
-    assert all(torch.equal(usage.settled[task], found) for task, found in reached.items())
+    reach.settle(Evidence(walked={"a": everywhere, "b": everywhere}, hits=hits(reached)))
+    assert all(torch.equal(reach.settled[task], found) for task, found in reached.items())
 
 
 def test_what_is_settled_stays():
-    usage = make_usage()
+    reach = make_reach()
     walked = {"a": flags(1, 1, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked=walked, hits=hits(walked)))
+    reach.settle(Evidence(walked=walked, hits=hits(walked)))
     other = {"a": flags(0, 0, 1), "b": flags(0, 0, 1)}
-    usage.settle(Evidence(walked=other, hits=hits(other)))
-    assert all(torch.equal(usage.settled[task], walked[task]) for task in walked)
-    assert components_of(usage) == {
+    reach.settle(Evidence(walked=other, hits=hits(other)))
+    assert all(torch.equal(reach.settled[task], walked[task]) for task in walked)
+    assert components_of(reach) == {
         "one.weight": "shared",
         "two.weight": "a",
         "three.weight": "b",
@@ -111,41 +111,41 @@ def test_what_is_settled_stays():
 
 
 def test_every_candidate_is_active_until_it_is_known_who_uses_what():
-    usage = make_usage()
-    assert [layer.name for _, layer in usage.active()] == [
+    reach = make_reach()
+    assert [layer.name for _, layer in reach.active()] == [
         "one.weight",
         "two.weight",
         "three.weight",
     ]
-    assert usage.left_alone() == {}
+    assert reach.left_alone() == {}
     seen = {"a": flags(1, 0, 0), "b": flags(1, 0, 1)}
-    usage.settle(Evidence(walked=seen, hits=hits(seen)))
-    assert [(i, layer.name) for i, layer in usage.active()] == [
+    reach.settle(Evidence(walked=seen, hits=hits(seen)))
+    assert [(i, layer.name) for i, layer in reach.active()] == [
         (0, "one.weight"),
         (2, "three.weight"),
     ]
-    assert usage.left_alone() == {"two.weight": "no task uses it"}
+    assert reach.left_alone() == {"two.weight": "no task uses it"}
 
 
 def test_a_gradient_where_the_graph_does_not_lead_is_no_reason_to_warn():
-    usage = make_usage([Declared("shared", "'one'", ("one.weight",))])
-    usage.settle(
+    reach = make_reach([Declared("shared", "'one'", ("one.weight",))])
+    reach.settle(
         Evidence(
             walked={"a": flags(1, 0, 0), "b": flags(1, 0, 0)},
             hits=hits({"a": flags(1, 1, 0), "b": flags(1, 0, 1)}),
         )
     )
-    assert components_of(usage)["two.weight"] == "a"
+    assert components_of(reach)["two.weight"] == "a"
 
 
 def test_a_declared_layer_that_the_graph_promises_to_a_task_is_named_with_that_task():
     layers = find_layers(nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2)}))
-    usage = Reach(
+    reach = Reach(
         Inventory(("a", "b", "c"), layers, [Declared("shared", "'one'", ("one.weight",))])
     )
     seen = {"a": flags(1, 0), "b": flags(1, 0), "c": flags(0, 1)}
     with pytest.warns(UserWarning, match=r"The autograd graph leads to 'one' from task 'c', but"):
-        usage.settle(Evidence(walked=seen | {"c": flags(1, 1)}, hits=hits(seen)))
+        reach.settle(Evidence(walked=seen | {"c": flags(1, 1)}, hits=hits(seen)))
 
 
 # Through the pruner.

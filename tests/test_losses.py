@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtprune.observing import losses as tasks
+from mtprune.observing.losses import check_devices, compute, given, parse, scalar
 
 
 def loss(outputs, batch):
@@ -12,17 +12,17 @@ def loss(outputs, batch):
 
 
 def test_tasks_keep_their_order_and_their_functions():
-    parsed = tasks.parse({"seg": loss, "depth": max})
+    parsed = parse({"seg": loss, "depth": max})
     assert list(parsed.items()) == [("seg", loss), ("depth", max)]
 
 
 @pytest.mark.parametrize("names", [["seg", "depth"], ("seg", "depth")])
 def test_names_alone_declare_tasks_whose_losses_the_caller_computes(names):
-    assert tasks.parse(names) == {"seg": None, "depth": None}
+    assert parse(names) == {"seg": None, "depth": None}
 
 
 def test_one_task_is_enough():
-    assert tasks.parse(["seg"]) == {"seg": None}
+    assert parse(["seg"]) == {"seg": None}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_one_task_is_enough():
 )
 def test_what_declares_no_tasks_is_refused(given, error, message):
     with pytest.raises(error, match=message):
-        tasks.parse(given)
+        parse(given)
 
 
 # --- Computing -----------------------------------------------------------------------------------
@@ -66,26 +66,26 @@ DECLARED = {"a": lambda o, b: o + b, "b": lambda o, b: o * b, "c": lambda o, b: 
     ],
 )
 def test_losses_are_what_their_functions_return(only, expected):
-    losses = tasks.compute(DECLARED, 2, 3, only)
+    losses = compute(DECLARED, 2, 3, only)
     assert list(losses.items()) == list(expected.items())
 
 
 def test_functions_of_tasks_not_asked_for_are_not_called():
-    assert tasks.compute({"a": loss, "b": lambda o, b: 1 / 0}, 3, 1, ["a"]) == {"a": 2}
+    assert compute({"a": loss, "b": lambda o, b: 1 / 0}, 3, 1, ["a"]) == {"a": 2}
 
 
 def test_an_unknown_task_is_named_with_those_declared():
     with pytest.raises(
         ValueError, match=r"`tasks` names \['x'\]. Declared tasks: \['a', 'b', 'c'\]"
     ):
-        tasks.compute(DECLARED, 2, 3, ["a", "x"])
+        compute(DECLARED, 2, 3, ["a", "x"])
 
 
 def test_a_task_without_a_function_points_to_observe_losses():
     with pytest.raises(
         RuntimeError, match=r"'b' was declared without a loss function.*observe_los"
     ):
-        tasks.compute({"a": loss, "b": None}, 2, 3, None)
+        compute({"a": loss, "b": None}, 2, 3, None)
 
 
 # --- Given ---------------------------------------------------------------------------------------
@@ -101,13 +101,13 @@ def test_a_task_without_a_function_points_to_observe_losses():
     ],
 )
 def test_losses_are_found_by_name_or_by_order(losses, expected):
-    found = tasks.given(["a", "b"], losses)
+    found = given(["a", "b"], losses)
     assert list(found.items()) == list(expected.items())
 
 
 def test_a_vector_of_losses_is_taken_apart_with_its_graph(device):
     weight = torch.tensor(2.0, device=device, requires_grad=True)
-    found = tasks.given(["a", "b"], torch.stack([weight * 3, weight * 5]))
+    found = given(["a", "b"], torch.stack([weight * 3, weight * 5]))
     assert {name: loss.item() for name, loss in found.items()} == {"a": 6.0, "b": 10.0}
     assert torch.autograd.grad(found["b"], weight)[0].item() == 5.0
 
@@ -132,7 +132,7 @@ def test_a_vector_of_losses_is_taken_apart_with_its_graph(device):
 )
 def test_what_does_not_say_whose_losses_it_holds_is_refused(losses, error, message):
     with pytest.raises(error, match=message):
-        tasks.given(["a", "b"], losses)
+        given(["a", "b"], losses)
 
 
 # --- One loss ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_what_does_not_say_whose_losses_it_holds_is_refused(losses, error, messa
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_number_of_any_shape_is_a_scalar(shape, device):
     weight = torch.full(shape, 3.0, device=device, requires_grad=True)
-    result = tasks.scalar("seg", weight * 2)
+    result = scalar("seg", weight * 2)
     assert result is not None
     assert (result.shape, result.item()) == ((), 6.0)
     result.backward()
@@ -150,7 +150,7 @@ def test_one_number_of_any_shape_is_a_scalar(shape, device):
 
 def test_a_list_of_losses_is_summed_and_constants_in_it_are_left_out(device):
     weight = torch.tensor(3.0, device=device, requires_grad=True)
-    result = tasks.scalar("seg", [weight, (weight * 2).reshape(1), torch.tensor(9.0), 4])
+    result = scalar("seg", [weight, (weight * 2).reshape(1), torch.tensor(9.0), 4])
     assert result is not None
     assert (result.shape, result.item()) == ((), 9.0)
 
@@ -166,7 +166,7 @@ def test_a_list_of_losses_is_summed_and_constants_in_it_are_left_out(device):
     ],
 )
 def test_a_loss_without_a_graph_is_an_absent_task(absent):
-    assert tasks.scalar("seg", absent) is None
+    assert scalar("seg", absent) is None
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,12 @@ def test_a_loss_without_a_graph_is_an_absent_task(absent):
 )
 def test_what_is_no_scalar_names_its_task(value, error, message):
     with pytest.raises(error, match=message):
-        tasks.scalar("depth", value)
+        scalar("depth", value)
 
 
 def test_a_loss_elsewhere_than_the_model_is_refused():
     here, meta = torch.device("cpu"), torch.device("meta")
     losses = {"seg": torch.ones(()), "depth": torch.ones((), device=meta)}
-    tasks.check_devices(losses, {here, meta})
+    check_devices(losses, {here, meta})
     with pytest.raises(ValueError, match=r"Loss of task 'depth' is on meta, the model on cpu\."):
-        tasks.check_devices(losses, {here})
+        check_devices(losses, {here})
