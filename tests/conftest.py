@@ -28,6 +28,7 @@ def device() -> torch.device:
     return torch.device(os.environ.get("MTPRUNE_TEST_DEVICE", "cpu"))
 
 
-@pytest.fixture(params=["prune", "inplace"])
+# The fast loop takes one back-end, and `test_both_backends_take_the_same_path`.
+@pytest.fixture(params=["prune", pytest.param("inplace", marks=pytest.mark.slow)])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)

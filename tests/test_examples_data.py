@@ -285,6 +285,7 @@ def test_missing_files_are_named(copy):
         open_census(root, ["college"])
 
 
+@pytest.mark.slow
 def test_a_worker_names_the_file_too(copy):
     root = copy("nyuv2")
     (root / "depth" / "0002.npy").unlink()

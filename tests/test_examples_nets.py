@@ -5,6 +5,8 @@ import torch
 from common import losses, nets
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 
 def prunable(module: nn.Module) -> int:
     return sum(
@@ -14,7 +16,6 @@ def prunable(module: nn.Module) -> int:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("outputs", "total"),
     [

@@ -88,6 +88,7 @@ def test_a_copy_made_at_any_time_is_a_copy(name, how, backend, device):
     run.train(1)
 
 
+@pytest.mark.slow
 @FEW_NETS
 def test_copying_does_not_change_the_run(name, backend, device):
     run = Run(build(name, device), nets.dynamic(), backend)

@@ -311,6 +311,7 @@ def test_the_order_of_tasks_does_not_matter(gates):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["saliency", "learned"])
 @pytest.mark.parametrize("scale", [1e6, 1e-6])
 def test_the_scale_of_a_loss_has_no_say(gates, scale):
@@ -580,6 +581,7 @@ def test_gates_close_until_the_constraint_is_met():
     assert 0.0 <= loop.pruner.sparsity - 0.6 < 40 / 672
 
 
+@pytest.mark.slow
 def test_what_a_layer_is_sure_of_does_not_fade():
     method = LowRank(0.6, "learned", schedule=Linear(0, 100, 1), floor=1.0, min_rank=0)
     still = Loop(dataclasses.replace(method, rate=1e-12)).train(1)
@@ -591,6 +593,7 @@ def test_what_a_layer_is_sure_of_does_not_fade():
         assert int((x >= start[name].max() - 1e-9).sum()) >= sure > 0
 
 
+@pytest.mark.slow
 def test_gates_find_what_matters():
     """A layer of which the loss reads three directions, none of them large."""
     torch.manual_seed(0)

@@ -401,6 +401,7 @@ def test_gradients_of_pruned_weights_are_zero_outside_observe_and_dense_within(d
     torch.testing.assert_close((a + b)[mask], lin.weight_orig.grad[mask])
 
 
+@pytest.mark.slow
 def test_inplace_and_prune_see_the_same_dense_gradient(device):
     def scores(backend):
         method = Vote(0.7, saliency=saliency.gradient, schedule=Cubic(0, 100, 1))

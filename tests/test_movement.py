@@ -157,6 +157,7 @@ def test_signs_count(device):
     assert pruner.masks["weight"].tolist() == [[False, True, False, True]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0**20, 2.0**-20, 1e6, 1e-6])
 def test_the_scale_of_a_loss_changes_nothing(factor, device):
     found = []
@@ -201,6 +202,7 @@ def test_a_scaler_leaves_no_trace(backend, device):
     assert same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [saliency.magnitude, saliency.taylor, saliency.random])
 def test_masks_of_any_saliency_may_open(score, backend, device):
     schedule = Hold(Cubic(begin=1, end=12, every=1), until=STEPS, every=1)

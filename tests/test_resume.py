@@ -249,6 +249,7 @@ def test_a_dense_checkpoint_loaded_over_masks_is_masked_from_the_next_step(backe
         assert torch.equal(read(run.model, layer), dense[layer] * mask)
 
 
+@pytest.mark.slow
 def test_observing_until_masks_are_stable_resumes_to_the_end(backend, device):
     straight = start("automatic", backend, device).train(75)
     assert nets.zeros(straight.pruner.masks) > 0

@@ -12,6 +12,11 @@ from tests.test_votes import EVERY_VOTE, VOTES
 
 SPARSITIES = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999]
 ORDERED = [name for name in VOTES if name != "mean"]
+TYPICAL = "80 % zero"  # what a pruned net scores: mostly ties
+EVERY_KIND = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind == TYPICAL else pytest.mark.slow) for kind in KINDS],
+)
 
 
 def listed(masks):
@@ -115,11 +120,7 @@ def test_weights_of_equal_mean_are_kept_by_position(device):
 # --- Against the oracle --------------------------------------------------------------------------
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("kind", [KINDS[0], *(slow(kind) for kind in KINDS[1:])])
+@EVERY_KIND
 @EVERY_VOTE
 def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
     net, total = EXACT, EXACT.total
@@ -141,7 +142,7 @@ def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
             assert listed(masks) == oracles.as_masks(expected, net.sizes), (sparsity, spread)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 @pytest.mark.parametrize("name", ORDERED)
 def test_awkward_sizes_floors_and_ineligible_weights_are_the_oracles(name, kind, device):
     scores = ODD.scores(sampler(kind, device, seed=1))
@@ -164,7 +165,7 @@ def test_awkward_sizes_floors_and_ineligible_weights_are_the_oracles(name, kind,
         assert listed(masks) == oracles.as_masks(expected, ODD.sizes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 def test_percentiles_are_the_oracles_and_inside_their_bounds(kind, device):
     scores = ODD.scores(sampler(kind, device))
     table = oracles.percentiles([{"a": layer["a"]} for layer in scores if "a" in layer])
@@ -466,6 +467,7 @@ def test_votes_that_pick_by_rank_give_what_any_vote_of_these_values_gives(name, 
         assert count(fast) == sum(quota.keep for quota in plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("name", ["unanimous", "majority", "mean"])
 def test_without_numpy_masks_are_the_same(name, kind, device, monkeypatch):

@@ -256,6 +256,7 @@ def test_the_gradient_below_the_threshold_is_what_the_mode_says(mode, leak, devi
     torch.testing.assert_close(module.weight_orig.grad[~below], dense[~below])
 
 
+@pytest.mark.slow
 def test_under_ste_weights_come_back_and_under_str_none_gets_a_gradient(device):
     def returned(mode):
         schedule = Linear(begin=0, end=60, every=1)
@@ -317,6 +318,7 @@ def test_offsets_given_by_the_user_are_ratios_of_thresholds(device):
     assert taus["t0"] / taus["shared"] == pytest.approx(1.6487, rel=0.05)
 
 
+@pytest.mark.slow
 def test_learned_offsets_leave_the_total_and_go_where_losses_mind_less(device):
     method = SoftThreshold(0.8, schedule=Cubic(begin=0, end=200, every=2), allocation="learned")
     loop = Loop(method, device=device)
@@ -601,6 +603,7 @@ def test_the_report_tells_thresholds_shares_and_their_history(device):
     assert report.to_dict()["history"][0]["step"] == 1
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_in_a_loop(backend, device):
     loop = Loop(recipes.adapmtl(0.9, 40), backend=backend, device=device).train(40)
     assert loop.zeros() == round(0.9 * loop.size())
