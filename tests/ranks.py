@@ -1,5 +1,6 @@
 """Two gloo ranks on this machine."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -23,23 +24,26 @@ def on_ranks(module: str, function: str, folder: Path) -> list[Any]:
     """
     code = "import sys; from tests import ranks; ranks.serve(*sys.argv[1:])"
     command = [sys.executable, "-W", "error", "-c", code, module, function, str(folder)]
+    # One thread each: ranks that wait for each other in loops take the cores from each other.
+    options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     workers = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, **options)
         for rank in range(WORLD)
     ]
     try:
         for process in workers:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
     finally:
         for process in workers:
             process.kill()
-            process.wait()
+            process.communicate()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def serve(module: str, function: str, folder: str, rank: str) -> None:
     """The life of one rank."""
+    torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=int(rank), world_size=WORLD)
     torch.save(getattr(import_module(module), function)(int(rank), WORLD), f"{folder}/{rank}.pt")
