@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from mtprune import (
     NM,
@@ -13,6 +14,7 @@ from mtprune import (
     Grouped,
     Linear,
     LowRank,
+    MultitaskPruner,
     OneShot,
     PerTaskKeep,
     Regrow,
@@ -24,7 +26,7 @@ from mtprune import (
 )
 from mtprune.allocation import Budget, parse_allocation
 from mtprune.facts import Subject
-from mtprune.methods import Ballot, describe
+from mtprune.methods import Ballot, Masks, Method, Needs, describe
 from mtprune.statistics import JOINT
 from mtprune.structure import Group, Member
 from tests import oracles
@@ -586,3 +588,42 @@ def test_equal_methods_have_equal_descriptions_without_addresses():
     assert describe(build(2)) != describe(build(3))
     assert "0x" not in describe(build(2))
     assert "Cubic(begin=0, end=10, every=5)" in describe(build(2))
+
+
+# --- What is no method ---------------------------------------------------------------------------
+
+
+class DecidesOnly:
+    def decide(self, ballot, step):
+        return Masks(ballot.masks)
+
+
+class NamesNothing(Method[Masks]):
+    def needs(self, inventory):
+        return Needs()
+
+    def decide(self, ballot, step):
+        return Masks(ballot.masks)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (Vote, r"`method` must be a method such as Vote\(sparsity=0\.9\).* Got <class"),
+        (3, r"`method` must be a method such as .* Got 3\."),
+        (
+            DecidesOnly(),
+            r"`method` DecidesOnly lacks sparsity, schedule, needs, granularity, .*hold",
+        ),
+        (
+            NamesNothing(),
+            r"NamesNothing lacks sparsity, schedule\. Subclass mtprune\.methods\.Method, which "
+            r"brings all but sparsity, schedule, needs, decide\.",
+        ),
+    ],
+)
+def test_what_is_no_method_is_refused_by_name(made, message):
+    model = nn.ModuleDict({"trunk": nn.Linear(2, 2)})
+    with pytest.raises(TypeError, match=message):
+        MultitaskPruner(model, ["a"], "trunk", method=made)
+    MultitaskPruner(model, ["a"], "trunk").finalize()

@@ -388,3 +388,15 @@ def test_hold_goes_on_at_the_full_sparsity():
 def test_what_is_refused_says_what_to_do(build, error, message):
     with pytest.raises(error, match=re.escape(message)):
         build()
+
+
+def test_task_masks_after_loading_say_that_they_are_missing(backend, device):
+    """Layers that are left alone have no mask while the others' may open."""
+    run = Run(build("frozen_trunk", device), recipes.movement(0.7, 9), backend).train(5)
+    assert run.pruner.report().left_alone
+    resumed = Run(build("frozen_trunk", device), recipes.movement(0.7, 9), backend)
+    resumed.model.load_state_dict(run.model.state_dict())
+    resumed.pruner.load_state_dict(run.pruner.state_dict())
+    with pytest.raises(RuntimeError, match="Checkpoints do not hold task masks"):
+        _ = resumed.pruner.task_masks
+    assert resumed.pruner.masks.keys() == run.pruner.masks.keys()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import mtprune
 from mtprune import (
     Cubic,
     MultitaskPruner,
@@ -159,3 +160,11 @@ def test_a_guest_parameter_is_masked_like_the_host(method, backend, training):
     for name, parameter in model.named_parameters():
         assert isinstance(read(model, name.removesuffix("_orig")), nn.Parameter), name
         assert parameter is dict(model.named_parameters())[name]
+
+
+@EVERY_METHOD
+def test_a_model_that_is_not_finalized_is_not_compressed(method, backend, training):
+    run = training("plain", method, backend).train(5)
+    says = "still holds" if backend == "prune" else "still has a mask that may open again on its"
+    with pytest.raises(ValueError, match=rf"'trunk\.0' {says} 'weight.*pruner\.finalize\(\) first"):
+        mtprune.compress(run.net.model, run.net.make_batch(0)["x"])

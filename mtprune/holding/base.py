@@ -32,6 +32,7 @@ __all__ = [
     "packed",
     "shaped",
     "unpacked",
+    "whole",
 ]
 
 
@@ -216,7 +217,7 @@ class MaskHold(Hold[M]):
             return mask
         if layer.name in self._released:
             return unpack_bits(self._released[layer.name], layer.shape)
-        return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+        return whole(layer)
 
     @override
     def view(self, layer: Layer) -> View:
@@ -254,6 +255,11 @@ class MaskHold(Hold[M]):
 
     def _packed(self) -> dict[str, Tensor]:
         return packed(self._layers, self._masks)
+
+
+def whole(layer: Layer) -> Tensor:
+    """A mask that keeps all of a layer."""
+    return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
 
 
 def shaped(layers: Sequence[Layer], masks: Sequence[Tensor]) -> list[Tensor]:

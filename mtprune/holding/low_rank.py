@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count_rank
-from mtprune.holding.base import Decision, Hold, View, by_task
+from mtprune.holding.base import Decision, Hold, View, by_task, whole
 from mtprune.holding.masking import Gate
 from mtprune.model import factors
 from mtprune.model.layers import Layer
@@ -111,7 +111,7 @@ class LowRankHold(Hold[LowRanks]):
 
     @override
     def mask(self, layer: Layer) -> Tensor:
-        return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+        return whole(layer)
 
     @override
     @torch.no_grad()

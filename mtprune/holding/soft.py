@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count
-from mtprune.holding.base import Masks, View, packed, shaped, unpacked
+from mtprune.holding.base import Masks, View, packed, shaped, unpacked, whole
 from mtprune.holding.masking import Gate, Masking
 from mtprune.holding.phases import OpenHold
 from mtprune.holding.thresholds import soft_threshold
@@ -211,7 +211,7 @@ class SoftHold(OpenHold[SoftThresholds]):
     def mask(self, layer: Layer) -> Tensor:
         threshold, weight = self._thresholds.get(layer.name), layer.parameter
         if threshold is None:
-            return torch.ones_like(weight, dtype=torch.bool)
+            return whole(layer)
         return weight.abs() > threshold.tau(weight)
 
     @override

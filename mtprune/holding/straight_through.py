@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune.holding.base import Masks, View, packed, shaped, unpacked
+from mtprune.holding.base import Masks, View, packed, shaped, unpacked, whole
 from mtprune.holding.masking import Masking, masked
 from mtprune.holding.phases import OpenHold
 from mtprune.model.layers import Layer
@@ -88,8 +88,7 @@ class StraightThrough(OpenHold[Masks]):
     @override
     def mask(self, layer: Layer) -> Tensor:
         mask = self._masks.mask(layer)
-        assert mask is not None
-        return mask
+        return whole(layer) if mask is None else mask
 
     @override
     def view(self, layer: Layer) -> View:
