@@ -41,7 +41,7 @@ NETS = (
     "checkpointed",
 )
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
-EVERY_NET = pytest.mark.parametrize("name", [name for name in NETS if name in nets.SHELF])
+EVERY_NET = pytest.mark.parametrize("name", nets.each(NETS))
 
 
 class Training:

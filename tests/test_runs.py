@@ -13,6 +13,7 @@ def start(name, method, backend, device):
     return Run(build(name, device), nets.METHODS[method](), backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "backend"),
     pairs(["tied", "conv_bn", "transformer_encoder"], nets.METHODS, ["prune", "inplace"]),

@@ -360,6 +360,7 @@ def wanda_of_tasks(weight, grad, *, inputs):
     return (weight * grad).abs() * inputs.norm(dim=0).view(weight[:1].shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saliency", [wanda, wanda_of_tasks])
 @pytest.mark.parametrize(
     "name",

@@ -294,6 +294,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_method_is_told_what_is_wrong(how):
     method, check, message = BROKEN[how]

@@ -289,6 +289,7 @@ def test_a_new_process(order, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_integration_registers_at_once():
     code = (
         "import sys, mtprune\n"
