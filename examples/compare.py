@@ -12,6 +12,10 @@ A method is ``name[:when[:allocation]]`` with the trainer's names, for instance
 * ``imp`` prunes the dense net by magnitude in --rounds, each followed by --tune-steps;
 * ``lth`` does the same, but goes back to the initial weights each time and trains for --steps.
 
+Of several learning rates (``--tune-rates``, ``--scratch-rates``) each method takes, for each
+sparsity, the one that does best on the validation split in runs with --rate-seeds other seeds.
+``--tell`` runs nothing, and tells what is there so far.
+
 With ``--loss-scale TASK=30`` every method that looks at gradients runs a second time, that task's
 loss multiplied in the scoring only. Options not known here go to the trainer. Runs that are done
 are not done again. All numbers are of the test split; checkpoints are chosen on the validation
@@ -23,13 +27,14 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from common import judging
 from common.data import Source
 from common.loop import comparable, open_or_exit, train
 from common.options import (
@@ -44,15 +49,15 @@ from common.options import (
 )
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
-from mtprune.metrics import delta_t, lower_is_better
 from mtprune.saliency import asks
 
 TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
 CHAINS = ("imp", "lth")
 TUNED = "dense_tuned"
+RATE_SEEDS = 1000
+"""Seeds from here on choose learning rates, and are not reported."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,18 @@ class Job:
 # What to run.
 
 
-def jobs(entry: Entry, seed: int, options: Options) -> list[Job]:
-    """The runs that an entry needs for a seed, in order; the last is the one that counts."""
+def jobs(entry: Entry, seed: int, options: Options, rate: float | None = None) -> list[Job]:
+    """The runs that an entry needs for a seed, in order; the last is the one that counts.
+
+    Args:
+        entry: The entry.
+        seed: The seed.
+        options: The command line.
+        rate: The learning rate; the trainer's unless given.
+    """
     name, when, allocation = (*entry.spec.split(":"), "", "")[:3]
-    out = options.out / entry.name / f"seed{seed}"
+    folder = options.out / entry.name
+    out = (folder if rate is None else folder / f"rate{rate:g}") / f"seed{seed}"
     dense = dense_job(seed, options).out / "model.pt"
     common = ["--seed", str(seed), "--sparsity", str(entry.sparsity)]
     if allocation:
@@ -102,7 +115,8 @@ def jobs(entry: Entry, seed: int, options: Options) -> list[Job]:
     if entry.scaled:
         common += ["--loss-scale", *(f"{task}={x}" for task, x in options.loss_scale)]
     scratch, tuned = (["--steps", str(n)] for n in (options.steps, options.tune_steps))
-    tuned += ["--lr", str(options.tune_lr)] if options.tune_lr else []
+    for arguments in (scratch, tuned):
+        arguments += [] if rate is None else ["--lr", str(rate)]
     if name == TUNED:
         arguments = ["--method", "dense", "--seed", str(seed), "--pretrained", str(dense), *tuned]
         return [Job(tuple(arguments), out)]
@@ -120,9 +134,21 @@ def jobs(entry: Entry, seed: int, options: Options) -> list[Job]:
             start = folder / "model.pt"
         return chain
     common += ["--when", when] if when else []
-    from_dense = (when or METHODS[name][1]) in ("trained", "gradual")
-    start_from = [*tuned, "--pretrained", str(dense)] if from_dense else scratch
+    start_from = [*tuned, "--pretrained", str(dense)] if is_tuned(entry.spec) else scratch
     return [Job(("--method", name, *common, *start_from), out)]
+
+
+def is_tuned(spec: str) -> bool:
+    """Whether a method's last training starts from the dense net."""
+    name, when = (*spec.split(":"), "")[:2]
+    if name in (*CHAINS, TUNED):
+        return name != "lth"
+    return (when or METHODS[name][1]) in ("trained", "gradual")
+
+
+def rates(spec: str, options: Options) -> list[float | None]:
+    """The learning rates to choose from; None is the trainer's."""
+    return (options.tune_rates if is_tuned(spec) else options.scratch_rates) or [None]
 
 
 def dense_job(seed: int, options: Options) -> Job:
@@ -181,91 +207,53 @@ def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[st
 # What came out.
 
 
-def judged(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The test metrics that count."""
-    return {
-        task: {name: found["test"][task][name] for name in names}
-        for task, names in found["judged"].items()
-    }
-
-
 def summarize(
-    runs: Mapping[Entry, Sequence[Mapping[str, Any]]],
-    dense: Sequence[Mapping[str, Any]],
+    runs: Mapping[Entry, Mapping[int, Mapping[str, Any]]],
+    dense: Mapping[int, Mapping[str, Any]],
     options: Options,
 ) -> list[dict[str, Any]]:
-    """A row for each entry: Delta_T of every seed, in all, by task, and less the reference's."""
-    base = [judged(found) for found in dense]
-    deltas = {
-        entry: [
-            delta_t(judged(one), before, lower_is_better(before))
-            for one, before in zip(found, base, strict=True)
-        ]
-        for entry, found in runs.items()
-    }
+    """A row for each entry that has runs."""
     rows = []
     for entry, found in runs.items():
-        values = [delta.overall for delta in deltas[entry]]
-        reference = deltas.get(Entry(options.reference, entry.sparsity, entry.scaled))
-        reference = reference or deltas.get(Entry(options.reference, entry.sparsity))
-        row = {
-            "method": entry.spec,
-            "sparsity": entry.sparsity,
-            "scaled": entry.scaled,
-            "weights": found[0]["weights"],
-            "zeros": sorted({one["zeros"] for one in found}),
-            "delta": values,
-            "tasks": {task: [delta.tasks[task] for delta in deltas[entry]] for task in base[0]},
-        }
-        if reference is not None and entry.spec != options.reference:
-            row["behind"] = [a - b.overall for a, b in zip(values, reference, strict=True)]
-        rows.append(row)
+        reference = Entry(options.reference, entry.sparsity, entry.scaled)
+        against = runs.get(reference) or runs.get(Entry(options.reference, entry.sparsity))
+        row = judging.row(found, dense, None if entry.spec == options.reference else against)
+        rate = next(iter(found.values()))["options"]["lr"]
+        head = {"method": entry.spec, "sparsity": entry.sparsity, "scaled": entry.scaled}
+        rows.append({**head, "rate": rate, **row})
     return rows
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean (Student's t)."""
-    if len(values) < 2:
-        return float("nan")
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / len(values) ** 0.5
-
-
 def table(rows: Sequence[Mapping[str, Any]], options: Options) -> str:
-    """Markdown: mean and standard deviation over seeds, and the paired difference."""
+    """Markdown: mean and standard deviation over seeds, and the paired differences."""
     tasks = list(rows[0]["tasks"])
-    head = ["zeros", "method", "Delta_T, %", f"minus {options.reference} (95 %)", *tasks]
+    comparisons = max(1, sum("behind" in row for row in rows))
+    head = ["zeros", "method", "rate", "seeds", "Delta_T, %", f"minus {options.reference}"]
+    head += ["worst task", f"minus {options.reference}", "by loss", *tasks]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         exact = all(zeros == round(row["sparsity"] * row["weights"]) for zeros in row["zeros"])
         zeros = f"{row['sparsity']:.1%}" if exact else f"{row['zeros']} of {row['weights']}"
-        difference = ""
-        if "behind" in row:
-            mean = statistics.fmean(row["behind"])
-            difference = f"{mean:+.2f} \N{PLUS-MINUS SIGN} {interval(row['behind']):.2f}"
+        behind = row.get("behind", {})
         name = row["method"]
         if row["scaled"]:
             name += ", " + ", ".join(f"{task} x{x:g}" for task, x in options.loss_scale)
-        parts = [f"{statistics.fmean(row['tasks'][task]):.1f}" for task in tasks]
-        lines.append(f"| {zeros} | {name} | {spread(row['delta'])} | {difference} | ")
-        lines[-1] += " | ".join(parts) + " |"
+        cells = [zeros, name, f"{row['rate']:g}", f"{len(row['seeds'])}"]
+        for what in ("delta", "worst"):
+            cells += [judging.spread(row[what])]
+            cells += [judging.difference(behind[what], comparisons) if behind else ""]
+        cells += [f"{statistics.fmean(row['loss']):.2f}"]
+        cells += [f"{statistics.fmean(row['tasks'][task]):.1f}" for task in tasks]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    mean = f"{statistics.fmean(values):.2f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} \N{PLUS-MINUS SIGN} {statistics.stdev(values):.2f}"
-
-
-def dense_table(dense: Sequence[Mapping[str, Any]]) -> str:
+def dense_table(dense: Mapping[int, Mapping[str, Any]]) -> str:
     """Markdown: the dense net's test metrics, mean over seeds."""
     lines = ["| task | metric | dense |", "|---|---|---|"]
-    for task, metrics in judged(dense[0]).items():
+    for task, metrics in judging.judged(next(iter(dense.values()))).items():
         for name in metrics:
-            values = [found["test"][task][name] for found in dense]
+            values = [found["test"][task][name] for found in dense.values()]
             lines.append(f"| {task} | {name} | {statistics.fmean(values):.4g} |")
     return "\n".join(lines)
 
@@ -324,7 +312,16 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--seeds", type=positive, default=3, help="how many")
     add("--steps", type=positive, default=2000, help="of training from scratch")
     add("--tune-steps", type=positive, default=500, help="of training from the dense net")
-    add("--tune-lr", type=positive_float, help="its learning rate; unless given, the trainer's")
+    for group in ("tune", "scratch"):
+        add(
+            f"--{group}-rates",
+            type=positive_float,
+            nargs="+",
+            metavar="LR",
+            help="learning rates to choose from; unless given, the trainer's",
+        )
+    add("--rate-seeds", type=positive, default=2, help="how many other seeds choose the rate")
+    add("--tell", action="store_true", help="run nothing, and tell what is there so far")
     add("--rounds", type=positive, default=3, help="of imp and lth")
     add("--loss-scale", nargs="+", type=assignment, default=[], metavar="TASK=X", help="see above")
     add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")
@@ -341,40 +338,72 @@ def read(arguments: Sequence[str] | None) -> Options:
     return options
 
 
-def plan(options: Options) -> Iterator[tuple[Entry | None, int, Job]]:
-    """All runs: the dense one of a seed, then what starts from it."""
+def do(
+    problem: Problem, options: Options, source: Source
+) -> tuple[dict[Entry, dict[int, dict[str, Any]]], dict[int, dict[str, Any]]]:
+    """All runs of all entries and seeds, and the dense ones; those that there are with --tell."""
+    dense: dict[int, dict[str, Any]] = {}
+    lines = entries(options)
+    bar = tqdm(total=(len(lines) + 1) * options.seeds, unit="run", disable=None)
+
+    def finished(steps: Sequence[Job]) -> dict[str, Any] | None:
+        found = None
+        for job in steps:
+            if options.tell and not (job.out / "results.json").exists():
+                return None
+            bar.set_description(str(job.out.relative_to(options.out)))
+            found = run(problem, job, options, source)
+        return found
+
+    def take(entry: Entry, rate: float | None, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
+        runs = {}
+        for seed in seeds:
+            if seed not in dense and (found := finished([dense_job(seed, options)])):
+                dense[seed] = found
+            if seed in dense and (found := finished(jobs(entry, seed, options, rate))):
+                runs[seed] = found
+        return runs
+
+    chosen: dict[Entry, float | None] = {}
+    trials = range(RATE_SEEDS, RATE_SEEDS + options.rate_seeds)
+    for entry in lines:
+        candidates = rates(entry.spec, options)
+        if len(candidates) == 1:
+            chosen[entry] = candidates[0]
+            continue
+        tries = {rate: take(entry, rate, trials) for rate in candidates}
+        if all(len(tried) == len(trials) for tried in tries.values()):
+            chosen[entry] = judging.best_rate(tries, dense)
+    runs: dict[Entry, dict[int, dict[str, Any]]] = {entry: {} for entry in chosen}
     for seed in range(options.seeds):
-        yield None, seed, dense_job(seed, options)
-        for entry in entries(options):
-            for job in jobs(entry, seed, options):
-                yield entry, seed, job
+        for entry, rate in chosen.items():
+            runs[entry] |= take(entry, rate, [seed])
+            bar.update()
+    reported = {seed: found for seed, found in dense.items() if seed < RATE_SEEDS}
+    return {entry: found for entry, found in runs.items() if found}, reported
+
+
+def check(problem: Problem, options: Options) -> None:
+    """Look at all options: what is wrong should show before hours have passed."""
+    for entry in entries(options):
+        for rate in rates(entry.spec, options):
+            for job in jobs(entry, 0, options, rate):
+                make_method(parse(problem, [*options.rest, *job.arguments, "--data", "."]))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Do what is not done yet, and tell what came out."""
     options = read(arguments)
     problem: Problem = import_module(options.trainer).PROBLEM
-    todo = list(plan(options))
-    for _, _, job in todo:  # what is wrong should show before hours have passed
-        make_method(parse(problem, [*options.rest, *job.arguments, "--data", "."]))
-    dense: list[dict[str, Any]] = []
-    last: dict[tuple[Entry, int], dict[str, Any]] = {}
-    first = parse(problem, [*options.rest, *todo[0][2].arguments, "--data", str(options.data)])
-    source = open_or_exit(problem, first)
-    bar = tqdm(todo, unit="run", disable=None)
-    for entry, seed, job in bar:
-        bar.set_description(str(job.out.relative_to(options.out)))
-        found = run(problem, job, options, source)
-        if entry is None:
-            dense.append(found)
-        else:
-            last[entry, seed] = found
-    runs = {
-        entry: [last[entry, seed] for seed in range(options.seeds)] for entry in entries(options)
-    }
-    rows = summarize(runs, dense, options)
+    check(problem, options)
+    dense = dense_job(0, options)
+    first = parse(problem, [*options.rest, *dense.arguments, "--data", str(options.data)])
+    runs, base = do(problem, options, open_or_exit(problem, first))
+    if not runs:
+        raise SystemExit(f"compare: {options.out} holds no finished run of these methods.")
+    rows = summarize(runs, base, options)
     command = " ".join(["python compare.py", *(sys.argv[1:] if arguments is None else arguments)])
-    text = f"{dense_table(dense)}\n\n{table(rows, options)}\n"
+    text = f"{dense_table(base)}\n\n{table(rows, options)}\n"
     print(f"\n{text}")
     (options.out / "compare.md").write_text(f"`{command}`\n\n{text}")
     (options.out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n")

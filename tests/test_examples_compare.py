@@ -6,7 +6,7 @@ import statistics
 
 import compare
 import pytest
-from common import fixture, results
+from common import fixture, judging, results
 from matplotlib.figure import Figure
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,11 @@ def test_compares_and_does_nothing_twice(census, tmp_path, monkeypatch, capsys):
     assert named["joint:init", True]["delta"] != joint["delta"]
     assert "behind" not in vote
     behind = [a - b for a, b in zip(joint["delta"], vote["delta"], strict=True)]
-    assert joint["behind"] == pytest.approx(behind)
+    assert joint["behind"]["delta"] == pytest.approx(behind)
+    worst = [min(row[seed] for row in vote["tasks"].values()) for seed in range(2)]
+    assert vote["worst"] == worst
+    # On this data set the loss is what counts.
+    assert vote["loss"] == pytest.approx(vote["delta"])
     assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(rows))
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
@@ -80,19 +84,44 @@ def test_lottery_tickets_start_where_they_began(census, tmp_path):
 
 
 def test_what_starts_from_the_dense_net_has_a_rate_of_its_own():
-    arguments = ["census", "--data", "x", "--tune-lr", "0.25", "--rounds", "1"]
+    arguments = ["census", "--data", "x", "--tune-rates", "0.25", "--rounds", "1"]
     options = compare.read(arguments)
     rates = {}
     for spec in ("vote", "magnitude", "imp", "dense_tuned", "lth", "snip", "rigl", "vote:init"):
-        (job,) = compare.jobs(compare.Entry(spec, 0.75), 3, options)
+        (rate,) = compare.rates(spec, options)
+        (job,) = compare.jobs(compare.Entry(spec, 0.75), 3, options, rate)
         rates[spec] = dict(zip(job.arguments, job.arguments[1:], strict=False)).get("--lr")
     tuned = ("vote", "magnitude", "imp", "dense_tuned")
     assert rates == {spec: "0.25" if spec in tuned else None for spec in rates}
 
 
+def test_rates_are_chosen_on_validation_with_other_seeds(census, tmp_path, capsys):
+    arguments = ["census", "--data", census, "--out", str(tmp_path), "--methods", "vote", "joint"]
+    arguments += [*FEW, *TRAINER, "--tune-rates", "1e-9", "1e-3", "--rate-seeds", "1"]
+    with pytest.raises(SystemExit, match="holds no finished run of these methods"):
+        compare.main([*arguments, "--tell"])
+    rows = compare.main(arguments)
+    assert {row["rate"] for row in rows} == {1e-3}
+    assert [row["seeds"] for row in rows] == [[0, 1]] * 2
+    folder = tmp_path / "vote-0.8"
+    assert sorted(str(p.parent.relative_to(folder)) for p in folder.rglob("results.json")) == [
+        *("rate0.001/seed0", "rate0.001/seed1", "rate0.001/seed1000"),
+        "rate1e-09/seed1000",
+    ]
+    assert "| 0.001 | 2 |" in capsys.readouterr().out
+    (folder / "rate0.001" / "seed1" / "results.json").unlink()
+    told = compare.main([*arguments, "--tell"])
+    assert [row["seeds"] for row in told] == [[0], [0, 1]]
+    assert [len(row.get("behind", {}).get("delta", ())) for row in told] == [0, 1]
+
+
 def test_interval_is_student_s():
-    assert compare.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert compare.interval([1.0]) != compare.interval([1.0])  # nan
+    assert judging.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert judging.interval([1.0]) != judging.interval([1.0])  # nan
+    # One of fifty: the quantile at 0.9995.
+    assert judging.interval([1.0, 2.0, 3.0], 50) == pytest.approx(31.59905 / 3**0.5, rel=1e-5)
+    assert judging.difference([1.0, 2.0, 3.0], 2) == "+2.00 ± 2.48 (3.58)"
+    assert judging.difference([2.0, 2.1, 1.9], 2).endswith(" *")
 
 
 @pytest.mark.parametrize(

@@ -289,3 +289,20 @@ def test_help(capsys, name):
         *("--seed", "--amp", "--compile", "--resume", "--out", "--pretrained", "--allocation"),
     ):
         assert f"  {option} " in said or f"  {option}\n" in said
+
+
+def test_the_learning_rate_falls_in_stairs_or_in_a_line():
+    optimizer = torch.optim.Adam([torch.zeros(1)])
+
+    def rates(*arguments):
+        steps = ["--steps", "4", "--lr", "1", "--lr-every", "2", "--dense-steps", "0"]
+        told = options.parse(census.PROBLEM, ["--data", "x", *steps, *arguments])
+        found = []
+        for step in range(told.steps):
+            loop.set_rate(optimizer, told, step)
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    assert rates() == [1, 1, 0.5, 0.5]
+    assert rates("--lr-factor", "0.25") == [1, 1, 0.25, 0.25]
+    assert rates("--lr-shape", "line") == [1, 0.75, 0.5, 0.25]

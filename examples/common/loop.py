@@ -201,9 +201,13 @@ def compiled(model: nn.Module) -> Any:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, options: Options, step: int) -> None:
-    """The learning rate of a step: a staircase downwards."""
+    """The learning rate of a step: a staircase downwards, or a straight line to 0."""
+    if options.lr_shape == "line":
+        factor = 1 - step / options.steps
+    else:
+        factor = options.lr_factor ** (step // options.lr_every)
     for group in optimizer.param_groups:
-        group["lr"] = options.lr * options.lr_factor ** (step // options.lr_every)
+        group["lr"] = options.lr * factor
 
 
 def start_from(run: Run) -> None:

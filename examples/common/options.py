@@ -180,8 +180,9 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
     group("--steps", type=positive, default=20_000, help="in all")
     group("--batch", type=positive, default=16, help="samples in a batch")
     group("--lr", type=positive_float, help="of Adam at the start")
-    group("--lr-every", type=positive, default=4000, help="steps after which it is multiplied")
-    group("--lr-factor", type=positive_float, default=0.5, help="by this")
+    group("--lr-shape", choices=["stairs", "line"], default="stairs", help="how it falls")
+    group("--lr-every", type=positive, default=4000, help="steps of a stair")
+    group("--lr-factor", type=positive_float, default=0.5, help="of a stair")
     group("--decay", type=float, default=5e-4, help="weight decay")
     group(
         "--weight",
