@@ -1,10 +1,12 @@
 """Weights of the tasks: the published ones against a restatement, and what a user may pass."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from mtprune import MultitaskPruner, SoftThreshold, Vote
+from mtprune import Cubic, MultitaskPruner, SoftThreshold, Vote
 from mtprune.weighting import (
     Noise,
     PruningSensitivity,
@@ -129,12 +131,12 @@ class Toy(nn.Module):
         self.b = nn.Linear(5, 1, bias=False)
 
 
-def pruner_of(model, weighting, optimizer):
+def pruner_of(model, weighting, optimizer, **fields):
     return MultitaskPruner(
         model,
         ["a", "b"],
         "trunk",
-        method=SoftThreshold(0.5, weighting=weighting),
+        method=SoftThreshold(0.5, weighting=weighting, **fields),
         optimizer=optimizer,
     )
 
@@ -176,6 +178,44 @@ def test_sensitivity_is_the_derivative_in_the_common_log_threshold():
         found.append({task: loss.detach().log() for task, loss in losses().items()})
     for task, slope in slopes.items():
         assert slope == pytest.approx(float(found[1][task] - found[0][task]) / change, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("per", ["component", "layer"])
+def test_sensitivity_counts_what_debias_gives_back(seed, per):
+    torch.manual_seed(seed)
+    model = Toy()
+    plain = {name: weight.detach().double() for name, weight in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weighting = PruningSensitivity(decay=0.0, least=0.0)
+    schedule = Cubic(begin=0, end=20, every=10)
+    pruner = pruner_of(model, weighting, optimizer, debias=True, per=per, schedule=schedule)
+    x = torch.randn(9, 6)
+    for _ in range(20):  # updates at 0, 10, 20; slopes of 20 are about the thresholds of 10
+        optimizer.zero_grad()
+        hidden = model.trunk(x)
+        parts = {"a": (hidden - 2).square().mean(), "b": (model.b(hidden) - 1).square().mean()}
+        found = pruner.observe_losses(parts)
+        pruner.weigh(found).backward()
+        optimizer.step()
+        before = checkpoints.thresholds(pruner) if pruner.sparsity else {}
+        pruner.step()
+
+    def losses(log_step):
+        """What the losses are where thresholds are that much higher, and gains follow."""
+        seen = {}
+        for name, weight in plain.items():
+            tau = float(before[name]) * math.exp(log_step)
+            left = weight.sign() * (weight.abs() - tau).clamp(min=0.0)
+            seen[name] = left * weight[left != 0].norm() / left.norm()
+        hidden = x.double() @ seen["trunk.weight"].T
+        second = hidden @ seen["b.weight"].T
+        return {"a": (hidden - 2).square().mean().log(), "b": (second - 1).square().mean().log()}
+
+    change = 1e-6  # upwards: a weight may lie on its threshold, where there is a kink
+    low, high = losses(1e-9), losses(1e-9 + change)
+    for task, slope in checkpoints.memory(pruner)["slopes"].items():
+        assert slope == pytest.approx(float(high[task] - low[task]) / change, rel=1e-3, abs=1e-5)
 
 
 def test_a_function_of_the_losses_weighs_them():

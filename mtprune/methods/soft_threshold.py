@@ -45,6 +45,11 @@ def _sum(layer: Layer, score: Tensor) -> Tensor:
     return score.sum().reshape(1)
 
 
+def _growth(weight: Tensor, grad: Tensor) -> Tensor:
+    """The part of each weight in the derivative of the loss in its layer's gain, times that."""
+    return weight * grad
+
+
 @dataclass(frozen=True)
 class SoftThreshold(Method[SoftThresholds]):
     """Prune by soft thresholds that rise with the schedule, to an exact sparsity.
@@ -150,8 +155,11 @@ class SoftThreshold(Method[SoftThresholds]):
 
     @override
     def needs(self, inventory: Inventory) -> Needs:
+        statistics = {"saliency": PerWeight(shrinkage, _sum)} if self._weighs else {}
+        if self._weighs and self.debias:
+            statistics["growth"] = PerWeight(_growth, _sum)
         return Needs(
-            statistics={"saliency": PerWeight(shrinkage, _sum)} if self._weighs else {},
+            statistics=statistics,
             observations=self.observations,
             macs=self.budget_unit == "macs",
             example_inputs=self.example_inputs,
@@ -246,6 +254,7 @@ class SoftThreshold(Method[SoftThresholds]):
         gains = None
         if self.debias:
             gains = [_gain(w, t) for w, t in zip(ballot.weights, taus, strict=True)]
+            memory["gains"] = dict(zip(ballot.names, map(float, gains), strict=True))
         return SoftThresholds(
             masks, thresholds=taus, leak=leak, gains=gains, final=settled, memory=memory
         )
@@ -406,14 +415,28 @@ class SoftThreshold(Method[SoftThresholds]):
         return {"offsets": bounded, "first": first}
 
     def _sensitivities(self, ballot: Ballot) -> dict[str, float]:
-        """For each task, the derivative of its log-loss in the common log-threshold."""
+        r"""For each task, the derivative of its log-loss in the common log-threshold.
+
+        A weight above the threshold is seen as :math:`G\,S` with the gain G and
+        :math:`S = \operatorname{sign}(w)(|w| - \tau)`; its gradient, that of S, has G in it. Where
+        nothing is given back, G is 1 for good. Otherwise it grows with the threshold, by
+
+        .. math:: \frac{\partial \log G}{\partial \tau} =
+            \frac{\sum (|w| - \tau)}{\sum (|w| - \tau)^2}
+        """
         if not self._weighs:
             return {}
-        taus = ballot.memory.get("thresholds", {})
+        taus, gains = ballot.memory.get("thresholds", {}), ballot.memory.get("gains", {})
         slopes: dict[str, float] = {}
-        for name, voters in zip(ballot.names, ballot.scores, strict=True):
-            for task, score in voters.items():
-                slopes[task] = slopes.get(task, 0.0) + taus.get(name, 0.0) * float(score)
+        for place, name in enumerate(ballot.names):
+            tau = taus.get(name, 0.0)
+            for task, score in ballot.scores[place].items():
+                slopes[task] = slopes.get(task, 0.0) + tau * float(score)
+            if tau and self.debias:
+                left = (ballot.weights[place].to(torch.float32).abs() - tau).clamp(min=0.0)
+                rise = float(left.sum() / left.square().sum().clamp(min=1e-30))
+                for task, growth in ballot.statistics["growth"][place].items():
+                    slopes[task] += tau * rise * float(growth) / gains.get(name, 1.0)
         return {
             task: slope / abs(ballot.losses[task])
             for task, slope in slopes.items()
