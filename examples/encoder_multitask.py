@@ -27,7 +27,6 @@ concerns pruning is in `make_method` and `train`, in lines that end in ``# mtpru
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ensembles, text
+from common import checkpoints, ensembles, text
 from common.options import positive, positive_float, whole
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,6 +54,7 @@ from mtprune import (
     recipes,
     sampling,
 )
+from mtprune.files import write_text, write_torch
 from mtprune.integrations.transformers import save_pretrained
 from mtprune.methods import Method
 
@@ -395,7 +395,7 @@ def load_teacher(job: Job, world: World, options: Options) -> Net:
     done(dense, world, plain, keep=True)
     tasks = world.tasks(job.tasks, dict(job.cut))
     teacher = Net(world.encoder(), {name: task.outputs for name, task in tasks.items()})
-    teacher.load_state_dict(torch.load(folder / "net.pt", weights_only=True))
+    teacher.load_state_dict(checkpoints.read(folder / "net.pt"))
     return teacher.to(options.device).eval().requires_grad_(False)
 
 
@@ -409,16 +409,17 @@ def save(job: Job, options: Options, run: Run, log: Results, path: Path) -> None
     if options.device.startswith("cuda"):
         random["cuda"] = torch.cuda.get_rng_state(options.device)
     about = {"job": asdict(job), "settings": comparable(options)}
-    write({**state, "random": random, "log": log, **about}, path)
+    checkpoints.save({**state, "random": random, "log": log, **about}, path)
 
 
 def load(job: Job, options: Options, run: Run, path: Path) -> Results:
     """Go on from a checkpoint; the log so far."""
-    state = torch.load(path, weights_only=True, map_location=options.device)
+    parts = run.parts()
+    names = [*parts, "random", "log", "job", "settings"]
+    state = checkpoints.load(path, names, options.device)
     check_same(state["job"], asdict(job), path)
     check_same(state["settings"], comparable(options), path)
-    for name, part in run.parts().items():
-        part.load_state_dict(state[name])
+    checkpoints.restore(parts, state, path)
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if "cuda" in state["random"] and options.device.startswith("cuda"):
         torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), options.device)
@@ -431,17 +432,10 @@ def check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], path: Path) -
     plain = json.loads(json.dumps(dict(mine)))
     for name, value in json.loads(json.dumps(dict(theirs))).items():
         if plain.get(name) != value:
-            raise ValueError(
+            raise checkpoints.UnusableError(
                 f"{path} is of a run with {name.replace('_', '-')} {value}. Got {plain.get(name)}. "
                 "Choose another --out."
             )
-
-
-def write(state: Any, path: Path) -> None:
-    """Save at once or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 # What comes out.
@@ -507,10 +501,8 @@ def finished(
         "history": log["history"],
     }
     if keep:
-        write(run.net.state_dict(), folder / "net.pt")
-    partial = folder / "result.partial"
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(folder / "result.json")
+        write_torch(folder / "net.pt", run.net.state_dict())
+    write_text(folder / "result.json", json.dumps(found, indent=1) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return json.loads((folder / "result.json").read_text()), run
 
@@ -809,11 +801,15 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         world = open_world(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"encoder_multitask: {error}") from None
+    work = run_once
     if options.compare:
-        return compare_ensemble(world, options)
-    if options.low_resource:
-        return compare_low_resource(world, options)
-    return run_once(world, options)
+        work = compare_ensemble
+    elif options.low_resource:
+        work = compare_low_resource
+    try:
+        return work(world, options)
+    except (OSError, checkpoints.UnusableError) as error:
+        raise SystemExit(f"encoder_multitask: {error}") from None
 
 
 if __name__ == "__main__":

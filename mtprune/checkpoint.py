@@ -1,36 +1,129 @@
-"""Checkpoints of a pruner: what belongs together, and older versions as the present one."""
+"""Checkpoints of a pruner: opened before they are read, and older versions as the present one.
+
+A checkpoint carries a fingerprint of all that it holds, so that damage is seen. That does not make
+it true: every part of it is then read entry by entry (`mtprune.reading`), into new objects, and
+only when all is read does a pruner take them.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["VERSION", "check_same", "upgraded"]
+import torch
+from torch import Tensor
+
+from mtprune.bits import unpack_bits
+from mtprune.facts import Facts
+from mtprune.files import digest
+from mtprune.reading import Entry
+
+__all__ = ["VERSION", "check_counts", "check_seal", "opened", "random_state", "sealed"]
 
 VERSION = 2
 
+_IDENTITY = ("version", "tasks", "shapes", "method")
+_FIELDS = (
+    *_IDENTITY,
+    *("step", "done", "users", "facts", "hold", "weigher", "generator"),
+    *("singly", "memory", "evidence", "kept", "stability"),
+)
+_ADVICE = "Load the state_dict() of a pruner as it was saved; this pruner is as it was."
 
-def upgraded(state: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """A state of any version as one of the present version.
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with the fingerprint of all its entries."""
+    return {**state, "digest": digest(state)}
+
+
+def opened(state: object, mine: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries of a checkpoint of the present version, whatever its own is.
 
     Args:
-        state: The state.
-        method: The description of the method that is to go on.
+        state: What somebody says is a checkpoint.
+        mine: The entries in which it must agree with the pruner that loads it.
 
     Raises:
-        ValueError: If it is of no version that we know.
+        ValueError: If it is none, is damaged, or is of other tasks, layers or another method.
     """
-    version = state["version"]
-    if version == VERSION:
-        return dict(state)
-    if version != 1:
+    whole = Entry(state, "This checkpoint", _ADVICE)
+    if not isinstance(state, Mapping) or not {"version", "method", "evidence"} <= set(state):
+        raise ValueError(f"This is not a state_dict of a MultitaskPruner. {_ADVICE}")
+    version = whole["version"].whole()
+    if version == 1:
+        try:
+            state = _upgraded(state, mine["method"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"This checkpoint says that it is of version 1, and is not: {error!r}. {_ADVICE}"
+            ) from error
+        whole = Entry(state, "This checkpoint", _ADVICE)
+    elif version != VERSION:
         raise ValueError(
             f"This checkpoint is of a pruner with other version: it has {version}, this one "
             f"{VERSION}. Load it with the version of mtprune that wrote it, or with a later one."
         )
+    entries = whole.fields(_FIELDS, optional=["digest"])
+    _check_same(entries, mine)
+    if version == VERSION and "digest" not in entries:
+        raise whole.wrong("must be a mapping that has 'digest'")
+    return entries
+
+
+def check_seal(entries: Mapping[str, Entry]) -> None:
+    """Refuse a checkpoint whose entries, all of which have been read, are not as they were saved.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    values = {name: entry.value for name, entry in entries.items() if name != "digest"}
+    # Those of version 1 have no fingerprint.
+    if "digest" in entries and digest(values) != entries["digest"].text():
+        raise entries["digest"].wrong(
+            "must be the fingerprint of all other entries; some of them are not as they were saved"
+        )
+
+
+def check_counts(hold: Entry, facts: Facts) -> None:
+    """Refuse masks that keep other numbers of weights than the update that made them.
+
+    Args:
+        hold: The entry of what holds, which has been read.
+        facts: The numbers of the last update.
+
+    Raises:
+        ValueError: If they do.
+    """
+    masks = hold["masks"].mapping()
+    for count in facts.counts:
+        if count.name in masks:
+            bits = masks[count.name].tensor()
+            kept = int(unpack_bits(bits.cpu(), (8 * len(bits),)).count_nonzero())
+            if kept != count.kept:
+                raise masks[count.name].wrong(
+                    f"must keep {count.kept} weights, as the last update did, not {kept}"
+                )
+
+
+def random_state(entry: Entry) -> Tensor:
+    """The state of a generator.
+
+    Raises:
+        ValueError: If no generator can go on from it.
+    """
+    state = entry.tensor((entry.size(),), torch.uint8).cpu()
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError as error:
+        raise entry.wrong("must be the state of a torch.Generator") from error
+    return state
+
+
+def _upgraded(state: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A state of version 1 as one of the present version."""
     new = {
         name: value
         for name, value in state.items()
-        if name not in ("masks", "soft", "loose", "ranks")
+        if name not in ("masks", "soft", "loose", "ranks", "digest")
     }
     for name in ("evidence", "kept"):
         evidence = dict(state[name])
@@ -57,19 +150,20 @@ def _without_sparsity(method: str) -> str:
     return re.sub(r"^Vote\(sparsity=[^,]+, ", "Vote(", method) if fixed else method
 
 
-def check_same(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of other tasks, layers or another method.
-
-    Args:
-        state: The checkpoint.
-        mine: The entries in which it must agree with the pruner that loads it.
-
-    Raises:
-        ValueError: If it does not.
-    """
+def _check_same(entries: Mapping[str, Entry], mine: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other tasks, layers or another method."""
+    theirs = {
+        "version": entries["version"].whole(),
+        "tasks": [task.text() for task in entries["tasks"].items()],
+        "shapes": {
+            name: [size.whole() for size in shape.items()]
+            for name, shape in entries["shapes"].mapping().items()
+        },
+        "method": entries["method"].text(),
+    }
     for key, own in mine.items():
-        if state[key] != own:
-            difference = _difference(state[key], own)
+        if theirs[key] != own:
+            difference = _difference(theirs[key], own)
             raise ValueError(f"This checkpoint is of a pruner with other {key}: {difference}")
 
 

@@ -1,7 +1,7 @@
 """Facts: the numbers of an update, kept for the report when scores and masks are gone."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtprune.model import factors
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 
 __all__ = [
     "Count",
@@ -161,12 +162,71 @@ class Facts:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "Facts":
-        """The inverse of `state_dict`."""
-        counts = tuple(Count(**{**c, "tasks": tuple(c["tasks"])}) for c in state["counts"])
-        history = tuple(Moment(**m) for m in state["history"])
-        groups = tuple(GroupRow(**g) for g in state["groups"])
-        return cls(**{**state, "counts": counts, "history": history, "groups": groups})
+    def read(cls, entry: Entry, layers: Sequence[Layer], tasks: Collection[str]) -> "Facts":
+        """The inverse of `state_dict`.
+
+        Args:
+            entry: What it returned.
+            layers: The layers that there are.
+            tasks: The tasks.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        parts = entry.fields([f.name for f in fields(cls)])
+        sizes = {layer.name: layer.parameter.numel() for layer in layers}
+        return cls(
+            counts=tuple(_count(part, sizes, tasks) for part in parts["counts"].items()),
+            observations=_whole(parts["observations"], tasks),
+            stable=parts["stable"].optional(Entry.flag),
+            discarded=_whole(parts["discarded"], tasks),
+            history=tuple(_moment(part, tasks) for part in parts["history"].items()),
+            groups=tuple(_group(part) for part in parts["groups"].items()),
+        )
+
+
+def _whole(entry: Entry, keys: Collection[str], most: int | None = None) -> dict[str, int]:
+    """A whole number for each of some keys."""
+    limit = {} if most is None else {"most": most}
+    return {key: part.whole(**limit) for key, part in entry.mapping(keys).items()}
+
+
+def _count(entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> Count:
+    parts = entry.fields([f.name for f in fields(Count)])
+    name = parts["name"].text(sizes)
+    kept = parts["kept"].whole(most=sizes[name])
+    return Count(
+        name=name,
+        component=parts["component"].text(),
+        parameters=parts["parameters"].whole(sizes[name], sizes[name]),
+        kept=kept,
+        wanted=_whole(parts["wanted"], tasks, kept),
+        unanimous=parts["unanimous"].whole(most=kept),
+        tasks=tuple(part.text(tasks) for part in parts["tasks"].items()),
+        threshold=parts["threshold"].optional(Entry.number),
+        cost=parts["cost"].optional(lambda part: part.number(least=0.0)),
+        rank=parts["rank"].optional(Entry.whole),
+        full_rank=parts["full_rank"].optional(Entry.whole),
+    )
+
+
+def _moment(entry: Entry, tasks: Collection[str]) -> Moment:
+    parts = entry.fields([f.name for f in fields(Moment)])
+    return Moment(
+        step=parts["step"].whole(),
+        sparsity=parts["sparsity"].number(0.0, 1.0),
+        components={
+            name: {key: value.number() for key, value in numbers.mapping().items()}
+            for name, numbers in parts["components"].mapping().items()
+        },
+        weights={task: part.number() for task, part in parts["weights"].mapping(tasks).items()},
+    )
+
+
+def _group(entry: Entry) -> GroupRow:
+    parts = entry.fields([f.name for f in fields(GroupRow)])
+    units = parts["units"].whole()
+    return GroupRow(parts["name"].text(), units, parts["kept"].whole(most=units))
 
 
 def count(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "read_json", "read_torch", "write", "write_torch"]
+__all__ = ["digest", "read_json", "read_torch", "write", "write_text", "write_torch"]
 
 _JSON_LIMIT = 1 << 28
 
@@ -57,6 +57,11 @@ def write(path: str | PathLike[str], fill: Callable[[BinaryIO], object]) -> None
 def write_torch(path: str | PathLike[str], state: object) -> None:
     """Write with `torch.save`, whole or not at all; see `write`."""
     write(path, lambda file: torch.save(state, file))
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write text as UTF-8, whole or not at all; see `write`."""
+    write(path, lambda file: file.write(text.encode()))
 
 
 def read_torch(path: str | PathLike[str], device: str | torch.device | None = None) -> Any:

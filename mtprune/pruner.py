@@ -324,40 +324,48 @@ class MultitaskPruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in a new process: tensors, numbers, strings, containers."""
         settled = self._reach.settled
-        return {
-            **self._identity(),
-            "step": self._clock.step,
-            "done": self._clock.done,
-            "users": None if settled is None else dict(settled),
-            "facts": self._facts.state_dict(),
-            "hold": self._hold.state_dict(),
-            "weigher": self._weigher.state_dict(),
-            **self._round.state_dict(),
-            "generator": self._generator.get_state(),
-        }
+        return checkpoint.sealed(
+            {
+                **self._identity(),
+                "step": self._clock.step,
+                "done": self._clock.done,
+                "users": None if settled is None else dict(settled),
+                "facts": self._facts.state_dict(),
+                "hold": self._hold.state_dict(),
+                "weigher": self._weigher.state_dict(),
+                **self._round.state_dict(),
+                "generator": self._generator.get_state(),
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: before or after the model's and optimizer's.
 
         Raises:
-            ValueError: If it belongs to other tasks, layers or another method; nothing is changed.
+            ValueError: If it is damaged, was never that of a pruner, or belongs to other tasks,
+                layers or another method. Nothing is changed then.
         """
         self._check_alive("load_state_dict")
-        if not isinstance(state, Mapping) or not {"version", "method", "evidence"} <= set(state):
-            raise ValueError("This is not a state_dict of a MultitaskPruner.")
-        state = checkpoint.upgraded(state, describe(self._method))
-        checkpoint.check_same(state, self._identity())
-        users = state["users"]
-        settled = None if users is None else {t: f.cpu().clone() for t, f in users.items()}
-        self._reach.settled = settled
-        self._clock.step, self._clock.done = state["step"], state["done"]
-        facts = Facts.from_state_dict(state["facts"])
+        entries = checkpoint.opened(state, self._identity())
+        # First all of it is read, so that nothing has changed where something cannot be.
+        users = self._reach.read(entries["users"])
+        layers = [layer for _, layer in self._reach.active(users)]
+        step, done = entries["step"].whole(), entries["done"].whole(least=-1)
+        facts = Facts.read(entries["facts"], self._inventory.layers, list(self._losses))
+        held = self._hold.read(entries["hold"], layers)
+        checkpoint.check_counts(entries["hold"], facts)
+        past = self._round.read(entries, users)
+        weights = self._weigher.read(entries["weigher"])
+        random = checkpoint.random_state(entries["generator"])
+        checkpoint.check_seal(entries)
+        self._reach.settled = users
+        self._clock.step, self._clock.done = step, done
         self._facts = facts if facts.counts else Facts.before(self._inventory.layers)
-        self._round.load_state_dict(state)
-        self._weigher.load_state_dict(state["weigher"])
-        self._generator.set_state(state["generator"].cpu())
+        self._round.load(past)
+        self._weigher.load(weights)
+        self._generator.set_state(random)
         self._task_masks = None
-        self._hold.load_state_dict(state["hold"], self._active)
+        self._hold.load(held)
         self._round.listen(self._clock.near)
 
     # How an update comes about.

@@ -8,7 +8,7 @@ something makes new objects from entries, and assigns them when all is read.
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,31 @@ class Entry:
             raise self.wrong(f"must have keys among {_few(list(among or ()))}, not {_few(unknown)}")
         return {key: self._part(key, value) for key, value in self.value.items()}
 
+    def numbered(self) -> dict[int, "Entry"]:
+        """The entries of a mapping whose keys are whole numbers, at least 0."""
+        value = self.value
+        if not isinstance(value, Mapping) or not all(
+            checks.is_whole(key) and 0 <= key <= _MOST for key in value
+        ):
+            raise self.wrong("must be a mapping with whole numbers for keys")
+        return {key: self._part(str(key), part) for key, part in value.items()}
+
+    def plain(self) -> Any:
+        """Containers of strings, numbers, True, False, None and dense tensors, whatever they say.
+
+        Containers are new ones, and tensors copies.
+        """
+        value = self.value
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Tensor):
+            return self.tensor(finite=False).clone()
+        if isinstance(value, Mapping) and all(isinstance(key, (int, str)) for key in value):
+            return {key: self._part(str(key), part).plain() for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(entry.plain() for entry in self.items())
+        raise self.wrong("must be made of containers, tensors, numbers and strings")
+
     def items(self, length: int | None = None) -> list["Entry"]:
         """The entries of a list or tuple.
 
@@ -170,6 +195,8 @@ class Entry:
             isinstance(value, Tensor)
             and value.layout == torch.strided
             and not value.is_meta
+            # Strides of 0 could claim any size, and a copy would need it.
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
             and shape in (None, tuple(value.shape))
             and (kinds is None or value.dtype in kinds)
         ):
@@ -179,6 +206,13 @@ class Entry:
         if finite and value.is_floating_point() and not bool(value.isfinite().all()):
             raise self.wrong("must be finite in every entry")
         return value
+
+    def size(self) -> int:
+        """The length of a tensor's one dimension."""
+        value = self.value
+        if not isinstance(value, Tensor) or value.dim() != 1:
+            raise self.wrong("must be a tensor of one dimension")
+        return len(value)
 
     def _part(self, key: str, value: object) -> "Entry":
         return Entry(value, self._source, self._advice, (*self._path, key))

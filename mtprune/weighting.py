@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtprune import checks
+from mtprune.reading import Entry
 
 __all__ = [
     "Noise",
@@ -233,9 +234,27 @@ class Weigher:
         """As plain containers."""
         return dict(self._memory)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._memory = dict(state)
+    def read(self, entry: Entry) -> dict[str, Any]:
+        """What `state_dict` returned, as a value for `load`; nothing is changed.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        parts, tasks = entry.mapping(["step", "jumps", "last", "averages", "weights"]), self._tasks
+        found: dict[str, Any] = {name: part.plain() for name, part in parts.items()}
+        for name in {"last", "averages", "weights"} & set(parts):
+            for part in parts[name].mapping(tasks).values():
+                part.tensor(()) if isinstance(part.value, Tensor) else part.number()
+        if "jumps" in parts:
+            found["step"] = entry["step"].whole()
+            for history in parts["jumps"].mapping(tasks).values():
+                for jump in history.items():
+                    jump.number(least=0.0)
+        return found
+
+    def load(self, memory: Mapping[str, Any]) -> None:
+        """Go on with what `read` has found."""
+        self._memory = dict(memory)
 
     def _checked(self, weights: object) -> Mapping[str, Any]:
         if not isinstance(weights, Mapping) or not set(weights) <= set(self._tasks):

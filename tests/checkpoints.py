@@ -1,7 +1,7 @@
 """What a checkpoint of a pruner tells, read in one place: the only tests that know its keys."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mtprune import MultitaskPruner
+from mtprune.bits import pack_bits
+from mtprune.checkpoint import sealed
 
 
 def shapes(pruner: MultitaskPruner) -> dict[str, tuple[int, ...]]:
@@ -76,15 +78,23 @@ def set_thresholds(pruner: MultitaskPruner, make: Callable[[str, Tensor], Tensor
     state = pruner.state_dict()
     soft = state["hold"]
     soft["thresholds"] = {name: make(name, tau) for name, tau in soft["thresholds"].items()}
-    pruner.load_state_dict(state)
+    pruner.load_state_dict(resealed(state))
 
 
 def set_random_masks(pruner: MultitaskPruner, density: float = 0.1) -> None:
     """Masks that keep this share of all weights, wherever chance has it."""
     random = np.random.default_rng(0)
     state = pruner.state_dict()
-    state["hold"]["masks"] = {
-        name: torch.from_numpy(np.packbits(random.random(math.prod(shape)) < density))
+    masks = {
+        name: torch.from_numpy(random.random(math.prod(shape)) < density)
         for name, shape in state["shapes"].items()
     }
-    pruner.load_state_dict(state)
+    state["hold"]["masks"] = {name: pack_bits(mask) for name, mask in masks.items()}
+    for count in state["facts"]["counts"]:
+        count["kept"] = count["unanimous"] = int(masks[count["name"]].sum())
+    pruner.load_state_dict(resealed(state))
+
+
+def resealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state that was changed, with the fingerprint of what it is now."""
+    return sealed({name: value for name, value in state.items() if name != "digest"})

@@ -195,9 +195,9 @@ def test_resuming_something_else_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "save", save_and_die)
     with pytest.raises(KilledError):
         run("--save-every", "3")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with seed 0\. Got 1\. Choos"):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is of a run with seed 0\. Got 1\. Choos"):
         run("--resume", "--seed", "1")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with lr 0\.0001"):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is of a run with lr 0\.0001"):
         run("--resume", "--lr", "0.5")
 
 
@@ -279,7 +279,7 @@ def test_compares_with_ensembles_and_does_nothing_twice(run, tmp_path, monkeypat
 
     monkeypatch.setattr(example, "train", refuse)
     assert run(*arguments, tasks=tasks)["rows"] == results["rows"]
-    with pytest.raises(ValueError, match=r"result\.json is of a run with lr 0\.0001\. Got 0\.5"):
+    with pytest.raises(SystemExit, match=r"result\.json is of a run with lr 0\.0001\. Got 0\.5"):
         run(*arguments, "--lr", "0.5", tasks=tasks)
 
 

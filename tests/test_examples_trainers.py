@@ -1,6 +1,9 @@
 """Every trainer runs, on every method, ends as sparse as asked, and resumes bitwise."""
 
+import errno
+import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -256,13 +259,64 @@ def test_refuses(capsys, arguments, message):
 
 
 def test_refuses_at_run_time(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no .*none\.pt\. Train with"):
+    with pytest.raises(SystemExit, match=r"census: There is no .*none\.pt\. Train with"):
         train("census", "--pretrained", str(tmp_path / "none.pt"))
     train("census", "--method", "dense", out=tmp_path)
-    with pytest.raises(ValueError, match=r"model\.pt is of another net"):
+    with pytest.raises(SystemExit, match=r"census: .*model\.pt is of another net"):
         train("census", "--pretrained", str(tmp_path / "model.pt"), "--width", "0.1")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of a run with --seed 0\. Got 1"):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is of a run with --seed 0\. Got 1"):
         train("census", "--method", "dense", "--seed", "1", "--resume", out=tmp_path)
+
+
+def flip(data):
+    """The same bytes, but one bit in the largest run of numbers."""
+    place = 2 * len(data) // 3
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+DAMAGES = {
+    "empty": (lambda data: b"", "is not a file that torch.save wrote, or is damaged"),
+    "truncated": (lambda data: data[:-999], "is not a file that torch.save wrote, or is damaged"),
+    "flipped": (flip, "is damaged|is not a file that torch.save wrote"),
+    "another's": (lambda data: torch_bytes({"step": 1}), "is no checkpoint of this trainer"),
+    "a list": (lambda data: torch_bytes([1, 2]), "is no checkpoint of this trainer"),
+}
+
+
+def torch_bytes(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_told_without_a_traceback(train, tmp_path, damage):
+    train("census", "--method", "vote", out=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    change, message = DAMAGES[damage]
+    bad = change(path.read_bytes())
+    path.write_bytes(bad)
+    there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match=rf"census: '.*checkpoint\.pt' ({message}).* Take a"):
+        train("census", "--method", "vote", "--resume", out=tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == there
+
+
+def test_what_cannot_be_written_is_told_and_leaves_the_last_checkpoint(
+    train, tmp_path, monkeypatch
+):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ["census", "--method", "vote", "--save-every", "2"]
+    train(*arguments, out=tmp_path)
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        SystemExit, match=r"census: .*best\.pt' could not be written: No space left"
+    ):
+        train(*arguments, out=tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == old
 
 
 def test_what_is_wrong_with_the_data_is_told_without_a_traceback(tmp_path):

@@ -3,6 +3,7 @@ import torch
 
 from mtprune.bits import pack_bits
 from mtprune.observing.stability import Stability, iou
+from mtprune.reading import Entry
 
 SIZE = 1_000
 
@@ -96,8 +97,8 @@ def test_it_resumes_from_its_state_dict(tmp_path):
     for n in (2, 3, 4, 6, 8):
         first.enough(n, lambda n=n: [mask(wrong=0 if n >= 6 else 50 * n)])
     torch.save(first.state_dict(), tmp_path / "state")
-    second = Stability()
-    second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    state = torch.load(tmp_path / "state", weights_only=True)
+    second = Stability.read(Entry(state, "This checkpoint", ""))
     assert second.stable is False
     assert first.enough(12, lambda: [mask()])
     assert second.enough(12, lambda: [mask()])

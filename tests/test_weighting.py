@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, MultitaskPruner, SoftThreshold, Vote
+from mtprune.reading import Entry
 from mtprune.weighting import (
     Noise,
     PruningSensitivity,
@@ -251,7 +252,7 @@ def test_weights_travel_in_the_checkpoint():
     for row in losses[:15]:
         straight.weigh(dict(zip("ab", map(torch.tensor, row), strict=True)))
     resumed = Weigher(Noise(begin=0, window=5), ["a", "b"])
-    resumed.load_state_dict(straight.state_dict())
+    resumed.load(resumed.read(Entry(straight.state_dict(), "This checkpoint", "")))
     for row in losses[15:]:
         for weigher in (straight, resumed):
             weigher.weigh(dict(zip("ab", map(torch.tensor, row), strict=True)))

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mtprune import budget
+from mtprune.files import write_text
 
 Results = Mapping[str, Any]
 Row = dict[str, Any]
@@ -345,6 +346,4 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def write(results: Results, path: Path) -> None:
     """As JSON, at once or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(results, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """The training loop, with the pruner in it. Lines that concern the pruner end in ``# mtprune``."""
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import data, losses, nets, results
+from common import checkpoints, data, losses, nets, results
 from common.options import Options, Problem, make_method, parse, prunes_at_once
 from mtprune import MultitaskPruner
+from mtprune.files import write_torch
 
 Results = dict[str, Any]
 
@@ -214,11 +214,15 @@ def start_from(run: Run) -> None:
     """Load the weights of a finished run."""
     path = run.options.pretrained
     if not path.exists():
-        raise FileNotFoundError(f"There is no {path}. Train with --method dense to get a model.pt.")
+        raise checkpoints.UnusableError(
+            f"There is no {path}. Train with --method dense to get a model.pt."
+        )
     try:
-        run.model.load_state_dict(torch.load(path, weights_only=True))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is of another net than these options describe. {error}") from None
+        run.model.load_state_dict(checkpoints.read(path))
+    except (RuntimeError, TypeError) as error:
+        raise checkpoints.UnusableError(
+            f"{path} is of another net than these options describe. {error}"
+        ) from None
 
 
 @torch.no_grad()
@@ -274,7 +278,8 @@ def validate(run: Run, log: dict[str, Any]) -> None:
     if better:
         log["best"] = {"step": log["step"], "score": score}
         states = {name: part.state_dict() for name, part in run.parts().items()}
-        write({name: states[name] for name in ("model", "pruner")}, run.options.out / "best.pt")
+        kept = {name: states[name] for name in ("model", "pruner")}
+        checkpoints.save(kept, run.options.out / "best.pt")
 
 
 def is_sparse(run: Run) -> bool:
@@ -292,24 +297,25 @@ def save(run: Run, log: Mapping[str, Any], path: Path) -> None:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    write({**state, "random": random, "log": log, "options": comparable(run.options)}, path)
+    about = {"log": log, "options": comparable(run.options)}
+    checkpoints.save({**state, "random": random, **about}, path)
 
 
 def load(run: Run, path: Path) -> dict[str, Any]:
     """Go on from a checkpoint; the log so far.
 
     Raises:
-        ValueError: If it is of a run with other options.
+        UnusableError: If it is damaged, or of a run with other options.
     """
-    state = torch.load(path, weights_only=True, map_location=run.options.device)
+    parts = run.parts()
+    state = checkpoints.load(path, [*parts, "random", "log", "options"], run.options.device)
     mine = comparable(run.options)
     for name, value in state["options"].items():
-        if mine[name] != value:
-            raise ValueError(
-                f"{path} is of a run with --{name.replace('_', '-')} {value}. Got {mine[name]}."
+        if mine.get(name) != value:
+            raise checkpoints.UnusableError(
+                f"{path} is of a run with --{name.replace('_', '-')} {value}. Got {mine.get(name)}."
             )
-    for name, part in run.parts().items():
-        part.load_state_dict(state[name])
+    checkpoints.restore(parts, state, path)
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if "cuda" in state["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
@@ -323,19 +329,12 @@ def comparable(options: Options) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
-def write(state: Mapping[str, Any], path: Path) -> None:
-    """Save at once or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
 def finish(problem: Problem, options: Options, source: data.Source, log: Results) -> Results:
     """Bake the best weights in, test them, and tell what came out."""
     run = build(problem, options, source)
-    best = torch.load(options.out / "best.pt", weights_only=True, map_location=options.device)
-    for name in ("model", "pruner"):
-        run.parts()[name].load_state_dict(best[name])
+    parts = {name: run.parts()[name] for name in ("model", "pruner")}
+    best = checkpoints.load(options.out / "best.pt", parts, options.device)
+    checkpoints.restore(parts, best, options.out / "best.pt")
     run.pruner.finalize()  # mtprune
     weights = dict(run.model.named_parameters())
     masks = run.pruner.masks
@@ -358,7 +357,7 @@ def finish(problem: Problem, options: Options, source: data.Source, log: Results
         "history": {"train": log["train"], "val": log["val"]},
         "seconds": log["seconds"],
     }
-    write(run.model.state_dict(), options.out / "model.pt")
+    write_torch(options.out / "model.pt", run.model.state_dict())
     results.write(found, options.out)
     print(f"\n{run.pruner.report()}\n" if found["zeros"] else "")
     print(results.table(found))
@@ -369,7 +368,11 @@ def finish(problem: Problem, options: Options, source: data.Source, log: Results
 def main(problem: Problem, arguments: Sequence[str] | None = None) -> Results:
     """Read the command line, and train."""
     options = parse(problem, arguments)
-    return train(problem, options, open_or_exit(problem, options))
+    source = open_or_exit(problem, options)
+    try:
+        return train(problem, options, source)
+    except (OSError, checkpoints.UnusableError) as error:
+        raise SystemExit(f"{problem.name}: {error}") from None
 
 
 def open_or_exit(problem: Problem, options: Options) -> data.Source:

@@ -8,11 +8,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, max_unpool2d, pad, relu
+
+from mtprune.files import read_torch
 
 NETS = ("deeplab_resnet34", "mobilenetv2", "mtan_segnet", "unet", "mmoe")
 
@@ -425,8 +426,10 @@ def load_backbone(model: nn.Module, path: Path) -> None:
     """
     if not isinstance(model, DeepLab):
         raise ValueError(f"--imagenet is for nets with a backbone, not {type(model).__name__}.")
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    state = read_torch(path, "cpu")
     own = model.backbone.state_dict()
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no weights by name, as torchvision saves them.")
     given = OrderedDict((k, v) for k, v in state.items() if not k.startswith(("fc.", "classifier")))
     wrong = [k for k in own if k not in given or given[k].shape != own[k].shape]
     wrong += [k for k in given if k not in own]

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mtprune.files import write_text
+
 
 def is_rank(method: str) -> bool:
     """Whether a method prunes ranks: it saves parameters, and its weights have no zeros."""
@@ -34,9 +36,7 @@ def table(found: Mapping[str, Any]) -> str:
 def write(found: Mapping[str, Any], out: Path) -> None:
     """``results.json`` and ``curves.png``."""
     draw(found).savefig(out / "curves.png", dpi=110)
-    partial = out / "results.partial"
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(out / "results.json")
+    write_text(out / "results.json", json.dumps(found, indent=1) + "\n")
 
 
 def draw(found: Mapping[str, Any]) -> Figure:

@@ -6,6 +6,7 @@ train it, score it and count it. A new way to take hold is one file beside this 
 and its hold.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from mtprune.bits import pack_bits, unpack_bits
 from mtprune.facts import Count, Subject, count
 from mtprune.holding.masking import Gate, Masking
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.statistics import JOINT
 
 __all__ = [
     "Decision",
+    "Held",
     "Hold",
     "MaskHold",
     "Masks",
@@ -30,8 +33,8 @@ __all__ = [
     "by_task",
     "differ",
     "packed",
+    "read_masks",
     "shaped",
-    "unpacked",
     "whole",
 ]
 
@@ -115,6 +118,19 @@ class View:
     basis: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """Masks as a checkpoint holds them.
+
+    Attributes:
+        layers: The layers that have one.
+        masks: Theirs, of their shapes.
+    """
+
+    layers: Sequence[Layer]
+    masks: Sequence[Tensor]
+
+
 D = TypeVar("D", bound=Decision)
 M = TypeVar("M", bound=Masks)
 
@@ -171,13 +187,20 @@ class Hold(ABC, Generic[D]):
         """The decision that holds now, as plain containers."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        """The inverse of `state_dict`.
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> Any:
+        """What `state_dict` returned, as values for `load`; nothing is changed.
 
         Args:
-            state: What it returned.
+            entry: What it returned.
             layers: The layers that are pruned.
+
+        Raises:
+            ValueError: If it is not that.
         """
+
+    @abstractmethod
+    def load(self, held: Any) -> None:
+        """Let that hold which `read` has found."""
 
 
 class MaskHold(Hold[M]):
@@ -236,10 +259,13 @@ class MaskHold(Hold[M]):
         return {"masks": self._packed() or dict(self._released)}
 
     @override
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        known, masks = unpacked(state["masks"], layers)
-        if known:
-            self._put(known, masks)
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> Held:
+        return read_masks(entry.fields(["masks"], optional=["open"])["masks"], layers)
+
+    @override
+    def load(self, held: Held) -> None:
+        if held.layers:
+            self._put(held.layers, held.masks)
         else:
             self.discard()
 
@@ -276,12 +302,25 @@ def packed(layers: Iterable[Layer], masks: Masking) -> dict[str, Tensor]:
     return {name: pack_bits(mask) for name, mask in kept.items() if mask is not None}
 
 
-def unpacked(
-    bits: Mapping[str, Tensor], layers: Iterable[Layer]
-) -> tuple[list[Layer], list[Tensor]]:
-    """The layers that have bits, and their masks."""
+def read_masks(entry: Entry, layers: Sequence[Layer]) -> Held:
+    """The masks of all layers, or of none, from their bits.
+
+    Raises:
+        ValueError: If they are not that.
+    """
+    bits = entry.mapping([layer.name for layer in layers])
     known = [layer for layer in layers if layer.name in bits]
-    return known, [unpack_bits(bits[x.name].to(x.parameter.device), x.shape) for x in known]
+    if known and len(known) < len(layers):
+        raise entry.wrong(f"must have a mask for each of {len(layers)} layers")
+    masks = []
+    for layer in known:
+        size = math.prod(layer.shape)
+        part = bits[layer.name]
+        packed = part.tensor((-(-size // 8),), torch.uint8)
+        if size % 8 and int(packed[-1]) >> size % 8:
+            raise part.wrong(f"must have {size} bits, and zeros after them")
+        masks.append(unpack_bits(packed.to(layer.parameter.device), layer.shape))
+    return Held(known, masks)
 
 
 def differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -22,9 +22,11 @@ from mtprune.holding.base import Decision, Hold, View, by_task, whole
 from mtprune.holding.masking import Gate
 from mtprune.model import factors
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 
 __all__ = ["LowRankHold", "LowRanks"]
 
+_FLOATS = (torch.float32, torch.float64)
 _ROUNDING = 16  # times the precision of its type: how far off a projected weight may be
 
 
@@ -53,6 +55,25 @@ class LowRanks(Decision):
     def count(self, subject: Subject, place: int, alone: Mapping[str, Tensor]) -> Count:
         directions = by_task(self.directions_alone, subject.tasks, place)
         return count_rank(subject, self.directions[place], directions)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Directions as a checkpoint holds them.
+
+    Attributes:
+        layers: The layers that are pruned.
+        vectors: The directions that are scored, or gated.
+        gates: The factor on each.
+        ranks: How many directions are kept.
+        spans: The directions that are kept, or with False the others.
+    """
+
+    layers: Sequence[Layer]
+    vectors: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor]
+    ranks: Mapping[str, int]
+    spans: Mapping[str, tuple[Tensor, bool]]
 
 
 class LowRankHold(Hold[LowRanks]):
@@ -143,14 +164,36 @@ class LowRankHold(Hold[LowRanks]):
         }
 
     @override
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        self._layers = list(layers)
-        self._vectors = {name: vectors.clone() for name, vectors in state["vectors"].items()}
-        self._gates = {name: gates.clone() for name, gates in state["gates"].items()}
-        self._ranks = dict(state["ranks"])
-        self._spans = {
-            name: (span.clone(), bool(inside)) for name, (span, inside) in state["spans"].items()
-        }
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> "Held":
+        parts = entry.fields(["masks", "vectors", "gates", "ranks", "spans"], optional=["open"])
+        full = {layer.name: min(layer.shape) for layer in layers}
+        parts["masks"].mapping(among=())
+        ranks = {n: part.whole(most=full[n]) for n, part in parts["ranks"].mapping(full).items()}
+        spans = {}
+        for name, pair in parts["spans"].mapping(ranks).items():
+            span, inside = pair.items(2)
+            size, is_inside = full[name], inside.flag()
+            columns = ranks[name] if is_inside else size - ranks[name]
+            spans[name] = span.tensor((size, columns), _FLOATS).clone(), is_inside
+        return Held(
+            layers,
+            {
+                name: part.tensor((full[name], full[name]), _FLOATS).clone()
+                for name, part in parts["vectors"].mapping(full).items()
+            },
+            {
+                name: part.tensor((full[name],), _FLOATS).clone()
+                for name, part in parts["gates"].mapping(full).items()
+            },
+            ranks,
+            spans,
+        )
+
+    @override
+    def load(self, held: "Held") -> None:
+        self._layers = list(held.layers)
+        self._vectors, self._gates = dict(held.vectors), dict(held.gates)
+        self._ranks, self._spans = dict(held.ranks), dict(held.spans)
 
     def _rank(self, layer: Layer) -> int:
         """How many directions a layer has left."""

@@ -1,7 +1,7 @@
 """Two phases: weights that may come back, then masks for good."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from mtprune.holding.base import Hold, M, MaskHold, Masks, View, differ, shaped
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 
 __all__ = ["OpenHold", "Phased"]
 
@@ -110,9 +111,15 @@ class Phased(Hold[M]):
         return {"open": self._first.is_open, **self._now.state_dict()}
 
     @override
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> tuple[bool, Any]:
+        is_open = entry["open"].flag()
+        return is_open, (self._first if is_open else self._last).read(entry, layers)
+
+    @override
+    def load(self, held: tuple[bool, Any]) -> None:
+        is_open, inner = held
         self._first.discard()
-        if state["open"]:
+        if is_open:
             self._last.discard()
-            self._layers = [layer for layer in layers if layer.name in state["masks"]]
-        (self._first if state["open"] else self._last).load_state_dict(state, layers)
+            self._layers = list(inner.layers)
+        (self._first if is_open else self._last).load(inner)

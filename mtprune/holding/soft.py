@@ -16,11 +16,12 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count
-from mtprune.holding.base import Masks, View, packed, shaped, unpacked, whole
+from mtprune.holding.base import Masks, View, packed, read_masks, shaped, whole
 from mtprune.holding.masking import Gate, Masking
 from mtprune.holding.phases import OpenHold
 from mtprune.holding.thresholds import soft_threshold
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 
 __all__ = ["EDGE", "SoftHold", "SoftThresholds", "Watch"]
 
@@ -121,6 +122,29 @@ class _Threshold:
         """The weight as the model sees it, without a graph."""
         soft = soft_threshold(weight, self.tau(weight))
         return soft * self.gain if self.gained else soft
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """Soft thresholds as a checkpoint holds them.
+
+    Attributes:
+        layers: The layers that have one.
+        thresholds: Theirs, and masks of their shapes.
+        noted: What has been noted of each layer.
+    """
+
+    layers: Sequence[Layer]
+    thresholds: SoftThresholds
+    noted: Tensor
+
+
+def _positive(entry: Entry) -> Tensor:
+    """A number that is not negative, as a tensor."""
+    value = entry.tensor((), (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+    if value < 0:
+        raise entry.wrong("must not be negative")
+    return value
 
 
 class SoftHold(OpenHold[SoftThresholds]):
@@ -241,17 +265,26 @@ class SoftHold(OpenHold[SoftThresholds]):
         }
 
     @override
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        known, masks = unpacked(state["masks"], layers)
-        gains = state["gains"]
-        thresholds = SoftThresholds(
-            masks,
-            thresholds=[state["thresholds"][layer.name] for layer in known],
-            leak=state["leak"],
-            gains=[gains[layer.name] for layer in known] if gains else None,
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> "Thresholded":
+        parts = entry.fields(["open", "masks", "thresholds", "gains", "leak", "noted"])
+        held = read_masks(parts["masks"], layers)
+        names = [layer.name for layer in held.layers]
+        given = bool(parts["gains"].mapping(names))
+        return Thresholded(
+            held.layers,
+            SoftThresholds(
+                held.masks,
+                thresholds=[_positive(parts["thresholds"][name]) for name in names],
+                leak=parts["leak"].number(0.0, 1.0),
+                gains=[_positive(parts["gains"][name]) for name in names] if given else None,
+            ),
+            parts["noted"].tensor((len(names),), torch.float32).clone(),
         )
-        self._set(known, masks, thresholds)
-        self._noted = state["noted"].clone()
+
+    @override
+    def load(self, held: "Thresholded") -> None:
+        self._set(held.layers, held.thresholds.masks, held.thresholds)
+        self._noted = held.noted
 
     @torch.no_grad()
     def _set(

@@ -6,17 +6,18 @@ estimator.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune.holding.base import Masks, View, packed, shaped, unpacked, whole
+from mtprune.holding.base import Held, Masks, View, packed, read_masks, shaped, whole
 from mtprune.holding.masking import Masking, masked
 from mtprune.holding.phases import OpenHold
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 
 __all__ = ["StraightThrough"]
 
@@ -106,8 +107,12 @@ class StraightThrough(OpenHold[Masks]):
         return {"masks": packed(self._layers, self._masks)}
 
     @override
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        self._show(*unpacked(state["masks"], layers))
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> Held:
+        return read_masks(entry.fields(["open", "masks"])["masks"], layers)
+
+    @override
+    def load(self, held: Held) -> None:
+        self._show(held.layers, held.masks)
 
     def _show(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:
         known = set(self._products)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mtprune.files import read_torch, write_torch
 from mtprune.integrations.pretrained import save_pretrained
 from mtprune.model.names import unwrap
 from mtprune.pruner import MultitaskPruner
@@ -116,7 +117,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         folder = _folder(args, state)
         if state.is_world_process_zero:  # the state is the same on every rank
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.pruner.state_dict(), folder / FILE)
+            write_torch(folder / FILE, self.pruner.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Stop watching the model's outputs."""
@@ -153,7 +154,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 f"Trainer goes on from a checkpoint, but there is no {FILE} in {folder}. If it "
                 "lies elsewhere: PruningCallback(..., resume_from=...)."
             )
-        self.pruner.load_state_dict(torch.load(folder / FILE, weights_only=True))
+        self.pruner.load_state_dict(read_torch(folder / FILE))
 
 
 def _folder(args: Any, state: Any) -> Path:

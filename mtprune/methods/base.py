@@ -22,6 +22,7 @@ from mtprune.holding import Decision, Hold, MaskHold, Masking
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.units import Units
+from mtprune.reading import Entry
 from mtprune.schedule import Schedule
 from mtprune.statistics import JOINT, Statistic
 
@@ -168,6 +169,18 @@ class Method(ABC, Generic[D]):
             ValueError: With what is wrong, what was found and what to do.
         """
 
+    def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
+        """The `memory` of the last decision, from a checkpoint that may hold anything.
+
+        Args:
+            memory: What stands there: that of the decision, or something else.
+            layers: The layers that are pruned.
+
+        Raises:
+            ValueError: If `decide` could not go on from it, as `Entry` says it.
+        """
+        return {name: part.plain() for name, part in memory.mapping().items()}
+
     def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[D]:
         """How decisions take hold: masks, unless the method says otherwise.
 
@@ -180,7 +193,7 @@ class Method(ABC, Generic[D]):
 
 
 _OWN = ("sparsity", "schedule", "needs", "decide")
-_BROUGHT = ("granularity", "weighting", "regrows", "fits", "check", "hold")
+_BROUGHT = ("granularity", "weighting", "regrows", "fits", "check", "recall", "hold")
 
 
 def check_method(method: object) -> None:

@@ -28,6 +28,7 @@ from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model import factors
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.saliency import movement
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.selection import rank, select_directions
@@ -126,6 +127,28 @@ class LowRank(Method[LowRanks]):
         if any(type(module) is not nn.Linear for module in modules):
             return "only nn.Linear can become two layers"
         return "its weight is tied to another" if len(modules) > 1 else ""
+
+    @override
+    def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
+        """See `Method`."""
+        full = {layer.name: min(layer.shape) for layer in layers}
+        if not memory.mapping():
+            return {}
+        if self.gates == "saliency":
+            ranks = memory.fields(["ranks"])["ranks"].mapping(full)
+            return {"ranks": {name: part.whole(most=full[name]) for name, part in ranks.items()}}
+        parts = memory.fields(["log_alpha", "worth", "multipliers", "count", "pace"])
+        log_alpha = parts["log_alpha"].fields(full)
+        return {
+            "log_alpha": {
+                name: part.tensor((full[name],), torch.float64).clone()
+                for name, part in log_alpha.items()
+            },
+            "worth": parts["worth"].tensor((sum(full.values()),)).clone(),
+            "multipliers": [part.number() for part in parts["multipliers"].items(2)],
+            "count": parts["count"].whole(),
+            "pace": parts["pace"].number(least=0.0),
+        }
 
     @override
     def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[LowRanks]:

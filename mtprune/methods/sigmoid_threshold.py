@@ -1,7 +1,7 @@
 r"""`SigmoidThreshold`: the published dynamics of AdapMTL, for comparison."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from mtprune.holding import Hold, MaskHold, Masking, Phased
 from mtprune.holding.soft import SoftHold, SoftThresholds
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
+from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.schedule import Linear, Schedule
 from mtprune.weighting import parse_weighting
 
@@ -75,6 +77,21 @@ class SigmoidThreshold(Method[SoftThresholds]):
         return Needs()
 
     @override
+    def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
+        """See `Method`."""
+        if not memory.mapping():
+            return {}
+        parts = memory.fields(["s", "first", "second", "updates"])
+        components = list(parts["s"].mapping())
+        found: dict[str, Any] = {
+            name: {key: part.number() for key, part in parts[name].fields(components).items()}
+            for name in ("s", "first", "second")
+        }
+        for part in parts["second"].mapping().values():
+            part.number(least=0.0)
+        return {**found, "updates": parts["updates"].whole()}
+
+    @override
     def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[SoftThresholds]:
         return Phased(SoftHold(masks, "slope"), MaskHold(masks))
 
@@ -91,7 +108,7 @@ class SigmoidThreshold(Method[SoftThresholds]):
         if ballot.memory and zeros < self.sparsity * ballot.total:
             memory.update(self._train(ballot, memory))
         taus = [
-            torch.as_tensor(self.threshold(memory["s"][name]), device=w.device).to(w)
+            torch.as_tensor(self.threshold(memory["s"].get(name, self.init)), device=w.device).to(w)
             for name, w in zip(ballot.components, ballot.weights, strict=True)
         ]
         masks = [w.abs() > tau for w, tau in zip(ballot.weights, taus, strict=True)]

@@ -30,6 +30,7 @@ from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.methods.controller import pi_step
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.schedule import Cubic, Regrow, Schedule
 from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
@@ -172,6 +173,25 @@ class SoftThreshold(Method[SoftThresholds]):
         inventory.check_names("budget_unit", self.budget_unit, known)
         inventory.check_names("max_sparsity", self.max_sparsity, known)
         self._check_reach(*inventory.sizes())
+
+    @override
+    def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
+        """See `Method`."""
+        per_name = ("offsets", "first", "slopes", "thresholds", "gains")
+        numbers = ("level", "trim", "smooth", "wanted")
+        found: dict[str, Any] = {}
+        for name, part in memory.mapping([*per_name, *numbers]).items():
+            if name in per_name:
+                found[name] = {key: value.number() for key, value in part.mapping().items()}
+            else:
+                found[name] = part.optional(Entry.number)
+        if self.control == "pi" and found.get("level") is not None:
+            memory["wanted"].number(0.0, 1.0)
+            memory["trim"].number()
+        for name in ("thresholds", "gains"):
+            for part in memory[name].mapping().values() if name in found else ():
+                part.number(least=0.0)
+        return found
 
     @override
     def hold(self, masks: Masking, optimizer: Optimizer | None) -> Hold[SoftThresholds]:

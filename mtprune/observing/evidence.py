@@ -1,6 +1,6 @@
 """Evidence: all that observations since the last update have shown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from mtprune.methods.base import Needs
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.statistics import JOINT, Statistic
 
 __all__ = ["Evidence", "Store"]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,15 @@ class Store:
         """A sum of nothing; ``device`` is that of the weights."""
         return torch.zeros(shape, dtype=self._dtype(name), device=self.device or device)
 
-    def restored(self, name: str, total: Tensor, layer: Layer) -> Tensor:
-        """A copy of a sum from a checkpoint, where and as it is kept."""
+    def read(self, name: str, total: Entry, layer: Layer) -> Tensor:
+        """A copy of a sum from a checkpoint, where and as it is kept; it need not be finite.
+
+        Raises:
+            ValueError: If it is not of the statistic's shape.
+        """
+        shape = tuple(self.statistics[name].zero(layer, layer.parameter.detach()).shape)
         device = self.device or layer.parameter.device
-        return total.to(device, self._dtype(name), copy=True)
+        return total.tensor(shape, _FLOATS, finite=False).to(device, self._dtype(name), copy=True)
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.statistics[name].dtype or self.dtype
@@ -116,34 +124,63 @@ class Evidence:
         }
 
     @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Any], layers: Sequence[Layer], store: "Store"
+    def read(
+        cls, entry: Entry, layers: Sequence[Layer], tasks: Collection[str], store: "Store"
     ) -> "Evidence":
-        """The inverse of `state_dict`."""
-        place = {layer.name: i for i, layer in enumerate(layers)}
+        """The inverse of `state_dict`.
+
+        Args:
+            entry: What it returned.
+            layers: The layers that there are.
+            tasks: The tasks.
+            store: How sums are kept.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        names = [layer.name for layer in layers]
+        place = {name: i for i, name in enumerate(names)}
+        parts = entry.fields(
+            ["statistics", "counts", "reached", "walked", "finite", "discarded", "losses"]
+        )
+        flags = {
+            name: {
+                task: part.tensor((len(layers),), torch.bool).cpu().clone()
+                for task, part in parts[name].mapping(tasks).items()
+            }
+            for name in ("reached", "walked")
+        }
         return cls(
             statistics={
                 statistic: {
                     voter: {
-                        place[name]: store.restored(statistic, total, layers[place[name]])
-                        for name, total in totals.items()
+                        place[name]: store.read(statistic, total, layers[place[name]])
+                        for name, total in totals.mapping(names).items()
                     }
-                    for voter, totals in voters.items()
+                    for voter, totals in voters.mapping([*tasks, JOINT]).items()
                 }
-                for statistic, voters in state["statistics"].items()
+                for statistic, voters in parts["statistics"].mapping(store.statistics).items()
             },
-            counts=dict(state["counts"]),
+            counts={task: part.whole() for task, part in parts["counts"].mapping(tasks).items()},
             hits={
                 task: {
-                    i: flag.to(layer.parameter.device, copy=True)
-                    for i, (flag, layer) in enumerate(zip(flags, layers, strict=True))
+                    i: flag.to(layer.parameter.device)
+                    for i, (flag, layer) in enumerate(zip(reached.unbind(), layers, strict=True))
                 }
-                for task, flags in state["reached"].items()
+                for task, reached in flags["reached"].items()
             },
-            walked={task: flags.cpu().clone() for task, flags in state["walked"].items()},
-            finite={task: list(flags.unbind()) for task, flags in state["finite"].items()},
-            discarded=dict(state["discarded"]),
-            losses=dict(state["losses"]),
+            walked=flags["walked"],
+            finite={
+                task: list(part.tensor((part.size(),), torch.bool).unbind())
+                for task, part in parts["finite"].mapping(tasks).items()
+            },
+            discarded={
+                task: part.whole() for task, part in parts["discarded"].mapping(tasks).items()
+            },
+            losses={
+                task: part.tensor((), _FLOATS, finite=False)
+                for task, part in parts["losses"].mapping(tasks).items()
+            },
         )
 
     def problem(self, layers: Sequence[Layer], statistics: Mapping[str, Statistic]) -> str | None:

@@ -17,6 +17,7 @@ from mtprune.model.components import assign
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.observing.evidence import Evidence
+from mtprune.reading import Entry
 
 __all__ = ["Reach", "Users"]
 
@@ -86,6 +87,22 @@ class Reach:
                 "step 0: let the schedule begin a few steps later.",
                 stacklevel=5,
             )
+
+    def read(self, entry: Entry) -> dict[str, Tensor] | None:
+        """What is settled, as a checkpoint holds it; nothing is changed.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        if entry.value is None:
+            return None
+        flags = {
+            task: part.tensor((len(self._layers),), torch.bool).cpu().clone()
+            for task, part in entry.fields(self._tasks).items()
+        }
+        if not any(bool(flag.any()) for flag in flags.values()):
+            raise entry.wrong("must have a layer that some task uses")
+        return {task: flags[task] for task in self._tasks}
 
     def active(self, users: Users | None = None) -> list[tuple[int, Layer]]:
         """The layers that are pruned: all candidates until it is known who uses what."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,12 +16,32 @@ from mtprune.model.layers import Layer
 from mtprune.observing.collector import Collector, Losses
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.pollster import Pollster
-from mtprune.observing.reach import Reach
+from mtprune.observing.reach import Reach, Users
 from mtprune.observing.stability import Stability
+from mtprune.reading import Entry
 
-__all__ = ["Round", "scale_of"]
+__all__ = ["Past", "Round", "scale_of"]
 
 D = TypeVar("D", bound=Decision)
+
+
+@dataclass(frozen=True)
+class Past:
+    """A round as a checkpoint holds it.
+
+    Attributes:
+        singly: Whether batches that hold only some tasks have been seen.
+        memory: What the last decision left to remember.
+        evidence: What has been seen since the last update.
+        kept: What has been seen until then, if that still counts.
+        stability: The masks from fewer observations.
+    """
+
+    singly: bool
+    memory: Mapping[str, Any]
+    evidence: Evidence
+    kept: Evidence
+    stability: Stability
 
 
 class Round(Generic[D]):
@@ -210,16 +230,36 @@ class Round(Generic[D]):
             "stability": self._stability.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._singly = state["singly"]
-        self.memory = dict(state["memory"])
-        self._collector.evidence, self._kept = (
-            Evidence.from_state_dict(state[name], self._inventory.layers, self._store)
+    def read(self, parts: Mapping[str, Entry], users: Users | None) -> "Past":
+        """What `state_dict` returned, as values; nothing is changed.
+
+        Args:
+            parts: The entries, and maybe others.
+            users: Which task uses which layer, if that is settled.
+
+        Raises:
+            ValueError: If it is not what `state_dict` returns.
+        """
+        layers = [layer for _, layer in self._reach.active(users)]
+        evidence, kept = (
+            Evidence.read(parts[name], self._inventory.layers, self._inventory.tasks, self._store)
             for name in ("evidence", "kept")
         )
-        self._stability = Stability()
-        self._stability.load_state_dict(state["stability"])
+        if users is None and set(evidence.walked) < set(evidence.counts):
+            raise parts["evidence"]["walked"].wrong("must have all tasks that were observed")
+        return Past(
+            singly=parts["singly"].flag(),
+            memory=self._method.recall(parts["memory"], layers),
+            evidence=evidence,
+            kept=kept,
+            stability=Stability.read(parts["stability"]),
+        )
+
+    def load(self, past: "Past") -> None:
+        """Go on where `state_dict` was taken."""
+        self._singly, self.memory = past.singly, past.memory
+        self._collector.evidence, self._kept = past.evidence, past.kept
+        self._stability = past.stability
 
     @property
     def _automatic(self) -> bool:

@@ -1,11 +1,13 @@
 """Stability: when more observations would no longer change the masks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtprune.bits import pack_bits
+from mtprune.reading import Entry
 
 __all__ = ["Stability", "iou"]
 
@@ -32,10 +34,23 @@ class Stability:
         """As plain containers."""
         return {"stable": self.stable, "snapshots": dict(self._snapshots)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.stable = state["stable"]
-        self._snapshots = dict(state["snapshots"])
+    @classmethod
+    def read(cls, entry: Entry) -> "Stability":
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        parts = entry.fields(["stable", "snapshots"])
+        new = cls()
+        new.stable = parts["stable"].optional(Entry.flag)
+        new._snapshots = {
+            observations: [
+                part.tensor((part.size(),), torch.uint8).clone() for part in masks.items()
+            ]
+            for observations, masks in parts["snapshots"].numbered().items()
+        }
+        return new
 
     def enough(self, observations: int, masks: Callable[[], Sequence[Tensor]]) -> bool:
         """Whether ``observations`` are enough; ``masks()`` gives those from all of them."""
@@ -46,7 +61,9 @@ class Stability:
         now = [pack_bits(mask) for mask in masks()]
         half = self._snapshots.get(observations // 2)
         if observations >= _LEAST and half is not None:
-            self.stable = iou(now, half) > _ALIKE
+            # More layers may be in use than were seen to be, half as many observations ago.
+            alike = [mask.shape for mask in now] == [mask.shape for mask in half]
+            self.stable = alike and iou(now, half) > _ALIKE
         self._snapshots[observations] = now
         self._snapshots = {n: m for n, m in self._snapshots.items() if 2 * n > observations}
         return bool(self.stable)
