@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from mtprune import checks
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.calls import record_calls, self_attentions
 from mtprune.compression.choose import (
@@ -25,11 +26,11 @@ from mtprune.compression.forms import FORMS, Form
 from mtprune.compression.measure import sizes_of
 from mtprune.compression.plan import Plan, Removal
 from mtprune.compression.removal import resize
-from mtprune.compression.running import check_devices, parse, run, unnested
-from mtprune.compression.shrink import check_shrunk, groups_of, shrink
+from mtprune.compression.running import check_devices, parse, unnested
+from mtprune.compression.shrink import Units, check_shrunk, groups_of, shrink
 from mtprune.compression.sites import find_sites, refuse_unfinished
 from mtprune.compression.timing import Measure, interleaved
-from mtprune.compression.verify import Replaced, verify, worst_layer
+from mtprune.compression.verify import Reference, Replaced, worst_layer
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
 
@@ -109,6 +110,10 @@ def compress(
         raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a mtprune.Plan. Got {plan!r}.")
+    if tolerance is not None:
+        checks.inside(
+            "tolerance", tolerance, "[0, inf)", must="must be a finite number, at least 0"
+        )
     model = unwrap(model)
     made_by = getattr(model, _PLAN, None)
     if made_by is not None:
@@ -129,19 +134,22 @@ def compress(
             f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
         )
     work = copy.deepcopy(model).eval()
-    units = groups_of(model, groups, batches) if plan is None else []
+    units = groups_of(model, groups, batches) if plan is None else Units()
     is_timed = plan is None
-    with unnested(work):
-        expected = run(work, batches)
-        removal = shrink(work, units, batches, plan)
+    before = copy.deepcopy(work)
+    with unnested(work), unnested(before):
+        reference = Reference.of(before, batches)
+        removal = shrink(work, units.groups, reference, plan)
         if removal:
-            check_shrunk(model, work, expected, units, batches, tolerance)
+            check_shrunk(work, reference, units.groups, tolerance)
         if plan is None:
             plan, replaced = _choose_forms(work, batches, removal, portable, measure)
         else:
             plan, replaced = _replay_forms(work, batches, plan, portable)
         exact = not (removal or replaced)
-        verify(expected, run(work, batches), tolerance, partial(worst_layer, replaced), exact)
+        reference.check(work, tolerance, partial(worst_layer, replaced), exact=exact)
+        if is_timed:
+            plan = replace(plan, stayed=units.stayed(before, removal, reference.others))
         if removal and is_timed:
             plan = time_whole(plan, model, work, batches, measure)
     if plan.sizes is None:

@@ -149,6 +149,7 @@ class Plan:
         removal: The units removed before. Shapes of rows are those after removal.
         subnetwork: The part of the model that was taken before that, if it was for some tasks only.
         sizes: The sizes of the compressed model against the dense one; None if not counted.
+        stayed: A sentence for each group of units of which some stay though they are pruned.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -172,6 +173,7 @@ class Plan:
     removal: Removal = Removal()
     subnetwork: Subnetwork | None = None
     sizes: Sizes | None = None
+    stayed: tuple[str, ...] = ()
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -249,6 +251,7 @@ class Plan:
                     **data,
                     "rows": tuple(Row.from_dict(row) for row in data["rows"]),
                     "removal": removal,
+                    "stayed": tuple(data.get("stayed", ())),
                     "subnetwork": None if part is None else Subnetwork.from_dict(part),
                     "sizes": None if sizes is None else Sizes.from_dict(sizes),
                 }
@@ -271,6 +274,7 @@ class Plan:
                 f"({self.device}, threads: {self.threads})"
             )
         lines += [_sentence(cut) for cut in self.removal.cuts if len(cut.shape) > 1]
+        lines += self.stayed
         if self.sizes is not None and self.sizes.against is not None:
             lines.append(f"whole model: {self.sizes.sentence}")
         if self.subnetwork is not None:

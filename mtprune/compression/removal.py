@@ -21,7 +21,18 @@ from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["apply", "constants", "cut_out", "find", "keep_one", "removal_of", "remove", "resize"]
+__all__ = [
+    "apply",
+    "constants",
+    "cut_out",
+    "find",
+    "keep_one",
+    "pruned",
+    "removal_of",
+    "remove",
+    "removed",
+    "resize",
+]
 
 _SIZES: tuple[tuple[type[nn.Module], tuple[tuple[str, int], ...]], ...] = (
     (nn.Linear, (("out_features", 0), ("in_features", 1))),
@@ -426,6 +437,27 @@ def _constant(group: Group, nonzero: Mapping[str, Tensor], inputs: Mapping[str, 
         index = member.index()
         units[index[stuck & (index != NOBODY)]] = False
     return units
+
+
+def pruned(model: nn.Module, group: Group) -> Tensor:
+    """Units that zero weights alone make, or zero weights alone read, bool ``[size]``."""
+    tensors = _tensors(model)
+    nonzero = {m.tensor: tensors[m.tensor] != 0 for m in group.members}
+    return _unread(group, nonzero) | _unmade(group, nonzero)
+
+
+def removed(group: Group, removal: Removal) -> Tensor:
+    """The units of a group that a removal removes, bool ``[size]``."""
+    gone = torch.zeros(group.size, dtype=torch.bool)
+    for member in group.members:
+        cut = removal[member.tensor]
+        kept = None if cut is None else cut.kept[member.dim]
+        if kept is not None:
+            index = member.index()
+            left = torch.zeros(len(index), dtype=torch.bool)
+            left[list(kept)] = True
+            gone[index[~left & (index != NOBODY)]] = True
+    return gone
 
 
 def keep_one(model: nn.Module, group: Group, dead: Tensor, more: Tensor) -> None:

@@ -3,16 +3,18 @@
 import copy
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from mtprune.compression.others import Others
 from mtprune.compression.plan import Plan, Removal
-from mtprune.compression.removal import apply, constants, remove
+from mtprune.compression.removal import apply, constants, pruned, remove, removed
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.trial import complete
-from mtprune.compression.verify import difference, verify
+from mtprune.compression.verify import Reference, difference
 from mtprune.model.layers import find_layers
 from mtprune.patterns import heads, neurons
 from mtprune.structure import Group
@@ -20,17 +22,56 @@ from mtprune.structure import Group
 __all__ = ["check_shrunk", "groups_of", "shrink"]
 
 
-def _known_groups(model: nn.Module, batches: Sequence[Any]) -> list[Group]:
-    """Heads and neurons that patterns find and a trial can remove."""
+@dataclass(frozen=True)
+class Units:
+    """The units of a model.
+
+    Attributes:
+        groups: Those that can be removed.
+        refused: Those that patterns find and a trial cannot remove.
+    """
+
+    groups: Sequence[Group] = ()
+    refused: Sequence[Group] = ()
+
+    def stayed(self, model: nn.Module, removal: Removal, others: Others) -> tuple[str, ...]:
+        """A sentence for each group of which pruned units stay, with the reason.
+
+        Args:
+            model: The model before removal.
+            removal: What was removed.
+            others: The inputs on which constants had to be constants.
+        """
+        lines = []
+        for group in (*self.groups, *self.refused):
+            gone, dead = removed(group, removal), pruned(model, group)
+            count = int((dead & ~gone).count_nonzero())
+            if not count:
+                continue
+            if group in self.refused:
+                why = "without some of its units, on trial, the model no longer ran or gave others"
+            elif others.unvaried:
+                why = f"constants stay, because {' and '.join(others.unvaried)} could not be varied"
+            elif bool((dead | gone).all()):
+                why = "no layer can be left without any"
+            else:
+                why = "what they give depends on the inputs, or is read at padded borders"
+            lines.append(f"stayed: {count} pruned of {group.size} units of '{group.name}': {why}")
+        return tuple(lines)
+
+
+def _known_groups(model: nn.Module, batches: Sequence[Any]) -> Units:
+    """Heads and neurons that patterns find, and which of them a trial can remove."""
     groups = []
     for find in (heads, neurons):
         with suppress(ValueError):  # the model has none
             groups += find(model)
-    return complete(model, groups, batches) if groups else []
+    fine = complete(model, groups, batches) if groups else []
+    return Units(fine, [group for group in groups if group not in fine])
 
 
-def groups_of(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Group]:
-    """The argument ``groups`` of `compress` as a list of groups."""
+def groups_of(model: nn.Module, groups: Any, batches: Sequence[Any]) -> Units:
+    """The argument ``groups`` of `compress` as groups."""
     if groups is None or groups == "auto":
         return _known_groups(model, batches)
     items = [groups] if isinstance(groups, Group) or hasattr(groups, "groups") else groups
@@ -45,63 +86,56 @@ def groups_of(model: nn.Module, groups: Any, batches: Sequence[Any]) -> list[Gro
                 "`groups` must be groups (mtprune.structure.Group) or a granularity whose units "
                 f"can be removed, mtprune.Channel(example_inputs) for instance. Got {item!r}."
             )
-    return units
+    return Units(units)
 
 
 def shrink(
-    work: nn.Module, units: Sequence[Group], batches: Sequence[Any], plan: Plan | None
+    work: nn.Module, units: Sequence[Group], reference: Reference, plan: Plan | None
 ) -> Removal:
     """Remove the dead units of the groups, or the units that a plan removes."""
     if plan is None:
-        return remove(work, units, batches) if units else Removal()
+        return remove(work, units, reference.proving) if units else Removal()
     if plan.removal:
         known = dict(work.named_modules())
         layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
-        inputs = constants(work, [name for name in layers if name in known], batches)
-        apply(work, plan.removal, inputs)
+        names = [name for name in layers if name in known]
+        seen = [*reference.batches, *reference.others.batches]
+        apply(work, plan.removal, constants(work, names, seen))
     return plan.removal
 
 
 def check_shrunk(
-    model: nn.Module,
-    work: nn.Module,
-    expected: Sequence[Any],
-    units: Sequence[Group],
-    batches: Sequence[Any],
-    tolerance: float | None,
+    work: nn.Module, reference: Reference, units: Sequence[Group], tolerance: float | None
 ) -> None:
     """Compare outputs after removal with those before, and name the group to leave out if not.
 
     Args:
-        model: The model before removal.
         work: The model after removal.
-        expected: The outputs before, one for each batch.
+        reference: The model before.
         units: The groups that were removed from.
-        batches: Example inputs.
         tolerance: As for `verify`.
 
     Raises:
         RuntimeError: If the model no longer runs, or outputs differ.
     """
-    worst = partial(_worst_group, model, expected, units, batches)
+    worst = partial(_worst_group, reference, units)
     try:
-        got = run(work, batches)
+        reference.check(work, tolerance, worst)
     except ValueError as error:
         raise RuntimeError(
             f"Without its dead units the model does not run: {error.__cause__}." + worst()
         ) from error
-    verify(expected, got, tolerance, worst)
 
 
-def _worst_group(
-    model: nn.Module, expected: Sequence[Any], units: Sequence[Group], batches: Sequence[Any]
-) -> str:
+def _worst_group(reference: Reference, units: Sequence[Group]) -> str:
     """A sentence on the group that changes outputs most when its dead units alone are removed."""
     worst, most = None, -1.0
+    expected = [*reference.expected, *reference.elsewhere]
+    batches = [*reference.batches, *reference.others.batches]
     for group in units:
-        alone = copy.deepcopy(model).eval()
+        alone = copy.deepcopy(reference.model)
         with unnested(alone):
-            if not remove(alone, [group], batches):
+            if not remove(alone, [group], reference.proving):
                 continue
             try:
                 pairs = zip(expected, run(alone, batches), strict=True)

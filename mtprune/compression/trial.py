@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from mtprune.compression.batchnorm import recalibrate_bn
 from mtprune.compression.removal import keep_one, removal_of, resize
 from mtprune.compression.running import named_tensors, run, unnested
-from mtprune.compression.verify import TOLERANCES, difference
+from mtprune.compression.verify import ROUNDING, difference
 from mtprune.structure import NOBODY, Group
 
 __all__ = ["complete"]
-
-_ROUNDING = {**TOLERANCES, torch.float32: 1e-4}
-"""The relative rounding error of deep nets; a unit that is still needed makes far more."""
 
 
 @torch.no_grad()
@@ -122,6 +119,6 @@ def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
         tensors = dict(named_tensors(after))
         for name, tensor in named_tensors(before):
             off = difference(tensor, tensors[name]) if name in tensors else float("inf")
-            if off > _ROUNDING.get(tensor.dtype, 0.0):
+            if off > ROUNDING.get(tensor.dtype, 0.0):
                 return False
     return True
