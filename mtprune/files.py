@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "read_json", "read_torch", "write", "write_text", "write_torch"]
+__all__ = ["digest", "read_json", "read_torch", "replace", "write", "write_text", "write_torch"]
 
 _JSON_LIMIT = 1 << 28
 
@@ -41,8 +41,7 @@ def write(path: str | PathLike[str], fill: Callable[[BinaryIO], object]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.chmod(draft, 0o666 & ~_umask())  # as `open` would have made it
-        os.replace(draft, path)
-        _sync(path.parent)
+        replace(draft, path)
     except BaseException as error:
         if draft:
             Path(draft).unlink(missing_ok=True)
@@ -52,6 +51,12 @@ def write(path: str | PathLike[str], fill: Callable[[BinaryIO], object]) -> None
         kept = "The file that was there is as before." if path.exists() else "No file was left."
         message = f"'{path}' could not be written: {cause.strerror or cause}. {kept}"
         raise OSError(cause.errno, message) from error
+
+
+def replace(draft: str | PathLike[str], path: str | PathLike[str]) -> None:
+    """Let a file that is written take the place of another, at once."""
+    os.replace(draft, path)
+    _sync(Path(path).parent)
 
 
 def write_torch(path: str | PathLike[str], state: object) -> None:

@@ -51,8 +51,10 @@ class Entry:
         Args:
             must: The rule, as the end of a sentence: ``"must be a list"``.
         """
-        subject = f"{self._source}: '{'.'.join(self._path)}'" if self._path else self._source
-        return ValueError(f"{subject} {must}. Got {_shown(self.value)}. {self._advice}")
+        subject = f"'{'.'.join(self._path)}'" if self._path else "it"
+        return ValueError(
+            f"{self._source}: {subject} {must}. Got {_shown(self.value)}. {self._advice}"
+        )
 
     def __getitem__(self, key: str) -> "Entry":
         """The entry of a mapping under a key.

@@ -93,5 +93,7 @@ def test_numbers_may_be_infinite_where_a_reader_says_so() -> None:
 
 
 def test_the_whole_of_it_has_no_path() -> None:
-    with pytest.raises(ValueError, match=r"^This checkpoint must be a list\. Got 3\. Take another"):
+    with pytest.raises(
+        ValueError, match=r"^This checkpoint: it must be a list\. Got 3\. Take another"
+    ):
         entry(3).items()

@@ -22,6 +22,7 @@ from mtprune.model.graph import reachable
 from mtprune.model.names import own_name
 from mtprune.model.running import untouched
 from mtprune.model.task_masks import TaskMasks, recall_task_masks
+from mtprune.reading import Entry
 
 __all__ = ["Absent", "Place", "Places", "Subnetwork", "cut", "extract"]
 
@@ -71,11 +72,26 @@ class Subnetwork:
         return 1 - self.before / max(1, self.weights)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Subnetwork":
-        """From plain data, as JSON holds it."""
-        outputs = None if data["outputs"] is None else tuple(data["outputs"])
-        names = {"tasks": tuple(data["tasks"]), "absent": tuple(data["absent"])}
-        return cls(**{**data, **names, "outputs": outputs})
+    def read(cls, entry: Entry) -> "Subnetwork":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            ValueError: If it is not that of a part.
+        """
+        parts = entry.fields([field.name for field in dataclasses.fields(cls)])
+        weights = parts["weights"].whole()
+
+        def place(key: Entry) -> Place:
+            return key.text() if isinstance(key.value, str) else key.whole()
+
+        return cls(
+            tasks=tuple(task.text() for task in parts["tasks"].items()),
+            outputs=parts["outputs"].optional(lambda keys: tuple(map(place, keys.items()))),
+            absent=tuple(name.text() for name in parts["absent"].items()),
+            weights=weights,
+            before=parts["before"].whole(most=weights),
+            kept=parts["kept"].whole(most=weights),
+        )
 
     def __str__(self) -> str:
         """One or two lines."""

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from statistics import median, quantiles
 from typing import Any
@@ -18,6 +18,7 @@ from mtprune.compression.timing import sampled
 from mtprune.model.macs import MacCounter
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
+from mtprune.reading import Entry
 from mtprune.text import columns
 
 __all__ = ["Sizes", "measure", "sizes_of"]
@@ -86,15 +87,31 @@ class Sizes:
         )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Sizes":
-        """From plain data, as JSON holds it."""
-        spread, against = data["spread"], data["against"]
+    def read(cls, entry: Entry) -> "Sizes":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            ValueError: If it is not that of sizes.
+        """
+        parts = entry.fields([field.name for field in fields(cls)])
+        dense = parts["against"]
+        if dense.value is not None and dense["against"].value is not None:
+            raise dense["against"].wrong("must be None: nothing is behind a dense model")
+        whole = ("parameters", "parameters_kept", "macs", "macs_kept", "memory", "memory_kept")
+        counts = {name: parts[name].whole() for name in whole}
+        spread = None
+        if parts["spread"].value is not None:
+            low, high = parts["spread"].items(2)
+            spread = low.number(least=0.0), high.number(least=0.0)
         return cls(
-            **{
-                **data,
-                "spread": None if spread is None else (spread[0], spread[1]),
-                "against": None if against is None else cls.from_dict(against),
-            }
+            **counts,
+            disk=parts["disk"].optional(Entry.whole),
+            ms=parts["ms"].optional(lambda value: value.number(least=0.0)),
+            spread=spread,
+            rounds=parts["rounds"].whole(),
+            device=parts["device"].text(),
+            threads=parts["threads"].whole(),
+            against=parts["against"].optional(cls.read),
         )
 
     def __str__(self) -> str:

@@ -1,16 +1,20 @@
 """Plan: the form that every layer takes, as a value that prints, can be edited, and is JSON."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mtprune import checks
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.forms import CHOICES
 from mtprune.compression.measure import Sizes
+from mtprune.reading import Entry
 from mtprune.text import columns
 
 __all__ = ["Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
+
+_MOST = 1 << 40  # the largest size that a tensor is believed to have
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,25 @@ class Row:
         return next((m for m in self.measured if m.choice == self.choice), None)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+    def read(cls, entry: Entry) -> "Row":
         """From plain data, as JSON holds it.
 
         Raises:
-            KeyError: If a key is missing.
-            TypeError: If a value has another type.
+            ValueError: If it is not that of a row.
         """
-        measured = tuple(Measured(**m) for m in data["measured"])
-        return cls(**{**data, "shape": tuple(data["shape"]), "measured": measured})
+        parts = entry.fields(["layer", "shape", "choice", "measured"], optional=["note"])
+        measured = []
+        for part in parts["measured"].items():
+            cost = part.fields(["choice", "ms", "bytes"])
+            ms = cost["ms"].optional(lambda value: value.number(least=0.0))
+            measured.append(Measured(cost["choice"].text(CHOICES), ms, cost["bytes"].whole()))
+        return cls(
+            parts["layer"].text(),
+            _shape(parts["shape"]),
+            parts["choice"].text(CHOICES),
+            tuple(measured),
+            parts["note"].text() if "note" in parts else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -116,23 +130,24 @@ class Removal:
         return next((cut for cut in self.cuts if cut.tensor == tensor), None)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Removal":
+    def read(cls, entry: Entry) -> "Removal":
         """From plain data, as JSON holds it.
 
         Raises:
-            KeyError: If a key is missing.
-            TypeError: If a value has another type.
-            ValueError: If indices are not a hexadecimal number.
+            ValueError: If it is not that of a removal.
         """
-        cuts = tuple(
-            Cut(
-                cut["tensor"],
-                tuple(cut["shape"]),
-                tuple(None if kept is None else _indices(kept) for kept in cut["kept"]),
-            )
-            for cut in data["cuts"]
-        )
-        return cls(cuts, tuple((name, count) for name, count in data["counts"]))
+        removal = entry.fields(["cuts", "counts"])
+        cuts = []
+        for part in removal["cuts"].items():
+            cut = part.fields(["tensor", "shape", "kept"])
+            shape = _shape(cut["shape"])
+            kept = [
+                None if bits.value is None else _indices(bits, size)
+                for bits, size in zip(cut["kept"].items(len(shape)), shape, strict=True)
+            ]
+            cuts.append(Cut(cut["tensor"].text(), shape, tuple(kept)))
+        counts = [pair.items(2) for pair in removal["counts"].items()]
+        return cls(tuple(cuts), tuple((name.text(), count.whole()) for name, count in counts))
 
 
 @dataclass(frozen=True)
@@ -243,26 +258,25 @@ class Plan:
         Raises:
             ValueError: If the data is not that of a plan.
         """
-        try:
-            removal = Removal.from_dict(data.get("removal", asdict(Removal())))
-            part, sizes = data.get("subnetwork"), data.get("sizes")
-            plan = cls(
-                **{
-                    **data,
-                    "rows": tuple(Row.from_dict(row) for row in data["rows"]),
-                    "removal": removal,
-                    "stayed": tuple(data.get("stayed", ())),
-                    "subnetwork": None if part is None else Subnetwork.from_dict(part),
-                    "sizes": None if sizes is None else Sizes.from_dict(sizes),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"This is not a plan as Plan.to_dict() gives it: {error}.") from error
-        for row in plan.rows:
-            if row.choice not in CHOICES:
-                raise ValueError(
-                    f"Layer '{row.layer}' has choice {row.choice!r}. It must be one of {CHOICES}."
-                )
+        source = "This is not a plan as Plan.to_dict() gives it"
+        return cls.read(Entry(data, source, "Take it unchanged, or edit it with Plan.replace()."))
+
+    @classmethod
+    def read(cls, entry: Entry) -> "Plan":
+        """The plan from an entry of a file.
+
+        Raises:
+            ValueError: If it is not that of a plan.
+        """
+        names = [field.name for field in fields(cls)]
+        parts = entry.fields(["rows"], optional=names)
+        found: dict[str, Any] = {
+            name: read(parts[name]) for name, read in _READERS.items() if name in parts
+        }
+        plan = cls(rows=tuple(Row.read(row) for row in parts["rows"].items()), **found)
+        layers = [row.layer for row in plan.rows]
+        if len(set(layers)) < len(layers):
+            raise parts["rows"].wrong("must have one row for each layer")
         return plan
 
     def __str__(self) -> str:
@@ -298,10 +312,33 @@ def _bits(indices: Iterable[int]) -> str:
     return hex(sum(1 << index for index in indices))
 
 
-def _indices(bits: str) -> tuple[int, ...]:
-    """The indices of the set bits of a hexadecimal number."""
-    number = int(bits, 16)
-    return tuple(index for index in range(number.bit_length()) if number >> index & 1)
+def _indices(entry: Entry, size: int) -> tuple[int, ...]:
+    """The indices of the set bits of a hexadecimal number, all below ``size``."""
+    digits = entry.text()
+    # Looked at before it is made a number: that takes time in the square of a length.
+    plain = re.fullmatch(r"0x[0-9a-f]+", digits) and len(digits) <= 3 + size // 4
+    bits = format(int(digits, 16), "b")[::-1] if plain else ""
+    if not plain or len(bits) > max(1, size):
+        raise entry.wrong(f"must be a hexadecimal number of at most {size} bits")
+    return tuple(index for index, bit in enumerate(bits) if bit == "1")
+
+
+def _shape(entry: Entry) -> tuple[int, ...]:
+    return tuple(size.whole(most=_MOST) for size in entry.items())
+
+
+_READERS: Mapping[str, Callable[[Entry], Any]] = {
+    "device": Entry.text,
+    "threads": lambda entry: entry.whole(least=1),
+    "dense_ms": lambda entry: entry.optional(lambda value: value.number(least=0.0)),
+    "ms": lambda entry: entry.optional(lambda value: value.number(least=0.0)),
+    "note": Entry.text,
+    "removal": Removal.read,
+    "subnetwork": lambda entry: entry.optional(Subnetwork.read),
+    "sizes": lambda entry: entry.optional(Sizes.read),
+    "stayed": lambda entry: tuple(line.text() for line in entry.items()),
+}
+"""How the entries of a plan are read; those that are not there have their defaults."""
 
 
 def seen_from(module: str, name: str) -> str:

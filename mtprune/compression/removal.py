@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from mtprune import checks
 from mtprune.compression.attention import narrow, narrowed
 from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
@@ -168,6 +169,16 @@ def resize(model: nn.Module, removal: Removal) -> None:
     for path, count in removal.counts:
         owner, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(owner), attribute, count)
+
+
+def _check_count(model: nn.Module, path: str, count: int) -> None:
+    """Refuse a new value for anything but a number of units, which only gets smaller."""
+    value = _between(model, path)
+    if not checks.is_whole(value) or not 0 <= count <= value:
+        raise ValueError(
+            f"The plan is for another model: it sets '{path}' to {count}, and this model has "
+            f"{value if checks.is_whole(value) else 'no number of units'} there."
+        )
 
 
 def _replace(module: nn.Module, attribute: str, smaller: Tensor, cut: Cut) -> None:
@@ -337,6 +348,8 @@ def _check_fits(model: nn.Module, removal: Removal) -> None:
                 f"The plan is for another model: it has '{cut.tensor}' with shape {cut.shape}, "
                 f"and this model has {got}."
             )
+    for path, count in removal.counts:
+        _check_count(model, path, count)
 
 
 def _check(model: nn.Module, groups: Iterable[Group]) -> None:

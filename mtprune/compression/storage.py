@@ -1,7 +1,15 @@
-"""Storage: `save` and `load` of a compressed model as safetensors and JSON, without code."""
+"""Storage: `save` and `load` of a compressed model as safetensors and JSON, without code.
 
+The plan carries a fingerprint of the file with the tensors. Both are written as drafts and then
+renamed, so that at any moment there is a plan for the tensors that are there: the plan itself, or,
+between the two renames, its draft.
+"""
+
+import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -12,14 +20,18 @@ from torch import Tensor, nn
 
 from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.plan import Plan
+from mtprune.files import digest, read_json, replace, write
 from mtprune.model.names import unwrap
+from mtprune.reading import Entry
 
 __all__ = ["load", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
 PRETRAINED = "config.json"
-_FORMAT = 1
+_DRAFT = ".new"
+_FORMAT = 2
+_ADVICE = "Take the folder as mtprune.save wrote it, or save the model again."
 
 
 def save(
@@ -36,19 +48,21 @@ def save(
 
     Args:
         model: The model that `compress` returned.
-        directory: The folder to save to; made if it does not exist.
+        directory: The folder to save to; made if it does not exist. If something fails, or the
+            process is killed, what was saved there before can still be loaded.
         arguments: The keyword arguments that the model's class was called with, as JSON can hold
             them, for `load` to call it again.
 
     Raises:
         ValueError: If `compress` did not make this model.
         TypeError: If arguments or state cannot be stored.
+        OSError: If the files cannot be written.
     """
     safetensors = _safetensors()
     model, plan = unwrap(model), plan_of(model)
     cls = type(model)
     names: dict[tuple[Any, ...], str] = {}
-    aliases, tensors, channels_last = {}, {}, []
+    aliases, tensors, strides = {}, {}, {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"'{name}' in the state is a {type(value).__name__}, not a tensor.")
@@ -57,31 +71,39 @@ def save(
             aliases[name] = names[identity]
             continue
         names[identity] = name
-        last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-        if last and not value.is_contiguous():
-            channels_last.append(name)
+        usual = torch.empty(value.shape, device="meta").stride()
+        if value.stride() != usual and _is_dense(value.shape, value.stride()):
+            strides[name] = list(value.stride())
         # A copy, because two tensors may share memory: safetensors stores no views.
         tensors[name] = value.detach().contiguous().clone()
+    content = safetensors.save(tensors)
     meta = {
         "format": _FORMAT,
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "arguments": None if arguments is None else dict(arguments),
         "plan": plan.to_dict(),
         "aliases": aliases,
-        "channels_last": channels_last,
+        "strides": strides,
+        "tensors": hashlib.sha256(content).hexdigest(),
     }
     try:
-        text = json.dumps(meta, indent=1)
+        plain = json.loads(json.dumps(meta))
+        text = json.dumps({**meta, "digest": digest(plain)}, indent=1)
     except TypeError as error:
         raise TypeError(f"`arguments` must be what JSON can hold: {error}.") from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file(tensors, str(folder / TENSORS))
-    (folder / META).write_text(text + "\n")
+    drafts = [folder / (name + _DRAFT) for name in (TENSORS, META)]
+    write(drafts[0], lambda file: file.write(content))
+    write(drafts[1], lambda file: file.write(text.encode() + b"\n"))
+    for draft in drafts:
+        replace(draft, draft.with_suffix(""))
 
 
 def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Load a model that `save` or transformers saved; outputs are bitwise the same.
+
+    All of the folder is read and checked before the model is touched, on a copy of it.
 
     Args:
         directory: The folder to load from.
@@ -91,35 +113,141 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
 
     Raises:
         FileNotFoundError: If the folder does not exist, or holds no saved model.
-        ValueError: If the model cannot be built without ``model``, or is another one.
+        ValueError: If the folder is damaged, or of another model, or the model cannot be built
+            without ``model``. The model is then as it was.
     """
-    safetensors = _safetensors()
     folder = Path(directory)
     if (folder / PRETRAINED).exists() and not (folder / META).exists():
         if model is not None:
             raise ValueError(f"'{folder}' says itself which model it holds: leave `model` out.")
         # Imported here, because integrations import compression.
         return import_module("mtprune.integrations.pretrained").load(folder)  # type: ignore[no-any-return]
+    saved = _read(folder)
+    model = _build(saved) if model is None else unwrap(model)
+    # Tensors go to the device of the model.
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tensors = {name: value.to(device) for name, value in saved.tensors.items()}
+    tensors.update({name: tensors[first] for name, first in saved.aliases.items()})
+    _put(deepcopy(model), saved.plan, tensors, folder)
+    return _put(model, saved.plan, tensors, folder)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a folder holds.
+
+    Attributes:
+        made: The class of the model, as ``module:name``, and what it was called with.
+        plan: The plan.
+        tensors: The tensors, each with memory of its own.
+        aliases: Further names of tensors.
+    """
+
+    made: tuple[str, Mapping[str, Any] | None]
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+
+
+def _read(folder: Path) -> _Saved:
+    """All that a folder holds, looked at.
+
+    Raises:
+        FileNotFoundError: If there is no saved model.
+        ValueError: If it is damaged.
+    """
+    safetensors = _safetensors()
     if not (folder / META).exists() or not (folder / TENSORS).exists():
         raise FileNotFoundError(
             f"'{folder}' holds no {META} and {TENSORS}. Give a directory that mtprune.save wrote."
         )
-    meta = json.loads((folder / META).read_text())
-    if meta.get("format") != _FORMAT:
+    content = (folder / TENSORS).read_bytes()
+    entry = _plan_for(content, folder)
+    kind = entry["format"].whole()
+    if kind not in (1, _FORMAT):
         raise ValueError(
-            f"'{folder}' has format {meta.get('format')!r}, and this version of mtprune reads "
-            f"{_FORMAT}. Update mtprune."
+            f"'{folder}' has format {kind}, and this version of mtprune reads {_FORMAT}. Update "
+            "mtprune."
         )
-    model = _build(meta) if model is None else unwrap(model)
-    tensors: dict[str, Tensor] = safetensors.load_file(str(folder / TENSORS))
-    for name in meta["channels_last"]:
-        tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
-    # Tensors go to the device of the model.
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tensors = {name: value.to(device) for name, value in tensors.items()}
-    tensors.update({name: tensors[first] for name, first in meta["aliases"].items()})
-    assemble(model, Plan.from_dict(meta["plan"]), tensors)
-    _fill(model, tensors)
+    layout = "channels_last" if kind == 1 else "strides"
+    seals = () if kind == 1 else ("tensors", "digest")
+    parts = entry.fields(["format", "class", "arguments", "plan", "aliases", layout, *seals])
+    if kind == _FORMAT:
+        inner = {name: part.value for name, part in parts.items() if name != "digest"}
+        if digest(inner) != parts["digest"].text():
+            raise parts["digest"].wrong("must be the fingerprint of all other entries")
+    try:
+        found: dict[str, Tensor] = safetensors.load(content)
+    except Exception as error:  # of its own kinds, which differ between versions
+        raise ValueError(f"'{folder / TENSORS}' is damaged: {error} {_ADVICE}") from error
+    # Copies: what is loaded lies at odd addresses, where kernels may round otherwise.
+    tensors = {name: value.clone() for name, value in found.items()}
+    if kind == 1:
+        for part in parts["channels_last"].items():
+            name = part.text(tensors)
+            if tensors[name].dim() != 4:
+                raise part.wrong("must name a tensor of four dimensions")
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    else:
+        for name, part in parts["strides"].mapping(tensors).items():
+            tensors[name] = _strided(tensors[name], part)
+    aliases = {name: part.text(tensors) for name, part in parts["aliases"].mapping().items()}
+    if double := set(aliases) & set(tensors):
+        raise parts["aliases"].wrong(f"must not name {sorted(double)[:3]}, which are tensors")
+    made = parts["class"].text(), parts["arguments"].optional(Entry.plain)
+    return _Saved(made, Plan.read(parts["plan"]), tensors, aliases)
+
+
+def _plan_for(content: bytes, folder: Path) -> Entry:
+    """The entries of the plan that goes with the tensors.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    seal = hashlib.sha256(content).hexdigest()
+    for path in (folder / META, folder / (META + _DRAFT)):
+        if path.exists():
+            entry = Entry(read_json(path), f"'{path}'", _ADVICE)
+            if entry["format"].value == 1 or entry["tensors"].value == seal:
+                return entry
+    raise ValueError(
+        f"'{folder / TENSORS}' is not the file that '{folder / META}' was written with: one of "
+        f"them is damaged. {_ADVICE}"
+    )
+
+
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether strides are those of a contiguous tensor, its dimensions in any order."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _strided(tensor: Tensor, entry: Entry) -> Tensor:
+    """A tensor with its numbers in another order in memory."""
+    stride = tuple(step.whole() for step in entry.items(tensor.dim()))
+    if not _is_dense(tensor.shape, stride):
+        raise entry.wrong(f"must be strides of a dense tensor of shape {tuple(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+
+
+def _put(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    """Turn a dense model into the saved one, in place.
+
+    Raises:
+        ValueError: If it cannot become that.
+    """
+    try:
+        assemble(model, plan, tensors)
+        _fill(model, tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"'{folder}' does not fit this {type(model).__name__}: {error} Build `model` as the "
+            "original was built before pruning."
+        ) from error
     return model
 
 
@@ -129,22 +257,26 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(state.keys() - tensors), sorted(tensors.keys() - state)
     if missing or extra:
         raise ValueError(
-            f"The saved tensors are those of another model: missing {missing[:3]}, left over "
-            f"{extra[:3]}. Build `model` as the original was built."
+            "The saved tensors are those of another model: "
+            f"missing {missing[:3]}, left over {extra[:3]}."
         )
     for name, tensor in state.items():
-        if tensor.shape != tensors[name].shape:
+        saved = tensors[name]
+        alike = tensor.is_floating_point() == saved.is_floating_point()
+        if tensor.shape != saved.shape or (tensor.dtype != saved.dtype and not alike):
             raise ValueError(
-                f"The saved tensors are those of another model: '{name}' has shape "
-                f"{tuple(tensors[name].shape)}, and this model's {tuple(tensor.shape)}."
+                f"The saved tensors are those of another model: '{name}' has {saved.dtype} and "
+                f"shape {tuple(saved.shape)}, and this model's {tensor.dtype} and "
+                f"{tuple(tensor.shape)}."
             )
     for name, tensor in state.items():
         tensor.data = tensors[name]
 
 
-def _build(meta: Mapping[str, Any]) -> nn.Module:
+def _build(saved: _Saved) -> nn.Module:
     """A dense model of the recorded class, called with the recorded arguments."""
-    module, _, qualified = meta["class"].partition(":")
+    recorded, arguments = saved.made
+    module, _, qualified = recorded.partition(":")
     advice = "Build the dense model yourself: mtprune.load(directory, model=...)."
     try:
         if module == "__main__":
@@ -155,11 +287,11 @@ def _build(meta: Mapping[str, Any]) -> nn.Module:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"'{qualified}' cannot be imported: {error}. {advice}") from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"'{meta['class']}' is not a torch.nn.Module. {advice}")
+        raise ValueError(f"'{recorded}' is not a torch.nn.Module. {advice}")
     try:
-        model: nn.Module = cls(**(meta["arguments"] or {}))
+        model: nn.Module = cls(**(arguments or {}))
     except Exception as error:
-        given = "no arguments" if meta["arguments"] is None else f"{meta['arguments']}"
+        given = "no arguments" if arguments is None else f"{dict(arguments)}"
         raise ValueError(f"{qualified} cannot be built with {given}: {error}. {advice}") from error
     return model
 

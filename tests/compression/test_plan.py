@@ -67,5 +67,5 @@ def test_errors():
         Plan.from_dict({"rows": [{"layer": "a"}]})
     data = PLAN.to_dict()
     data["rows"][0]["choice"] = "magic"
-    with pytest.raises(ValueError, match="Layer 'a' has choice 'magic'"):
+    with pytest.raises(ValueError, match=r"'rows\.0\.choice' must be one of .*'magic'"):
         Plan.from_dict(data)

@@ -65,7 +65,11 @@ def test_every_form_is_read(loaded):
     for name, choice in FORMS.items():
         layer = loaded.get_submodule(name)
         assert getattr(layer, "choice", "dense") == choice
-        assert torch.equal(layer.weight, expected[f"{name}.weight"])
+        weight = expected[f"{name}.weight"]
+        if choice == "rank":  # a product, which CPUs round differently
+            torch.testing.assert_close(layer.weight, weight)
+        else:
+            assert torch.equal(layer.weight, weight)
 
 
 def test_it_says_what_it_said(loaded):
@@ -89,4 +93,5 @@ def test_what_is_saved_again_is_the_same(loaded, tmp_path):
     before, after = (load_file(where / "model.safetensors") for where in (SAVED, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (tmp_path / "plan.json").read_text() == (SAVED / "plan.json").read_text()
+    again = mtprune.load(tmp_path, Net())
+    assert mtprune.plan_of(again) == mtprune.plan_of(loaded)

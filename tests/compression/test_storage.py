@@ -13,6 +13,7 @@ from torch import nn
 import mtprune
 from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
+from tests.tampered_models import resealed
 
 
 class Small(nn.Module):
@@ -111,6 +112,7 @@ def test_building_without_a_model(tmp_path):
     meta = json.loads((tmp_path / "local" / "plan.json").read_text())
     for name, match in (("__main__:Net", "in the script"), ("os:system", "not a torch.nn.Module")):
         (tmp_path / "local" / "plan.json").write_text(json.dumps({**meta, "class": name}))
+        resealed(tmp_path / "local")
         with pytest.raises(ValueError, match=match):
             mtprune.load(tmp_path / "local")
 

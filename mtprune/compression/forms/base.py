@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-__all__ = ["EXPORTERS", "Dense", "Form", "Parts", "bias_part", "linear_of"]
+__all__ = ["EXPORTERS", "Dense", "Form", "Parts", "bias_part", "check_bias", "linear_of"]
 
 Dense = nn.Linear | nn.Conv2d
 """The layers that can take another form."""
@@ -57,7 +57,10 @@ class Form(nn.Module, ABC):
             setattr(self, name, getattr(layer, name))
         self.weight_shape = tuple(layer.weight.shape)
         self.train(layer.training)
+        if layer.bias is not None and not any(name.endswith("bias") for name in parts):
+            raise ValueError("it lacks the layer's bias")
         self._store(layer, parts)
+        self.check()
         # Fused kernels read weights without calling layers, and stand back when there are hooks.
         self.register_forward_pre_hook(_check_exporting)
 
@@ -86,6 +89,15 @@ class Form(nn.Module, ABC):
     def is_portable(cls) -> bool:
         """Whether all exporters can export the form."""
         return cls.exporters == EXPORTERS
+
+    def check(self) -> None:
+        """Refuse parts that do not fit each other or the layer: they may come from a file.
+
+        Parts on the meta device, which are filled later, have nothing to check but shapes.
+
+        Raises:
+            ValueError: With what is wrong.
+        """
 
     @property
     def stored(self) -> list[Tensor]:
@@ -121,6 +133,16 @@ class Form(nn.Module, ABC):
 def bias_part(layer: Dense) -> Parts:
     """A copy of the layer's bias as a part, if the layer has one."""
     return {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
+
+
+def check_bias(bias: Tensor | None, outputs: int) -> None:
+    """Refuse a bias that is not one number for each output.
+
+    Raises:
+        ValueError: If so.
+    """
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"its bias has shape {tuple(bias.shape)}, and there are {outputs} outputs")
 
 
 def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

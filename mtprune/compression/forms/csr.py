@@ -1,5 +1,6 @@
 """The CSR form: kept weights and their indices, multiplied by torch's sparse kernels on a CPU."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms.base import Dense, Form, Parts, bias_part
+from mtprune.compression.forms import native
+from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Csr"]
 
@@ -71,6 +73,13 @@ class Csr(Form):
         self.weight_values: Tensor
         self.bias: Tensor | None
         super()._store(layer, parts)
+        self._checked: object = None
+
+    @override
+    def check(self) -> None:
+        if not self.weight_values.is_meta:
+            native.check(*self._parts(), self.weight_shape[0], 1, self._columns)
+            check_bias(self.bias, self.weight_shape[0])
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,9 +127,27 @@ class Csr(Form):
 
     def _matrix(self) -> Tensor:
         """The weight ``[outputs, inputs]``: a view of the parts, so it costs microseconds."""
-        shape = (self.weight_shape[0], torch.Size(self.weight_shape[1:]).numel())
-        crow, col, values = self.weight_crow, self.weight_col, self.weight_values
+        crow, col, values = self._parts()
+        # Torch's kernels read wherever indices point: they are looked at once, and again when they
+        # have been written to or replaced.
+        now = [
+            (part.data_ptr(), part.shape, 0 if part.is_inference() else part._version)
+            for part in (crow, col, values)
+        ]
+        if self._checked != now:
+            native.check(crow, col, values, self.weight_shape[0], 1, self._columns)
+            self._checked = now
+        shape = (self.weight_shape[0], self._columns)
+        # Its kernels do not look at strides either.
+        crow, col, values = crow.contiguous(), col.contiguous(), values.contiguous()
         return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight_crow, self.weight_col, self.weight_values
+
+    @property
+    def _columns(self) -> int:
+        return math.prod(self.weight_shape[1:])
 
     @property
     @override

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["convolve", "multiply", "unavailable", "unpack"]
+__all__ = ["check", "convolve", "multiply", "unavailable", "unpack"]
 
 SOURCE = Path(__file__).with_name("sparse.c")
 
@@ -150,15 +150,19 @@ def _is_eager(x: Tensor) -> bool:
 def _multiply(
     x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
+    if x.dim() < 1:
+        raise ValueError("A sparse product takes rows of inputs. Got a tensor without dimensions.")
     *batch, inputs = x.shape
     library = _library()
     if isinstance(library, str):
         _warn(library)
-        return F.linear(x, unpack(start, column, value, outputs, inputs), bias)
-    x = x.contiguous()
+    if isinstance(library, str) or not _is_native(x, start, column, value, bias):
+        weight = _dense((start, column, value), outputs, 1, inputs, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    x, parts = x.contiguous(), _contiguous(start, column, value, bias)
     y = x.new_empty((*batch, outputs))
     code = library.mtprune_linear(
-        *_weight(start, column, value, bias, outputs, 1),
+        *_weight(*parts, outputs, 1),
         inputs,
         x.data_ptr(),
         math.prod(batch),
@@ -179,15 +183,17 @@ def _convolve(
     size: Sequence[int],
     geometry: Sequence[int],
 ) -> Tensor:
+    _check_geometry(x, size, geometry)
     library = _library()
     if isinstance(library, str):
         _warn(library)
+    if isinstance(library, str) or not _is_native(x, start, column, value, bias):
         return _convolve_dense(x, start, column, value, bias, size, geometry)
-    x = x.contiguous()
+    x, parts = x.contiguous(), _contiguous(start, column, value, bias)
     y = x.new_empty((x.shape[0], *size))
     sizes = (*x.shape, *size[1:], *geometry)
     code = library.mtprune_conv(
-        *_weight(start, column, value, bias, size[0], geometry[0]),
+        *_weight(*parts, size[0], geometry[0]),
         (ctypes.c_int64 * len(sizes))(*sizes),
         x.data_ptr(),
         y.data_ptr(),
@@ -208,15 +214,106 @@ def _convolve_dense(
     geometry: Sequence[int],
 ) -> Tensor:
     kernel, stride, before, dilation = (tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6))
-    flat = unpack(start, column, value, size[0], x.shape[1] * kernel[0] * kernel[1])
+    inputs = x.shape[1] * kernel[0] * kernel[1]
+    flat = _dense((start, column, value), size[0], kernel[0], inputs, x.dtype)
     weight = flat.view(size[0], *kernel, x.shape[1]).permute(0, 3, 1, 2)
     after = [
         max(0, (size[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - x.shape[2 + i])
         for i in range(2)
     ]
     padded = F.pad(x, (before[1], after[1], before[0], after[0]))
-    y = F.conv2d(padded, weight, bias, stride, 0, dilation)
+    y = F.conv2d(padded, weight, None if bias is None else bias.to(x.dtype), stride, 0, dilation)
     return y[..., : size[1], : size[2]].contiguous()
+
+
+def _is_native(
+    x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None
+) -> bool:
+    """Whether the C code can multiply these: on the CPU, and in float32.
+
+    Raises:
+        ValueError: If they are on several devices.
+    """
+    parts = (start, column, value) if bias is None else (start, column, value, bias)
+    if any(part.device != x.device for part in parts):
+        raise ValueError(
+            f"A sparse product has its inputs on {x.device} and its weight on {value.device}. Move "
+            "one of them."
+        )
+    return x.is_cpu and x.dtype == value.dtype == torch.float32
+
+
+def _dense(
+    parts: tuple[Tensor, Tensor, Tensor], rows: int, groups: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense matrix of a sparse one, of another type, whatever stands in its parts.
+
+    Raises:
+        ValueError: If its indices are out of range.
+    """
+    start, column, value = parts
+    check(start, column, value, rows, groups, columns)
+    return unpack(start, column, value, rows, columns).to(dtype)
+
+
+def check(
+    start: Tensor, column: Tensor, value: Tensor, rows: int, groups: int, columns: int
+) -> None:
+    """Refuse parts of a sparse matrix that do not fit each other; see `unpack`.
+
+    Raises:
+        ValueError: If so.
+    """
+    right = (
+        start.dim() == column.dim() == value.dim() == 1
+        and not start.is_floating_point()
+        and not column.is_floating_point()
+        and start.numel() == rows * groups + 1
+        and column.numel() == value.numel()
+        and int(start[0]) == 0
+        and int(start[-1]) == value.numel()
+        and bool((start[1:] >= start[:-1]).all())
+    )
+    if right and column.numel():
+        # Short numbers may be unsigned, as for the C code: what is negative is then too large.
+        wide = column.long() & 0xFFFF if column.dtype == torch.int16 else column.long()
+        group = torch.arange(rows * groups, device=start.device) % groups
+        group = group.repeat_interleave(start.long().diff(), output_size=value.numel())
+        each = columns // groups
+        right = bool(((wide >= group * each) & (wide < (group + 1) * each)).all())
+    if not right:
+        raise ValueError(_BROKEN)
+
+
+def _check_geometry(x: Tensor, size: Sequence[int], geometry: Sequence[int]) -> None:
+    """Refuse sizes that are none.
+
+    Raises:
+        ValueError: If so.
+    """
+    right = (
+        x.dim() == 4
+        and len(size) == 3
+        and len(geometry) == 8
+        and min(size) >= 0
+        and min(geometry[:4]) >= 1
+        and min(geometry[4:6]) >= 0
+        and min(geometry[6:]) >= 1
+    )
+    if not right:
+        raise ValueError(
+            f"A sparse convolution takes images [count, channels, height, width], a size of three "
+            f"and a geometry of eight numbers. Got shape {tuple(x.shape)}, {list(size)} and "
+            f"{list(geometry)}."
+        )
+
+
+def _contiguous(
+    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Parts as the C code reads them; whoever takes pointers of copies must keep the copies."""
+    own = None if bias is None else bias.contiguous()
+    return start.contiguous(), column.contiguous(), value.contiguous(), own
 
 
 def _weight(
@@ -298,7 +395,10 @@ _convolve_op.register_autograd(_no_backward)
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, from the cache or compiled now; or the reason why there is none."""
-    compiler = _compiler()
+    try:
+        compiler = _compiler()
+    except ValueError as error:
+        return f"the variable CC is no command of a compiler: {os.environ['CC']!r}, {error}"
     if not compiler:
         return f"no C compiler was found ({', '.join(COMPILERS)}, or the variable CC)"
     reason = ""
@@ -309,9 +409,10 @@ def _library() -> ctypes.CDLL | str:
             try:
                 if not _is_intact(folder):
                     _compile(compiler, flags, folder)
-                return _declared(ctypes.CDLL(str(folder / _LIBRARY)))
+                return _tried(ctypes.CDLL(str(folder / _LIBRARY)))
             except OSError as error:
                 reason = reason or str(error)
+                shutil.rmtree(folder, ignore_errors=True)  # or it would be tried for ever
     except (OSError, subprocess.SubprocessError) as error:
         reason = reason or str(error)
     return f"the C compiler {compiler[0]} made no library: {_first_line(reason)}"
@@ -330,12 +431,14 @@ def _cache_directory() -> Path:
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     candidates = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
     with suppress(RuntimeError):  # a user without a home
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        candidates.insert(0, Path(home) / "mtprune")
+        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        home = home if home.is_absolute() else Path.home() / ".cache"
+        candidates.insert(0, home / "mtprune")
     for directory in candidates:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = directory.lstat()
+            directory = directory.resolve()  # who may write is a matter of where a link leads
+            status = directory.stat()
             is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
             if is_own and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
                 return directory
@@ -346,7 +449,7 @@ def _cache_directory() -> Path:
 
 def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
     version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, timeout=60
+        [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60
     ).stdout
     parts = (SOURCE.read_text(), *compiler, version, *flags, torch.__version__, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -377,7 +480,9 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Non
             [*compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", "sparse.o"],
             [*compiler, "-shared", "sparse.o", "-o", _LIBRARY],
         ):
-            run = subprocess.run(command, cwd=draft, capture_output=True, text=True, timeout=300)
+            run = subprocess.run(
+                command, cwd=draft, capture_output=True, text=True, errors="replace", timeout=300
+            )
             if run.returncode:
                 raise OSError(_first_line(run.stderr) or f"it returned {run.returncode}")
         (draft / "sparse.o").unlink()
@@ -394,13 +499,31 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Non
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions' arguments."""
+def _tried(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments, after a product that is known.
+
+    Raises:
+        OSError: If it is not this library, or computes something else.
+    """
+    try:
+        _declare(library)
+    except AttributeError as error:
+        raise OSError(f"what it made is not the library of {SOURCE.name}: {error}") from error
+    start, column = torch.tensor([0, 1, 3]).int(), torch.tensor([2, 0, 1]).int()
+    value, bias, x = torch.tensor([2.0, 3, 4]), torch.tensor([0.5, -1]), torch.tensor([[1.0, 2, 3]])
+    y = torch.zeros(1, 2)
+    weight = _weight(start, column, value, bias, 2, 1)
+    code = library.mtprune_linear(*weight, 3, x.data_ptr(), 1, y.data_ptr(), 1)
+    if code or y.tolist() != [[6.5, 10.0]]:
+        raise OSError("the library it made computes something else")
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
     pointer, short, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     weight: tuple[Any, ...] = (pointer, pointer, pointer, pointer, long, short, long)
     library.mtprune_linear.argtypes = (*weight, long, pointer, long, pointer, short)
     library.mtprune_conv.argtypes = (*weight, pointer, pointer, pointer, short)
-    return library
 
 
 def _first_line(text: str) -> str:

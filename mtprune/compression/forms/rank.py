@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, linear_of
+from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, check_bias, linear_of
 from mtprune.model import factors
 
 __all__ = ["Rank"]
@@ -48,6 +48,14 @@ class Rank(Form):
         factors = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
         self.down = linear_of(factors["down.weight"], None)
         self.up = linear_of(factors["up.weight"], factors.get("up.bias"))
+
+    @override
+    def check(self) -> None:
+        (outputs, inputs), rank = self.weight_shape, len(self.down.weight)
+        shapes = tuple(self.down.weight.shape), tuple(self.up.weight.shape)
+        if shapes != ((rank, inputs), (outputs, rank)):
+            raise ValueError(f"its factors have shapes {shapes}: no {self.weight_shape}")
+        check_bias(self.up.bias, outputs)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms.base import Dense, Form, Parts, bias_part
+from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["SemiStructured"]
 
@@ -56,6 +56,17 @@ class SemiStructured(Form):
         super()._store(layer, parts)
         self._packed: Tensor | None = None
         self._packed_from = (0, 0)
+
+    @override
+    def check(self) -> None:
+        rows, inputs = self.weight_shape
+        half = rows, inputs // 2
+        shapes = tuple(self.weight_pairs.shape), tuple(self.weight_places.shape)
+        if shapes != (half, half) or self.weight_places.dtype != torch.uint8:
+            raise ValueError(f"its pairs and places have shapes {shapes}, not {half}")
+        if not self.weight_places.is_meta and bool((self.weight_places > 3).any()):
+            raise ValueError("its places are not from 0 to 3")
+        check_bias(self.bias, rows)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -432,6 +432,17 @@ static int fits(const Weight *w, int64_t count)
     int fine = w->start[0] == 0 && w->start[rows] == count;
     for (int64_t i = 0; i < rows; i++)
         fine &= w->start[i] <= w->start[i + 1];
+    if (fine && w->groups > 1) { /* groups that see only padding are not packed, so not read */
+        const int64_t each = w->inputs / w->groups;
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t low = i % w->groups * each, high = low + each;
+            for (int64_t j = w->start[i]; j < w->start[i + 1]; j++) {
+                const int64_t column = w->column16 ? w->column16[j] : w->column32[j];
+                fine &= low <= column && column < high;
+            }
+        }
+        return fine;
+    }
     if (w->column16) {
         uint16_t most = 0;
         for (int64_t i = 0; i < count; i++)

@@ -1,5 +1,6 @@
 """The sparse form: kept weights and their indices, multiplied by the C code of `native`."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mtprune.compression.forms import native
-from mtprune.compression.forms.base import Dense, Form, Parts, bias_part
+from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Sparse"]
 
@@ -79,6 +80,15 @@ class Sparse(Form):
         super()._store(layer, parts)
         if isinstance(layer, nn.Conv2d):
             self.margins = _margins(layer)
+
+    @override
+    def check(self) -> None:
+        outputs, inputs, *kernel = self.weight_shape
+        start, column, value, bias = self._parts()
+        if not value.is_meta:
+            groups = kernel[0] if kernel else 1
+            native.check(start, column, value, outputs, groups, math.prod((inputs, *kernel)))
+            check_bias(bias, outputs)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

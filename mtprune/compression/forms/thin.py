@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, linear_of
+from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, check_bias, linear_of
 
 __all__ = ["Thin"]
 
@@ -81,6 +81,21 @@ class Thin(Form):
         self.register_buffer("fill", parts.get("fill"))
 
     @override
+    def check(self) -> None:
+        outputs, inputs, *kernel = self.weight_shape
+        rows, cols = (
+            size if places is None else _count(places, size)
+            for places, size in ((self.rows, outputs), (self.cols, inputs))
+        )
+        inner = tuple(self.inner.weight.shape)
+        if inner != (rows, cols, *kernel):
+            raise ValueError(f"its inner weight has shape {inner}, not {(rows, cols, *kernel)}")
+        check_bias(self.inner.bias, rows)
+        if (self.rows is None) != (self.fill is None):
+            raise ValueError("it has dead outputs without their biases, or biases without them")
+        check_bias(self.fill, outputs)
+
+    @override
     def forward(self, x: Tensor) -> Tensor:
         if self.cols is not None:
             x = x.index_select(self.dim, self.cols)
@@ -106,6 +121,21 @@ class Thin(Form):
     def bias(self) -> Tensor | None:
         """The bias of all outputs, dead ones included."""
         return self.inner.bias if self.rows is None or self.inner.bias is None else self.fill
+
+
+def _count(places: Tensor, size: int) -> int:
+    """How many places there are.
+
+    Raises:
+        ValueError: If they are no rising indices below ``size``.
+    """
+    if places.dim() != 1 or places.dtype != torch.long:
+        raise ValueError(f"its indices are {places.dtype} of shape {tuple(places.shape)}")
+    if not places.is_meta and len(places):
+        rising = bool((places[1:] > places[:-1]).all())
+        if not rising or int(places[0]) < 0 or int(places[-1]) >= size:
+            raise ValueError(f"its indices do not rise from 0 to at most {size - 1}")
+    return len(places)
 
 
 def _conv_of(layer: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
