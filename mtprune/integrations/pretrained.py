@@ -7,7 +7,6 @@ that may change a model before its weights are loaded. `PlanQuantizer` changes i
 Importing this module registers `PlanConfig` and `PlanQuantizer` with transformers.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,9 @@ from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
+from mtprune.files import read_json
 from mtprune.model.names import unwrap
+from mtprune.reading import Entry
 
 try:
     from transformers.quantizers.auto import (
@@ -46,6 +47,9 @@ HEADS = "heads"
 """The folder of the tasks' heads."""
 
 _FORMAT = 1
+_SOURCE = "The `quantization_config` of this model"
+_ADVICE = "Take the folder as mtprune's save_pretrained wrote it, or save the model again."
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "uint8", "bool")
 
 
 class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -75,9 +79,16 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"This model has format {format!r}, and this version of mtprune reads {_FORMAT}. "
                 "Update mtprune."
             )
+        entry = Entry({"plan": plan, "tensors": tensors, "prefix": prefix}, _SOURCE, _ADVICE)
+        Plan.read(entry["plan"])
+        for spec in entry["tensors"].mapping().values():
+            dtype, shape = spec.items(2)
+            dtype.text(_DTYPES)
+            for size in shape.items():
+                size.whole(most=1 << 40)
         self.quant_method = quant_method
         self.format = format
-        self.prefix = prefix
+        self.prefix = entry["prefix"].text()
         self.plan = dict(plan)
         self.tensors = dict(tensors)
 
@@ -109,9 +120,20 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         """Unmark the model as quantized, so that it can be cast and trained like any other."""
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
-        for module in model.modules():
-            if isinstance(module, Form) and module.frozen:
-                module.requires_grad_(False)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                # A copy: what was loaded may be the file itself, at an odd address.
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        for name, module in model.named_modules():
+            if isinstance(module, Form):
+                try:
+                    module.check()
+                except (ValueError, RuntimeError) as error:
+                    raise ValueError(
+                        f"The saved tensors do not fit layer '{name}': {error} {_ADVICE}"
+                    ) from error
+                if module.frozen:
+                    module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
         """The state, with entries that make code without mtprune fail to load it."""
@@ -175,8 +197,11 @@ def load(directory: str | PathLike[str]) -> nn.Module:
             f"'{directory}' holds a model of transformers. Install the extra: pip install "
             "'mtprune[transformers]'."
         )
-    config = json.loads((Path(directory) / "config.json").read_text())
-    name = next(iter(config.get("architectures") or ["model without a class"]))
+    path = Path(directory) / "config.json"
+    config = Entry(read_json(path), f"'{path}'", _ADVICE)
+    listed = config.mapping().get("architectures")
+    names = listed.items() if listed is not None and listed.value else []
+    name = names[0].text() if names else "model without a class"
     cls: Any = getattr(import_module("transformers"), name, None)
     if cls is None:
         raise ValueError(

@@ -1,13 +1,14 @@
 """Compressed encoders travel: `from_pretrained` loads them bitwise, or fails loudly."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mtprune
@@ -370,3 +371,49 @@ def test_errors(tmp_path, monkeypatch):
     monkeypatch.setattr("mtprune.integrations.pretrained.AUTO_QUANTIZER_MAPPING", None)
     with pytest.raises(ImportError, match=r"mtprune\[transformers\]"):
         mtprune.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["plan"]["rows"][0].update(choice="magic"), r"rows\.0\.choice' must"),
+        (lambda config: config["plan"].pop("rows"), r"'plan' must have \['rows'\] besides"),
+        (
+            lambda config: config["tensors"].update(x=["__class__", [1]]),
+            r"tensors\.x\.0' must be one",
+        ),
+        (
+            lambda config: config["tensors"].update(x=["int32", [1 << 62]]),
+            r"'tensors\.x\.1\.0' must",
+        ),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(change, message, tmp_path):
+    _, fast = compressed("Bert", "csr")
+    save_pretrained(fast, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"The `quantization_config` of this model: .*{message}"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_indices_out_of_range_are_refused_when_loaded(tmp_path):
+    _, fast = compressed("Bert", "csr")
+    save_pretrained(fast, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("weight_col"))
+    tensors[name] = tensors[name] + 9999
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"The saved tensors do not fit layer '.*': .* do not fit"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_what_is_loaded_owns_its_memory(tmp_path):
+    encoder, fast = compressed("Bert", "everything")
+    save_pretrained(fast, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 0)
+    assert torch.equal(encoder.states(loaded), encoder.states(fast))
