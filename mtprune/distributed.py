@@ -5,14 +5,15 @@ the gradient of each task is averaged over ranks before any saliency is computed
 """
 
 import hashlib
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["any_rank", "check_equal", "first_", "gather", "mean_", "sum_", "world"]
+__all__ = ["any_rank", "check_equal", "first_", "gather", "mean_", "meet", "sum_", "world"]
 
 T = TypeVar("T")
 
@@ -60,6 +61,88 @@ def gather(mine: T) -> list[T]:
     everyones: list[T | None] = [None] * world()
     dist.all_gather_object(everyones, mine)
     return [theirs for theirs in everyones if theirs is not None]
+
+
+_CALLS = ("observe", "step", "prune")
+_WORDS = 8  # of 32 flags each
+
+_groups: dict[int, Any] = {}
+
+
+def meet(call: str, step: int, tasks: Sequence[str], flags: Sequence[bool]) -> list[list[bool]]:
+    """Wait for all ranks at the same call; the flags of each, in the order of ranks.
+
+    Ranks meet in a group of their own, so that who comes late, or is in another call, is not taken
+    for somebody with gradients.
+
+    Args:
+        call: The call of ours that this rank is in.
+        step: The step it is at.
+        tasks: All tasks.
+        flags: One for each of them.
+
+    Raises:
+        RuntimeError: If a rank does not come within the time-out of the default group, or is in
+            another call, at another step or has other tasks.
+    """
+    if len(flags) > 32 * _WORDS:
+        raise ValueError(f"Several processes can have {32 * _WORDS} tasks. Got {len(flags)}.")
+    words = [0] * _WORDS
+    for place, flag in enumerate(flags):
+        words[place // 32] |= int(flag) << place % 32
+    known = int.from_bytes(hashlib.sha256("\0".join(tasks).encode()).digest()[:7])
+    mine = torch.tensor([_CALLS.index(call), step, known, *words])
+    theirs = [torch.empty_like(mine) for _ in range(world())]
+    timeout = _timeout()
+    try:
+        group = _own_group(timeout)
+        dist.monitored_barrier(group, timeout=timeout, wait_all_ranks=True)
+        dist.all_gather(theirs, mine, group=group)
+    except RuntimeError as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} called {call}() at step {step}, and not every rank did within "
+            f"{timeout}: {said} {_EQUALLY}"
+        ) from error
+    heads = [tuple(other[:3].tolist()) for other in theirs]
+    if len(set(heads)) > 1:
+        places = [
+            f"rank {rank} in {_CALLS[head[0]]}() at step {head[1]}"
+            + ("" if head[2] == heads[0][2] else " with other tasks")
+            for rank, head in enumerate(heads)
+        ]
+        raise RuntimeError(f"Ranks are in different calls: {', '.join(places)}. {_EQUALLY}")
+    return [
+        [bool(int(other[3 + i // 32]) >> i % 32 & 1) for i in range(len(flags))] for other in theirs
+    ]
+
+
+_EQUALLY = (
+    "Every rank must build the same pruner and call observe() and step() equally often, also for a "
+    "batch that lacks some tasks."
+)
+
+
+def _timeout() -> timedelta:
+    """How long ranks wait for each other: as the default group was told."""
+    default: Any = dist.group.WORLD
+    for kind in ("cpu", "cuda"):
+        try:
+            found = default._get_backend(torch.device(kind)).options._timeout
+        except (RuntimeError, AttributeError):  # no such back-end
+            continue
+        if isinstance(found, timedelta):
+            return found
+    return timedelta(minutes=30)
+
+
+def _own_group(timeout: timedelta) -> Any:
+    """A group of all ranks, on the CPU, that nobody else uses."""
+    default = id(dist.group.WORLD)
+    if default not in _groups:
+        _groups.clear()  # those of groups that are gone
+        _groups[default] = dist.new_group(backend="gloo", timeout=timeout)
+    return _groups[default]
 
 
 def check_equal(masks: Iterable[Tensor]) -> None:

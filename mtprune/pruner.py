@@ -17,6 +17,7 @@ from mtprune.methods.inventory import Selection, take_inventory
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free
+from mtprune.model.parallel import check_parallel
 from mtprune.model.running import untouched
 from mtprune.model.selectors import Spec
 from mtprune.model.task_masks import PackedTaskMasks, remember_task_masks
@@ -96,6 +97,7 @@ class MultitaskPruner:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
+        check_parallel(model)
         self._model = unwrap(model)
         check_free(self._model)
         self._method: Method[Any] = Vote(sparsity=0.9) if method is None else method
@@ -202,6 +204,8 @@ class MultitaskPruner:
         if self._optimizer is None:
             self._after_optimizer_step()
         update = self._clock.due()
+        if update is not None:
+            self._meet("step")
         changed = update is not None and self._is_ready(update) and self._update(update)
         self._round.listen(self._clock.near)
         return changed
@@ -236,6 +240,7 @@ class MultitaskPruner:
                 self._collect(losses, None, strict=True, final=final)
                 if not self._round.missing_tasks() and self._round.is_enough(final):
                     break
+        self._meet("prune")
         if unseen := self._round.unseen():
             raise RuntimeError(
                 f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
@@ -400,10 +405,17 @@ class MultitaskPruner:
         """Check the losses, and let the round see those that are wanted now."""
         if fold:
             check_fold(self._hold)
-        present = scalars(losses)
+        present: Mapping[str, Tensor] = scalars(losses)
         if not torch.is_grad_enabled():
             return
-        lead = self._round.lead(losses if strict else present)
+        own, known = losses, losses if strict else present
+        if distributed.world() > 1 and (
+            final is not None or self._clock.near(self._round.earliest)
+        ):
+            if strict:
+                check_graphs(own, present)
+            known = present = self._round.agree(present, self._clock.step)
+        lead = self._round.lead(known)
         near = self._clock.next if self._clock.near(lead) else None
         update, scale = near if final is None else final, scale_of(scaler)
         if update is None:
@@ -412,10 +424,15 @@ class MultitaskPruner:
             return
         check_devices(present, {layer.parameter.device for layer in self._inventory.layers})
         if strict:
-            check_graphs(losses, present)
+            check_graphs(own, present)
         self._round.observe(
             Losses(present, [] if fold else None, scale, guarded=scaler is not None), update
         )
+
+    def _meet(self, call: str) -> None:
+        """Wait until all ranks are in the same call, if there are several."""
+        if distributed.world() > 1:
+            distributed.meet(call, self._clock.step, list(self._losses), [])
 
     def _is_ready(self, update: int) -> bool:
         """Whether there is enough evidence for an update that is due."""

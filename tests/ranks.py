@@ -1,8 +1,9 @@
-"""Two gloo ranks on this machine."""
+"""Gloo ranks on this machine."""
 
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,30 @@ ROOT = Path(__file__).parents[1]
 WORLD = 2
 
 
-def on_ranks(module: str, function: str, folder: Path) -> list[Any]:
+def on_ranks(
+    module: str, function: str, folder: Path, *, world: int = WORLD, timeout: float = 600
+) -> list[Any]:
     """What a function of a module of tests gives on each rank, called with rank and world.
 
     Args:
         module: The module.
         function: The function; it gives tensors, numbers, strings and containers.
         folder: An empty one.
+        world: How many ranks there are.
+        timeout: Of their group, in seconds.
     """
     code = "import sys; from tests import ranks; ranks.serve(*sys.argv[1:])"
     command = [sys.executable, "-W", "error", "-c", code, module, function, str(folder)]
     # One thread each: ranks that wait for each other in loops take the cores from each other.
     options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     workers = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, **options)
-        for rank in range(WORLD)
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(timeout)],
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        for rank in range(world)
     ]
     try:
         for process in workers:
@@ -38,13 +48,22 @@ def on_ranks(module: str, function: str, folder: Path) -> list[Any]:
         for process in workers:
             process.kill()
             process.communicate()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def serve(module: str, function: str, folder: str, rank: str) -> None:
+def serve(module: str, function: str, folder: str, rank: str, world: str, timeout: str) -> None:
     """The life of one rank."""
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=int(rank), world_size=WORLD)
-    torch.save(getattr(import_module(module), function)(int(rank), WORLD), f"{folder}/{rank}.pt")
+    whole = import_module(module)
+    dist.init_process_group(
+        "gloo",
+        init_method=meet,
+        rank=int(rank),
+        world_size=int(world),
+        timeout=timedelta(seconds=float(timeout)),
+    )
+    found = getattr(whole, function)(int(rank), int(world))
+    torch.save(found, f"{folder}/{rank}.pt")
+    Path(f"{folder}/{rank}.done").touch()
     dist.destroy_process_group()

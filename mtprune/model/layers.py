@@ -153,11 +153,6 @@ def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]
                     f"{where} is lazy: its '{attribute}' has no shape yet. Run one forward pass "
                     "before building the pruner."
                 )
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"{where} is sharded (FSDP2): its '{attribute}' is a DTensor. Sharded models "
-                    "cannot be pruned yet; use DistributedDataParallel."
-                )
             found.append(attribute)
         elif attribute + "_orig" in module._parameters and attribute + "_mask" in module._buffers:
             raise ValueError(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtprune import distributed
+
 __all__ = ["LossFunction", "check_devices", "check_graphs", "compute", "given", "parse", "scalars"]
 
 LossFunction = Callable[[Any, Any], Any]
@@ -74,7 +76,8 @@ def given(tasks: Collection[str], losses: object) -> dict[str, Any]:
     """The declared tasks' losses out of what the caller computed."""
     if isinstance(losses, Mapping):
         chosen = {name: losses[name] for name in tasks if name in losses}
-        if not chosen:
+        # With several ranks, one may have a batch of no task, and says so with an empty mapping.
+        if not chosen and (losses or distributed.world() == 1):
             raise ValueError(
                 f"`losses` has none of the declared tasks {list(tasks)}. Got keys {list(losses)}."
             )

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mtprune.model.layers import Layer
+from mtprune.model.parallel import check_optimizer
 
 __all__ = ["Follower", "follow", "raw"]
 
@@ -26,8 +27,13 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
         ValueError: If it trains none of the layers.
     """
     inner = optimizer
-    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
+    # Wrappers may be optimizers themselves, as accelerate's, without what their base class has.
+    while isinstance(getattr(inner, "optimizer", None), Optimizer) or (
+        not isinstance(inner, Optimizer) and hasattr(inner, "optimizer")
+    ):
+        check_optimizer(inner)
         inner = inner.optimizer
+    check_optimizer(inner)
     if not isinstance(inner, Optimizer):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Got {optimizer!r}.")
     trained = {id(p) for group in inner.param_groups for p in group["params"]}

@@ -13,10 +13,12 @@ from mtprune.holding import Decision, Hold
 from mtprune.methods.base import Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.model.parallel import check_parallel, check_replicas
 from mtprune.observing.collector import Collector, Losses
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.pollster import Pollster
 from mtprune.observing.reach import Reach, Users
+from mtprune.observing.roll import call_roll
 from mtprune.observing.stability import Stability
 from mtprune.reading import Entry
 
@@ -73,6 +75,8 @@ class Round(Generic[D]):
         generator: torch.Generator,
     ) -> None:
         self.memory: Mapping[str, Any] = {}
+        self._model = model
+        self._met = False  # with other ranks
         self._inventory = inventory
         self._method = method
         self._needs = needs
@@ -93,6 +97,40 @@ class Round(Generic[D]):
     def stable(self) -> bool | None:
         """Whether masks no longer changed; None where the number of observations was given."""
         return bool(self._stability.stable) if self._automatic else None
+
+    @property
+    def earliest(self) -> float:
+        """How many steps before an update observing may begin, whatever batches hold."""
+        if self._cumulative:
+            return math.inf
+        wanted = self._needs.observations
+        return (4 if wanted == "auto" else wanted) * len(self._inventory.tasks)
+
+    def agree(self, losses: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """The losses that all ranks together have, from those of this one.
+
+        Args:
+            losses: The losses of this rank's batch.
+            step: The step that this rank is at.
+
+        Raises:
+            ValueError: If the model is spread over ranks in a way that cannot be scored.
+            RuntimeError: If ranks are not in the same call, or their batches hold different tasks
+                and a statistic asks for inputs.
+        """
+        check_parallel(self._model)
+        if not self._met:
+            check_replicas(self._model)
+            self._met = True
+        device = self._inventory.layers[0].parameter.device
+        roll = call_roll(losses, self._inventory.tasks, step, device)
+        asks = (statistic.asks for statistic in self._needs.statistics.values())
+        if roll.partial and any("inputs" in names for names in asks):
+            raise RuntimeError(
+                "Ranks have batches of different tasks, and this method looks at the inputs of "
+                "layers, which add up over all ranks. Give every rank the same tasks."
+            )
+        return roll.losses
 
     def lead(self, present: Collection[str]) -> float:
         """How many steps before an update to begin observing, as batches hold these tasks."""

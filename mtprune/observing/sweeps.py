@@ -121,9 +121,11 @@ def gather(
     guarded: bool,
 ) -> bool:
     """All gradients at once, averaged over ranks in a fixed order; False if one is not finite."""
+    # A loss without a graph is that of a rank which lacks the task.
+    found = [None] * len(parameters) if loss.grad_fn is None else _grad(loss, parameters)
     grads = [
         torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
-        for p, g in zip(parameters, _grad(loss, parameters), strict=True)
+        for p, g in zip(parameters, found, strict=True)
     ]
     for grad in grads:
         distributed.mean_(grad)
