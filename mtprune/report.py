@@ -67,6 +67,7 @@ class Report:
             there were many.
         groups: Units kept, group by group, where they span layers.
         macs: The multiply-adds of all prunable layers, those left alone too, if measured.
+        coverage: The share of the model's matrices, norms and embeddings apart, that takes part.
     """
 
     step: int | None
@@ -86,6 +87,7 @@ class Report:
     history: tuple[Moment, ...] = ()
     groups: tuple[GroupRow, ...] = ()
     macs: float | None = None
+    coverage: float = 1.0
 
     @property
     def macs_sparsity(self) -> float | None:
@@ -129,6 +131,8 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [f"{self.head_share:.1%} of the weights are private to one task."]
+        if self.coverage < 1.0:
+            notes.append(f"{self.coverage:.1%} of the model's matrices take part.")
         if self.macs_sparsity is not None:
             notes.append(f"{self.macs_sparsity:.2%} of the multiply-adds fall on pruned weights.")
         if self.weights:
@@ -164,6 +168,7 @@ def make_report(
     method: str = "",
     weights: Mapping[str, float] | None = None,
     macs: float | None = None,
+    coverage: float = 1.0,
 ) -> Report:
     """The report of an update.
 
@@ -175,6 +180,7 @@ def make_report(
         method: See `Report`.
         weights: See `Report`.
         macs: See `Report`.
+        coverage: See `Report`.
     """
     counts = facts.counts
     parameters = sum(c.parameters for c in counts)
@@ -202,6 +208,7 @@ def make_report(
         history=facts.history,
         groups=facts.groups,
         macs=macs,
+        coverage=coverage,
     )
 
 

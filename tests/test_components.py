@@ -137,8 +137,11 @@ def test_this_kind_is_not_pruned_by_default(kind):
 @pytest.mark.parametrize("kind", NEVER)
 def test_norms_are_not_pruned_whoever_asks(kind):
     model = nn.ModuleDict({"norm": NEVER[kind](), "x": nn.Linear(2, 2)})
-    for spec in ("norm", "*", model["norm"], model["norm"].weight, "norm.weight"):
+    for spec in ("*", [*model.parameters()]):
         assert names(model, include=spec) == ["x.weight"]
+    for spec in ("norm", model["norm"], model["norm"].weight, "norm.weight", ["x", "norm.weight"]):
+        with pytest.raises(ValueError, match=r"`include` names 'norm.*, which is a bias or"):
+            names(model, include=spec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +150,9 @@ def test_biases_are_not_pruned_whoever_asks(kind):
     model = nn.ModuleDict({"x": make()})
     assert names(model, include="x") == ["x." + name for name in expected]
     biases = [p for name, p in model.named_parameters() if "bias" in name]
-    assert names(model, include=biases) == ["x." + name for name in expected]
+    for spec in (biases, "x.*bias*") if biases else ():
+        with pytest.raises(ValueError, match=r"`include` names 'x.*bias.*', which is a bias"):
+            names(model, include=spec)
 
 
 def test_a_layer_without_weights_is_no_layer():

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from mtprune.methods.base import Method, Needs
-from mtprune.model.components import declare
+from mtprune.model.components import declare, meant
+from mtprune.model.coverage import survey
 from mtprune.model.inventory import Inventory
-from mtprune.model.layers import find_layers
-from mtprune.model.selectors import Spec
+from mtprune.model.layers import KINDS, Layer, find_layers, is_embedding
+from mtprune.model.selectors import Spec, selected
 from mtprune.model.units import cover
 
 __all__ = ["Selection", "take_inventory"]
@@ -51,7 +52,9 @@ def take_inventory(
     """
     prunable = find_layers(model, selection.include, selection.exclude)
     if not prunable:
-        raise ValueError("The model has nothing prunable.")
+        raise ValueError(
+            f"The model has nothing prunable. Prunable are {KINDS}; `include` names other matrices."
+        )
     declared = declare(model, prunable, selection.shared)
     for component in dict.fromkeys(d.component for d in declared):
         if component in tasks:
@@ -59,7 +62,16 @@ def take_inventory(
                 f"Component '{component}' has the name of a task. A task's private weights are "
                 "a component of that name: call the shared one something else."
             )
-    reasons = {layer.name: method.fits(layer) for layer in prunable}
+    included = selected(model, selection.include, "include")
+    looked_up = [x.name for x in prunable if _is_looked_up(x) and id(x.parameter) not in included]
+    tied = dict.fromkeys(looked_up, "it is tied to an embedding; `include` names it")
+    reasons = {x.name: tied.get(x.name) or method.fits(x) for x in prunable}
+    coverage = survey(
+        model,
+        [layer for layer in prunable if layer.name not in tied],
+        selected(model, selection.exclude, "exclude"),
+        meant(model, selection.shared),
+    )
     unfit = {name: reason for name, reason in reasons.items() if reason}
     if len(unfit) == len(prunable):
         name, reason = next(iter(unfit.items()))
@@ -75,9 +87,15 @@ def take_inventory(
         units=covered.units,
         left_dense=covered.dense,
         unfit=unfit,
+        coverage=coverage,
     )
     needs = method.needs(inventory)
     if needs.macs:
         inventory = inventory.measured(model, prunable, needs.example_inputs)
     method.check(inventory)
     return inventory, needs
+
+
+def _is_looked_up(layer: Layer) -> bool:
+    """Whether a layer's weight is also that of an embedding."""
+    return any(is_embedding(module) for module, _ in layer.places)

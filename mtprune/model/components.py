@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from mtprune.model.layers import KINDS, Layer
-from mtprune.model.selectors import Spec, label, match, resolve
+from mtprune.model.selectors import Spec, label, match, resolve, selected
 
-__all__ = ["SHARED", "UNDECLARED", "Declared", "assign", "declare"]
+__all__ = ["SHARED", "UNDECLARED", "Declared", "assign", "declare", "meant"]
 
 SHARED = "shared"
 """The component of shared weights unless the user names another."""
@@ -89,6 +89,16 @@ def declare(model: nn.Module, layers: Sequence[Layer], spec: Spec) -> list[Decla
             "`shared_modules` is empty. Name the modules that tasks share, or use 'auto'."
         )
     return declared
+
+
+def meant(model: nn.Module, spec: Spec) -> set[int]:
+    """The ids of all parameters in what was declared; of all of the model for ``"auto"``."""
+    if isinstance(spec, str) and spec == "auto":
+        return {id(parameter) for parameter in model.parameters()}
+    if callable(spec) and not isinstance(spec, (nn.Module, type)):
+        spec = spec(model)
+    parts = spec.values() if isinstance(spec, Mapping) else [spec]
+    return {i for items in parts for i in selected(model, items, "shared_modules")}
 
 
 def assign(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mtprune.model.components import SHARED, UNDECLARED, Declared
+from mtprune.model.coverage import Coverage
 from mtprune.model.layers import Layer
 from mtprune.model.units import Units
 
@@ -25,6 +26,7 @@ class Inventory:
         units: What is kept or pruned as one; None for every weight on its own.
         left_dense: Layers that the granularity leaves dense, and why.
         unfit: Layers that the method cannot prune, and why.
+        coverage: How much of the model's matrices could take part.
         costs: For each layer's name the multiply-adds of one of its weights; empty unless measured.
         total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
             measured.
@@ -36,6 +38,7 @@ class Inventory:
     units: Units | None = None
     left_dense: Mapping[str, str] = field(default_factory=dict)
     unfit: Mapping[str, str] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
     costs: Mapping[str, Fraction] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
 

@@ -14,9 +14,16 @@ from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
 from mtprune.model.names import own_name, strip
-from mtprune.model.selectors import Spec, resolve, selected
+from mtprune.model.selectors import Spec, label, match, resolve, selected
 
-__all__ = ["KINDS", "Layer", "default_attributes", "find_layers", "never_pruned"]
+__all__ = [
+    "KINDS",
+    "Layer",
+    "default_attributes",
+    "find_layers",
+    "is_embedding",
+    "never_pruned",
+]
 
 _PLAIN = (
     nn.Linear,
@@ -81,6 +88,7 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     exclude = resolve(model, exclude, "exclude")
     excluded = selected(model, exclude, "exclude")
     included = selected(model, include, "include")
+    _check_included(model, include)
     held_out = _excluded_modules(model, exclude)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
@@ -109,9 +117,41 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
     return layers
 
 
+def _check_included(model: nn.Module, include: Spec) -> None:
+    """Refuse to include what is never pruned.
+
+    Raises:
+        ValueError: If an item names biases and norms alone. A list of all parameters of something
+            may hold them among others.
+    """
+    useless = []
+    items = resolve(model, include, "include")
+    for item in items:
+        asked = {id(parameter) for parameter in match(model, item, "include")}
+        uses = [
+            (module, attribute)
+            for module in model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in asked
+        ]
+        if uses and all(never_pruned(module, attribute) for module, attribute in uses):
+            useless.append(item)
+    for item in useless:
+        if isinstance(item, str) or len(useless) == len(items):
+            raise ValueError(
+                f"`include` names {label(model, item)}, which is a bias or belongs to a norm. "
+                "These are never pruned: leave it out."
+            )
+
+
 def never_pruned(module: nn.Module, attribute: str) -> bool:
     """Biases and norms are never pruned, whoever asks."""
     return isinstance(module, _NORMS) or attribute.startswith("bias") or attribute.endswith("bias")
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module looks rows of its weight up."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def default_attributes(module: nn.Module) -> list[str]:
