@@ -14,7 +14,7 @@ import copy
 import importlib
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,10 @@ def measure(problem: Problem, o: Namespace, seed: int) -> dict[str, Any]:
             )
     for name, model in pruned.items():
         found = tested(model)
-        loss = compared(found, dense, dict.fromkeys(found, ("loss",)))
-        metrics = compared(found, dense, {t: task.judged for t, task in run.tasks.items()})
+        loss = change(only_loss(found), only_loss(dense))
+        metrics = change(
+            *({t: f.judge(r[t]) for t, f in run.tasks.items()} for r in (found, dense))
+        )
         result[name] = {
             "loss": loss.overall,
             "worst task": min(loss.tasks.values()),
@@ -131,14 +133,14 @@ def measure(problem: Problem, o: Namespace, seed: int) -> dict[str, Any]:
     return result
 
 
-def compared(found: Results, dense: Results, names: Mapping[str, Sequence[str]]) -> Any:
-    """The mean relative change of some metrics of each task, in per cent."""
+def change(found: Results, dense: Results) -> Any:
+    """The mean relative change, in per cent."""
+    return delta_t(found, dense, lower_is_better(dense))
 
-    def chosen(results: Results) -> Results:
-        return {task: {name: results[task][name] for name in names[task]} for task in results}
 
-    before = chosen(dense)
-    return delta_t(chosen(found), before, lower_is_better(before))
+def only_loss(results: Results) -> Results:
+    """The losses alone."""
+    return {task: {"loss": values["loss"]} for task, values in results.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def refit(
     dense: nn.Module | Mapping[str, Tensor] | None = None,
     *,
     how: Refit | None = None,
-    sequential: bool = True,
+    sequential: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
 ) -> Refitting:
@@ -59,7 +59,8 @@ def refit(
             ``torch.nn.utils.prune`` still has the pruned weights in ``weight_orig``.
         how: Samples, damping and steps; ``Refit()`` unless given.
         sequential: Fit one layer after the other, each on the inputs that those fitted before give
-            it, with one forward for each layer. False fits all on the inputs of one forward.
+            it, with a forward over the batches for each layer. False fits all on the inputs of one
+            forward, which was as good where we measured (``docs/methods.md``).
         forward: ``forward(model, batch)``, for batches of another kind.
         seed: Of the sample.
 
