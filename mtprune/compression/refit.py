@@ -60,7 +60,7 @@ def refit(
         how: Samples, damping and steps; ``Refit()`` unless given.
         sequential: Fit one layer after the other, each on the inputs that those fitted before give
             it, with a forward over the batches for each layer. False fits all on the inputs of one
-            forward, which was as good where we measured (``docs/methods.md``).
+            forward (``docs/methods.md`` has both measured).
         forward: ``forward(model, batch)``, for batches of another kind.
         seed: Of the sample.
 
