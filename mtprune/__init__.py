@@ -28,6 +28,7 @@ from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neur
 from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
 from mtprune.pruner import MultitaskPruner
+from mtprune.refitting import Refit
 from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
 
@@ -42,6 +43,7 @@ if _TYPE_CHECKING:
         measure,
         plan_of,
         recalibrate_bn,
+        refit,
         save,
     )
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
@@ -64,6 +66,7 @@ __all__ = [
     "OneShot",
     "PerTaskKeep",
     "Plan",
+    "Refit",
     "Regrow",
     "Report",
     "SigmoidThreshold",
@@ -80,6 +83,7 @@ __all__ = [
     "plan_of",
     "recalibrate_bn",
     "recipes",
+    "refit",
     "saliency",
     "sampling",
     "save",
@@ -100,6 +104,7 @@ _COMPRESSION = (
     "measure",
     "plan_of",
     "recalibrate_bn",
+    "refit",
     "save",
 )
 

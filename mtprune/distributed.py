@@ -13,7 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["any_rank", "check_equal", "first_", "gather", "mean_", "meet", "sum_", "world"]
+__all__ = [
+    "any_rank",
+    "check_equal",
+    "first_",
+    "gather",
+    "mean_",
+    "meet",
+    "rank",
+    "rows",
+    "sum_",
+    "world",
+]
 
 T = TypeVar("T")
 
@@ -21,6 +32,11 @@ T = TypeVar("T")
 def world() -> int:
     """How many ranks take part; 1 when nothing is distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which rank this is; 0 when nothing is distributed."""
+    return dist.get_rank() if world() > 1 else 0
 
 
 def mean_(tensor: Tensor) -> Tensor:
@@ -36,6 +52,20 @@ def sum_(tensor: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after the other; each may have another number of them."""
+    if world() == 1:
+        return tensor
+    counts = torch.zeros(world(), dtype=torch.int64, device=tensor.device)
+    counts[rank()] = len(tensor)
+    numbers = sum_(counts).tolist()
+    mine = tensor.new_zeros(max(numbers), *tensor.shape[1:])
+    mine[: len(tensor)] = tensor
+    all_of = [torch.empty_like(mine) for _ in numbers]
+    dist.all_gather(all_of, mine)
+    return torch.cat([part[:number] for part, number in zip(all_of, numbers, strict=True)])
 
 
 def first_(tensor: Tensor) -> Tensor:

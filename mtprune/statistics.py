@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mtprune import distributed
 from mtprune.bits import zeroed
-from mtprune.model.inputs import why_no_inputs
+from mtprune.model.inputs import Windows, why_no_inputs
 from mtprune.model.layers import Layer
 from mtprune.saliency import IN_PLACE, Saliency, asks
 
@@ -51,9 +52,11 @@ class Seen:
         mask: Where the weight counts as zero; None for nowhere.
         grad: The gradient of one task's loss times ``scale``; None if nobody asks.
         scale: Factor to take out of the gradient again.
-        inputs: The layer's inputs, ``[rows, columns]``; None if nobody asks.
+        inputs: The layer's inputs, ``[rows, columns]``, or where they are to be had; None if
+            nobody asks.
         task: The task; None where tasks are not told apart.
-        generator: The pruner's own source of randomness; None while data are seen.
+        generator: The pruner's own source of randomness; in a forward, one for this call of the
+            layer alone.
     """
 
     def __init__(
@@ -64,18 +67,30 @@ class Seen:
         mask: Tensor | None = None,
         grad: Tensor | None = None,
         scale: float = 1.0,
-        inputs: Tensor | None = None,
+        inputs: Tensor | Windows | None = None,
         task: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.layer = layer
-        self.inputs = inputs
+        self._inputs = inputs
         self.task = task
         self.generator = generator
         self._weight = weight
         self._mask = mask
         self._grad = grad
         self._scale = scale
+
+    @cached_property
+    def inputs(self) -> Tensor | None:
+        """The layer's inputs, float32 ``[rows, columns]``; None if nobody asks."""
+        return self._inputs.all if isinstance(self._inputs, Windows) else self._inputs
+
+    @property
+    def windows(self) -> Windows:
+        """The same, not copied yet; only in the layer's own forward."""
+        if not isinstance(self._inputs, Windows):
+            raise RuntimeError("Windows of inputs are there in the layer's own forward only.")
+        return self._inputs
 
     @cached_property
     def weight(self) -> Tensor:
@@ -131,9 +146,24 @@ class Statistic(ABC):
             return "sweep"
         return "forward" if "inputs" in self.asks else "update"
 
+    def fits(self, layer: Layer) -> str:
+        """Why it cannot be had of a layer that asks for inputs; empty if it can."""
+        return why_no_inputs(layer) if "inputs" in self.asks else ""
+
     @abstractmethod
     def of(self, seen: Seen) -> Tensor:
         """Its value at one observation, of any shape, the same at every observation."""
+
+    def merge(self, total: Tensor, value: Tensor) -> Tensor:
+        """Two values as one, the first of which may be changed in place: their sum.
+
+        Whatever takes its place must not depend on the order in which values come.
+        """
+        return total.add_(value)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The values of all ranks as one, the same on every rank: their sum."""
+        return distributed.sum_(value)
 
     def zero(self, layer: Layer, weight: Tensor) -> Tensor:
         """Its sum where no gradient has arrived.
@@ -156,8 +186,9 @@ class Statistic(ABC):
             new: Makes an empty one.
         """
         value = self.of(seen)
-        if total is None:
-            total = new(tuple(value.shape), value.device)
+        if total is not None:
+            return self.merge(total, value.to(total.device))
+        total = new(tuple(value.shape), value.device)
         total += value.to(total.device)
         return total
 

@@ -11,12 +11,14 @@ from mtprune.compression.compress import compress, plan_of
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.measure import Sizes, measure
 from mtprune.compression.plan import Cut, Measured, Plan, Removal, Row
+from mtprune.compression.refit import Refitting, refit
 from mtprune.compression.storage import load, save
 
 __all__ = [
     "Cut",
     "Measured",
     "Plan",
+    "Refitting",
     "Removal",
     "Row",
     "Sizes",
@@ -27,5 +29,6 @@ __all__ = [
     "measure",
     "plan_of",
     "recalibrate_bn",
+    "refit",
     "save",
 ]

@@ -231,7 +231,12 @@ def describe(value: object, *, defaults: bool = True) -> str:
         given: Any = value
         if not given.__dataclass_params__.repr:  # it says itself what it is
             return repr(value)
-        shown = [f for f in fields(value) if f.repr]
+        # Fields that came later are silent while they are as before: older checkpoints lack them.
+        shown = [
+            f
+            for f in fields(value)
+            if f.repr and not (f.metadata.get("later") and getattr(value, f.name) == f.default)
+        ]
         values = {f.name: getattr(value, f.name) for f in shown}
         if not defaults:
             usual = {

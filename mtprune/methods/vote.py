@@ -29,6 +29,7 @@ from mtprune.granularity import (
     example_inputs_of,
 )
 from mtprune.holding import Hold, MaskHold, Masking, Masks, Phased
+from mtprune.holding.refitted import RefitHold, Refitted
 from mtprune.holding.regrow import RegrowHold
 from mtprune.holding.straight_through import StraightThrough
 from mtprune.methods.base import Ballot, Method, Needs, describe
@@ -46,6 +47,7 @@ from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.units import is_single
+from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Schedule
 from mtprune.statistics import PerWeight
@@ -104,6 +106,8 @@ class Vote(Method[Masks]):
         speedup: The same as ``macs=1 / speedup``.
         example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
             arguments, or a dict of keyword arguments.
+        refit: Let the weights that stay make up for those that go, layer by layer
+            (`mtprune.Refit`); None leaves them as they are.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
@@ -124,6 +128,7 @@ class Vote(Method[Masks]):
     macs: float | None = None
     speedup: float | None = None
     example_inputs: Any = field(default=None, repr=False, compare=False)
+    refit: Refit | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -165,8 +170,21 @@ class Vote(Method[Masks]):
                 "straight_through=True observes every step, so there is no number of observations "
                 "to find: leave out observations='auto'."
             )
+        if self.refit is not None:
+            self._check_refit(self.refit)
         if not isinstance(self.granularity, Element):
             self._check_granular()
+
+    def _check_refit(self, refit: object) -> None:
+        """Refuse what weights cannot be fitted for."""
+        if not isinstance(refit, Refit):
+            raise TypeError(checks.message("refit", refit, "must be mtprune.Refit(...) or None"))
+        if self.straight_through or self.regrows:
+            how = "straight_through=True" if self.straight_through else "Regrow"
+            raise ValueError(
+                f"`refit` makes up for weights that are gone for good; with {how} they may come "
+                "back. Leave `refit` out."
+            )
 
     def _check_amount(self) -> None:
         """Refuse anything but one way to say how much is pruned."""
@@ -233,7 +251,7 @@ class Vote(Method[Masks]):
         if units is not None:  # there are few of them, and each is a sum of many weights
             score = PerWeight(self.saliency, pool_of(units), dtype=torch.float32)
         return Needs(
-            statistics={"saliency": score},
+            statistics={"saliency": score, **(self.refit.statistics if self.refit else {})},
             apart=self.disentangled,
             observations=self.observations,
             over_the_run=self.straight_through,
@@ -266,7 +284,7 @@ class Vote(Method[Masks]):
                     "Pass optimizer=... to the pruner."
                 )
             return RegrowHold(masks, optimizer)
-        return MaskHold(masks)
+        return MaskHold(masks) if self.refit is None else RefitHold(masks)
 
     @property
     def inputs_to_measure(self) -> Any:
@@ -305,6 +323,9 @@ class Vote(Method[Masks]):
 
     @override
     def decide(self, ballot: Ballot, step: int) -> Masks:
+        if self.refit is not None:
+            rows, weights = ballot.shared(self.refit.name), ballot.weights
+            return Refitted.of(self._decide(ballot, step), self.refit, rows, weights)
         if not self.straight_through:
             return self._decide(ballot, step)
         everything = [torch.ones_like(mask) for mask in ballot.masks]

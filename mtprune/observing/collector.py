@@ -85,7 +85,7 @@ class Collector:
         self._swept = {name: s for name, s in needs.statistics.items() if s.when == "sweep"}
         self._store = store
         self._generator = generator
-        self._inputs = Inputs(layers, hold, needs.statistics, store)
+        self._inputs = Inputs(layers, hold, needs.statistics, store, self._source)
         self.evidence = Evidence()
 
     def reset(self) -> None:
@@ -96,6 +96,17 @@ class Collector:
     def listen(self, near: bool) -> None:
         """Before a step's forward: gather inputs in it if an update is near, or stop."""
         self._inputs.listen(near)
+
+    def _source(self, index: int) -> torch.Generator:
+        """A source of randomness for a layer in one forward, the same at each of its calls.
+
+        It follows from the pruner's seed and from what has been observed, and draws nothing from
+        the pruner's own: a forward that nobody observes changes nothing, and ranks, whose data
+        differ, stay alike.
+        """
+        seen = sum(self.evidence.counts.values())
+        key = (self._generator.initial_seed(), seen, index, distributed.rank())
+        return torch.Generator().manual_seed(hash(key) & (2**63 - 1))
 
     def skip(self) -> None:
         """Let a batch pass that is not observed."""

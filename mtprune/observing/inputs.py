@@ -5,7 +5,7 @@ the layer's own forward and only its sum is kept. Where a statistic asks for the
 layer's inputs are kept until the sweep: by reference, for autograd keeps them just as long.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mtprune import distributed
 from mtprune.holding import Hold
 from mtprune.model.graph import leave_mark, marks
-from mtprune.model.inputs import rows
+from mtprune.model.inputs import Windows, rows
 from mtprune.model.layers import Layer
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.statistics import JOINT, Seen, Statistic
@@ -53,6 +52,7 @@ class Inputs:
         hold: What holds their weights.
         statistics: All statistics by name; those that ask for inputs matter.
         store: How sums are kept.
+        source: A source of randomness for the call of a layer, given its index.
     """
 
     def __init__(
@@ -61,13 +61,15 @@ class Inputs:
         hold: Hold[Any],
         statistics: Mapping[str, Statistic],
         store: Store,
+        source: Callable[[int], torch.Generator],
     ) -> None:
         asking = {name: s for name, s in statistics.items() if "inputs" in s.asks}
         self._layers = layers
         self._hold = hold
         self._store = store
         self._streamed = {name: s for name, s in asking.items() if s.when == "forward"}
-        self._keeps = len(asking) > len(self._streamed)
+        self._kept = {name: s for name, s in asking.items() if s.when != "forward"}
+        self._source = source
         self._handles: list[RemovableHandle] = []
         self._calls: dict[int, _Call] = {}
         self._used: dict[str, set[int]] = {}
@@ -75,7 +77,7 @@ class Inputs:
     def listen(self, on: bool) -> None:
         """Put hooks on all layers before a forward that is observed, or take them off."""
         self.forget()
-        if not (self._streamed or self._keeps) or on == bool(self._handles):
+        if not (self._streamed or self._kept) or on == bool(self._handles):
             return
         if not on:
             for handle in self._handles:
@@ -83,6 +85,8 @@ class Inputs:
             self._handles = []
             return
         for index, layer in enumerate(self._layers):
+            if all(s.fits(layer) for s in (*self._streamed.values(), *self._kept.values())):
+                continue
             for module, _ in layer.places:
                 hook = partial(self._see, index)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -107,12 +111,14 @@ class Inputs:
 
     def add_to(self, evidence: Evidence) -> None:
         """Add the statistics of inputs alone to the evidence."""
-        for name in self._streamed:
+        for name, statistic in self._streamed.items():
             sums = evidence.statistics.setdefault(name, {}).setdefault(JOINT, {})
             for call in sorted(self._matched(JOINT), key=lambda call: call.index):
-                value = distributed.sum_(call.values[name])
+                if name not in call.values:  # it cannot be had of this layer
+                    continue
+                value = statistic.reduce(call.values[name])
                 index = call.index
-                sums[index] = value if index not in sums else sums[index].add_(value)
+                sums[index] = value if index not in sums else statistic.merge(sums[index], value)
 
     def forget(self) -> None:
         """Drop what was gathered since the last observation."""
@@ -141,12 +147,19 @@ class Inputs:
         value = (given[0] if given else named["input"]).detach()
         values = {}
         with torch.no_grad():
-            if self._streamed:
-                view, inputs = self._hold.view(layer), rows(module, value)
-                seen = Seen(layer, view.weight, mask=view.mask, inputs=inputs)
-                for name, statistic in self._streamed.items():
+            fitting = {name: s for name, s in self._streamed.items() if not s.fits(layer)}
+            if fitting:
+                view, source = self._hold.view(layer), self._source(index)
+                seen = Seen(
+                    layer,
+                    view.weight,
+                    mask=view.mask,
+                    inputs=Windows(module, value),
+                    generator=source,
+                )
+                for name, statistic in fitting.items():
                     values[name] = statistic.add(seen, None, partial(self._store.empty, name))
-        kept = value if self._keeps else None
+        kept = value if self._kept else None
         self._calls[leave_mark(output)] = _Call(index, module, kept, values)
 
 

@@ -101,6 +101,8 @@ class Pollster:
         """The sums of one statistic in one layer, for each voter."""
         layer, seen = self._inventory.layers[index], evidence.statistics.get(name, {})
         if statistic.when == "forward":
+            if statistic.fits(layer):
+                return {JOINT: self._zero(statistic, layer)}
             if index not in seen.get(JOINT, {}):
                 raise RuntimeError(unseen(layer))
             return {JOINT: seen[JOINT][index]}

@@ -322,8 +322,9 @@ class Round(Generic[D]):
         for name, voters in self.evidence.statistics.items():
             for voter, sums in voters.items():
                 kept = self._kept.statistics.setdefault(name, {}).setdefault(voter, {})
+                merge = self._needs.statistics[name].merge
                 for index, value in sums.items():
-                    kept[index] = kept[index].add_(value) if index in kept else value
+                    kept[index] = merge(kept[index], value) if index in kept else value
         self.evidence.statistics = {}
 
     def _check(self) -> None:

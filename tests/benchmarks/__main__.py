@@ -19,6 +19,7 @@ NAMES = (
     "memory",
     "growth",
     "options",
+    "refit",
     "compress",
 )
 
