@@ -34,6 +34,7 @@ __all__ = [
     "random",
     "snip",
     "taylor",
+    "taylor_magnitude",
 ]
 
 Saliency = Callable[..., Tensor]
@@ -54,6 +55,29 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
         tensor([1., 3.])
     """
     return (weight * grad).abs()
+
+
+def taylor_magnitude(weight: Tensor, grad: Tensor) -> Tensor:
+    """Sensitivity times size, ``w^2 |g|``: the geometric mean of ``|w g|^2`` and ``|w|^2``.
+
+    The gradient at one point tells what a small change of a weight costs, and removing a large
+    weight is no small change. Its size tells what training has made of it, but not for which task.
+    So this is a score of each task, like `taylor`, that trusts the gradient only half: of two
+    weights that are as sensitive the larger stays. It is for networks that were trained on these
+    tasks; of a network that was trained on something else, size tells what that needed.
+
+    Args:
+        weight: The effective weight ``w``, any shape.
+        grad: The gradient ``g`` of one task's loss, same shape.
+
+    Returns:
+        The saliency, same shape.
+
+    Example:
+        >>> taylor_magnitude(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]))
+        tensor([2., 9.])
+    """
+    return (weight * grad * weight).abs()
 
 
 def snip(weight: Tensor, grad: Tensor) -> Tensor:
@@ -112,6 +136,9 @@ def random(
 IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     taylor: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
     snip: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
+    taylor_magnitude: lambda weight, grad, out: (
+        torch.mul(weight, grad, out=out).mul_(weight).abs_()
+    ),
     fisher: lambda weight, grad, out: torch.mul(weight, grad, out=out).square_(),
     gradient: lambda weight, grad, out: torch.abs(grad, out=out),
     movement: lambda weight, grad, out: torch.mul(weight, grad, out=out).neg_(),

@@ -5,6 +5,7 @@ from mtprune import saliency
 
 WEIGHT = [2.0, -3.0, 0.0, 0.5]
 GRAD = [0.5, 1.0, -4.0, -2.0]
+WEIGHTED = [2.0, 9.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,7 @@ GRAD = [0.5, 1.0, -4.0, -2.0]
     [
         pytest.param(saliency.taylor, [1.0, 3.0, 0.0, 1.0], id="taylor is |w g|"),
         pytest.param(saliency.snip, [1.0, 3.0, 0.0, 1.0], id="snip is |w g|"),
+        pytest.param(saliency.taylor_magnitude, WEIGHTED, id="taylor_magnitude is w^2 |g|"),
         pytest.param(saliency.fisher, [1.0, 9.0, 0.0, 1.0], id="fisher is (w g)^2"),
         pytest.param(saliency.gradient, [0.5, 1.0, 4.0, 2.0], id="gradient is |g|"),
         pytest.param(saliency.movement, [-1.0, 3.0, 0.0, 1.0], id="movement is -w g"),
@@ -114,3 +116,11 @@ def test_a_saliency_is_given_the_keywords_it_names():
     assert saliency.asks(lambda weight, grad=None, *, inputs, task: weight) == {"inputs", "task"}
     assert saliency.asks(lambda weight, grad, *, layer: weight) == {"grad", "layer"}
     assert saliency.asks(torch.mul) == {"grad"}
+
+
+@pytest.mark.parametrize("function", list(saliency.IN_PLACE), ids=lambda f: f.__name__)
+def test_the_forms_with_an_out_argument_give_the_same_bits(function):
+    weight, grad = torch.randn(2, 1_000).unbind()
+    out = torch.empty(1_000)
+    assert saliency.IN_PLACE[function](weight, grad, out) is out
+    assert torch.equal(out, function(weight, grad))

@@ -220,6 +220,10 @@ def describe(value: object, *, defaults: bool = True) -> str:
             return repr(value)
         shown = [f for f in fields(value) if f.repr]
         values = {f.name: getattr(value, f.name) for f in shown}
+        # Fields that came later are said only if given, so that older checkpoints still match.
+        for f in shown:
+            if "since" in f.metadata and values[f.name] == f.default:
+                del values[f.name]
         if not defaults:
             usual = {
                 f.name: f.default if f.default_factory is MISSING else f.default_factory()
