@@ -29,7 +29,7 @@ from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.report import Report
-from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
+from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, recipes, sampling, testing, weighting
@@ -66,6 +66,7 @@ __all__ = [
     "Plan",
     "Regrow",
     "Report",
+    "Rounds",
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",

@@ -35,6 +35,7 @@ from mtprune.observing.losses import (
 from mtprune.observing.optimizers import follow, raw
 from mtprune.observing.reach import Reach
 from mtprune.observing.round import Round, scale_of
+from mtprune.observing.supply import Supply
 from mtprune.observing.sweeps import backward, check_fold
 from mtprune.progress import bar
 from mtprune.report import Report, make_report
@@ -165,6 +166,7 @@ class MultitaskPruner:
             ``{task: loss}``, untouched: yours to weigh and to call ``backward`` on, unless folded.
         """
         self._check_alive("observe")
+        self._check_loops()
         losses = compute(self._losses, outputs, batch, tasks)
         self._collect(losses, scaler, strict=True, fold=fold)
         return losses
@@ -183,6 +185,7 @@ class MultitaskPruner:
             ``losses``, untouched.
         """
         self._check_alive("observe_losses")
+        self._check_loops()
         self._collect(given(self._losses, losses), scaler, strict=False, fold=fold)
         return losses
 
@@ -199,6 +202,7 @@ class MultitaskPruner:
                 observed; or if a loss or saliency is not finite. Masks are unchanged.
         """
         self._check_alive("step")
+        self._check_loops()
         if self._optimizer is None:
             self._after_optimizer_step()
         update = self._clock.due()
@@ -219,28 +223,34 @@ class MultitaskPruner:
 
         Args:
             batches: As many as the method's ``observations`` are used; fewer are used as they are.
+                With `Rounds` as many for each: a list or a loader that has fewer is begun
+                again, an iterator is refused.
             forward: ``forward(model, batch)`` -> outputs; ``model(batch)`` unless given.
             progress: Show a progress bar, if tqdm is installed.
         """
         self._check_alive("prune")
         if self._method.regrows:
             raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
-        final = self._clock.final
-        if final is None:
+        updates = self._clock.at_once
+        if not updates:
             raise RuntimeError("All updates of the schedule have been made already.")
         run = forward if forward is not None else nn.Module.__call__
         with untouched(self._model), torch.enable_grad():
-            self._round.listen(lambda lead: True)
-            for batch in bar(batches, progress, "observing"):
-                losses = compute(self._losses, run(self._model, batch), batch, None)
-                self._collect(losses, None, strict=True, final=final)
-                if not self._round.missing_tasks() and self._round.is_enough(final):
-                    break
-        if unseen := self._round.unseen():
-            raise RuntimeError(
-                f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
-            )
-        self._update(final)
+            supply = Supply(batches, len(updates), self._round.wanted)
+            for update in updates:
+                self._round.listen(lambda lead: True)
+                for batch in bar(supply.of(update), progress, "observing"):
+                    losses = compute(self._losses, run(self._model, batch), batch, None)
+                    self._collect(losses, None, strict=True, final=update)
+                    if not self._round.missing_tasks() and self._round.is_enough(update):
+                        break
+                if unseen := self._round.unseen():
+                    raise RuntimeError(
+                        f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
+                    )
+                if update != updates[-1]:
+                    self._update(update)
+        self._update(updates[-1])
         self._round.listen(self._clock.near)
         return self.report()
 
@@ -439,6 +449,13 @@ class MultitaskPruner:
         self._round.next()
         self._clock.done = step
         return changed
+
+    def _check_loops(self) -> None:
+        if not self._clock.loops:
+            raise RuntimeError(
+                f"{self._method.schedule!r} prunes before training: call pruner.prune(batches). In "
+                "a loop take Cubic(...) or recipes.best(sparsity, steps)."
+            )
 
     def _check_alive(self, call: str) -> None:
         if self._finalized:

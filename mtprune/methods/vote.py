@@ -47,7 +47,7 @@ from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.units import is_single
 from mtprune.saliency import Saliency
-from mtprune.schedule import OneShot, Regrow, Schedule
+from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
 from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -165,6 +165,11 @@ class Vote(Method[Masks]):
             raise ValueError(
                 "straight_through=True lets weights come back by their scores, Regrow by drop and "
                 "grow. Choose one: with Regrow, leave `straight_through` out."
+            )
+        if self.straight_through and isinstance(self.schedule, Rounds):
+            raise ValueError(
+                "straight_through=True adds up scores over training steps, and Rounds are made "
+                "before training. Choose one: Cubic(...) goes with straight_through=True."
             )
         if self.straight_through and auto:
             raise ValueError(
@@ -332,6 +337,13 @@ class Vote(Method[Masks]):
         return UnitBudget(1 - Fraction(str(self.target)), by_macs=False)
 
     @property
+    def _final(self) -> float:
+        """The share that is pruned in the end, of whatever the budget counts."""
+        if isinstance(self.target, PerTaskKeep):
+            return 1.0 - self.target.ratio
+        return 1.0 - float(self._budget.stays)
+
+    @property
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
 
@@ -361,7 +373,7 @@ class Vote(Method[Masks]):
         return replace(self._elect(everyone, step), voters=tuple(columns))
 
     def _elect(self, ballot: Ballot, step: int) -> Masks:
-        progress, target = self.schedule.progress(step), self.target
+        progress, target = due(self.schedule, step, self._final), self.target
         election = Election(ballot, self.vote, self.priority, self._allocation, self.min_keep)
         if isinstance(target, PerTaskKeep):
             ratio = target.at(progress)
