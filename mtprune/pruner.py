@@ -1,5 +1,6 @@
 """`MultitaskPruner`: state, and the order of calls. No mathematics."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,9 @@ class MultitaskPruner:
             model, a mapping component -> any of these, or ``"auto"``: what at least two tasks are
             seen to use.
         method: How masks come about.
+        sparsity: In place of `method`: that share of zeros by `recipes.best(sparsity, steps)`.
+        steps: With `sparsity`, the length of the run in optimizer steps; without it the pruner is
+            for `prune`.
         optimizer: If given, masks hold after each of its steps, and its real steps are counted;
             otherwise calls of `step`. Regrowth needs it.
         include: Embeddings and bare Parameters to prune too.
@@ -87,6 +91,8 @@ class MultitaskPruner:
         shared_modules: Spec = "auto",
         *,
         method: Method[Any] | None = None,
+        sparsity: float | None = None,
+        steps: int | None = None,
         optimizer: Any = None,
         include: Spec = (),
         exclude: Spec = (),
@@ -99,7 +105,7 @@ class MultitaskPruner:
             raise TypeError(f"`model` must be a torch.nn.Module. Got {model!r}.")
         self._model = unwrap(model)
         check_free(self._model)
-        self._method: Method[Any] = Vote(sparsity=0.9) if method is None else method
+        self._method: Method[Any] = _method_of(method, sparsity, steps)
         check_method(self._method)
         self._losses = parse(task_losses)
         inventory, needs = take_inventory(
@@ -206,7 +212,10 @@ class MultitaskPruner:
         if self._optimizer is None:
             self._after_optimizer_step()
         update = self._clock.due()
-        changed = update is not None and self._is_ready(update) and self._update(update)
+        changed = False
+        if update is not None and self._is_ready(update):
+            self._warn_of_haste(update)
+            changed = self._update(update)
         self._round.listen(self._clock.near)
         return changed
 
@@ -450,6 +459,18 @@ class MultitaskPruner:
         self._clock.done = step
         return changed
 
+    def _warn_of_haste(self, update: int) -> None:
+        """Warn if all is pruned in a loop by scores of weights that no step has trained."""
+        schedule = self._method.schedule
+        if update == 0 and schedule.next_update(0) is None and self._method.wants_training:
+            warnings.warn(
+                "Everything is pruned at the first step of this loop, by scores of weights that "
+                "no step of it has trained. Prune while it trains: sparsity=..., steps=... in "
+                "place of `method`, or schedule=Cubic(...). If they were trained before: "
+                "pruner.prune(batches). At initialisation on purpose: recipes.disparse_static.",
+                stacklevel=3,
+            )
+
     def _check_loops(self) -> None:
         if not self._clock.loops:
             raise RuntimeError(
@@ -462,6 +483,24 @@ class MultitaskPruner:
             raise RuntimeError(
                 f"{call}() was called after finalize(). Build a new MultitaskPruner to go on."
             )
+
+
+def _method_of(
+    method: Method[Any] | None, sparsity: float | None, steps: int | None
+) -> Method[Any]:
+    """The method that was given, or the best one for a sparsity."""
+    if method is not None and (sparsity is not None or steps is not None):
+        raise ValueError(
+            "`method` says by itself how much is pruned and when. Leave `sparsity` and `steps` "
+            "out, or `method`."
+        )
+    if sparsity is None and steps is not None:
+        raise ValueError("`steps` goes with `sparsity`: say how much is to be pruned by then.")
+    if sparsity is None:
+        return Vote(sparsity=0.9) if method is None else method
+    from mtprune import recipes  # most runs do not need it
+
+    return recipes.best(sparsity, steps)
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -69,7 +69,7 @@ def at_least(m: int) -> Vote:
         >>> at_least(1)(torch.tensor([[0.75, 0.5, 0.0], [0.0, 0.5, 0.75]]))
         tensor([0.0000, 0.5000, 0.0000])
     """
-    checks.whole("m", m, least=1, must="must be a whole number of voters, at least 1")
+    checks.whole("m", m, least=1, must="must be a whole number of tasks, at least 1")
     return partial(mth_smallest, m=m)
 
 

@@ -1013,7 +1013,7 @@ RECIPES = {
     "adapmtl": lambda: recipes.adapmtl(0.8, 9),
     "gradual_magnitude": lambda: recipes.gradual_magnitude(0.8, begin=1, end=7, every=3),
     "best": lambda: recipes.best(0.8, 9),
-    "best, at once": lambda: recipes.best(0.8),
+    "best, elsewhere": lambda: recipes.best(0.8, 9, trained="elsewhere"),
     "best, from scratch": lambda: recipes.best(0.8, 9, trained=False),
 }
 

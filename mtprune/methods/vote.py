@@ -349,6 +349,16 @@ class Vote(Method[Masks]):
 
     @property
     @override
+    def wants_training(self) -> bool:
+        # `snip` is `taylor` at initialisation, on purpose; the others do without a gradient there.
+        return self.saliency in (
+            saliencies.taylor,
+            saliencies.taylor_magnitude,
+            saliencies.fisher,
+        )
+
+    @property
+    @override
     def regrows(self) -> bool:
         return isinstance(self.schedule, Regrow)
 
