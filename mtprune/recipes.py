@@ -21,6 +21,7 @@ __all__ = [
     "disparse_static",
     "flop",
     "gradual_magnitude",
+    "lamp",
     "magnitude",
     "movement",
     "random",
@@ -217,6 +218,17 @@ def magnitude(sparsity: float) -> Vote:
         sparsity: Share of zeros.
     """
     return Vote(sparsity, saliency=saliency.magnitude, allocation="global", disentangled=False)
+
+
+def lamp(sparsity: float) -> Vote:
+    """LAMP: magnitude, put so that layers can be ranked together, at once.
+
+    Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+
+    Args:
+        sparsity: Share of zeros.
+    """
+    return Vote(sparsity, saliency=saliency.lamp, allocation="global", disentangled=False)
 
 
 def gradual_magnitude(sparsity: float, *, begin: int, end: int, every: int) -> Vote:

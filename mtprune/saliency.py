@@ -29,6 +29,7 @@ __all__ = [
     "asks",
     "fisher",
     "gradient",
+    "lamp",
     "magnitude",
     "movement",
     "random",
@@ -122,6 +123,35 @@ def magnitude(weight: Tensor, grad: Tensor | None = None) -> Tensor:
         tensor([2., 3.])
     """
     return weight.abs()
+
+
+def lamp(weight: Tensor, grad: Tensor | None = None) -> Tensor:
+    r"""Size against the sizes that would be left, layer by layer.
+
+    .. math:: \frac{w^2}{\sum_{j : |w_j| \ge |w|} w_j^2}
+
+    over the layer, so that layers can be ranked together. The largest weight of a layer has 1.
+
+    Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+
+    Args:
+        weight: The effective weight of a whole layer, any shape.
+        grad: Not looked at.
+
+    Returns:
+        The saliency, same shape.
+
+    Example:
+        >>> lamp(torch.tensor([1.0, -2.0, 2.0]))
+        tensor([0.1111, 0.5000, 0.5000])
+    """
+    squares = weight.double().square().flatten()
+    ascending = squares.sort().values
+    left = ascending.flip(0).cumsum(0).flip(0)
+    first = torch.searchsorted(ascending, squares).clamp_(max=max(len(left) - 1, 0))
+    # A layer of zeros has nothing left.
+    scores = squares / left[first].clamp_min(torch.finfo(torch.float64).tiny)
+    return scores.view(weight.shape).to(torch.float32)
 
 
 def random(

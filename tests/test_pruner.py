@@ -1005,6 +1005,7 @@ RECIPES = {
     "rigl": lambda: recipes.rigl(0.8, every=3, end=9),
     "set_": lambda: recipes.set_(0.8, every=3, end=9),
     "magnitude": lambda: recipes.magnitude(0.8),
+    "lamp": lambda: recipes.lamp(0.8),
     "random": lambda: recipes.random(0.8),
     "movement": lambda: recipes.movement(0.8, 9),
     "movement, joint": lambda: recipes.movement(

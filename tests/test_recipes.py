@@ -27,6 +27,7 @@ PUBLISHED = {
     "set_": lambda s: recipes.set_(s, **TIMES),
     "magnitude": lambda s: recipes.magnitude(s),
     "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
+    "lamp": lambda s: recipes.lamp(s),
     "random": lambda s: recipes.random(s),
     "movement": lambda s: recipes.movement(s, 1_000),
     "flop": lambda s: recipes.flop(s, 1_000),
@@ -49,6 +50,7 @@ GRADUAL = Cubic(begin=10, end=1_000, every=100)
         ("set_", saliency.random, "erk", Regrow(100, 1_000, 0.3), False),
         ("magnitude", saliency.magnitude, "global", OneShot(0), False),
         ("gradual_magnitude", saliency.magnitude, "global", GRADUAL, False),
+        ("lamp", saliency.lamp, "global", OneShot(0), False),
         ("random", saliency.random, "global", OneShot(0), False),
     ],
 )

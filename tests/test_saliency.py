@@ -124,3 +124,20 @@ def test_the_forms_with_an_out_argument_give_the_same_bits(function):
     out = torch.empty(1_000)
     assert saliency.IN_PLACE[function](weight, grad, out) is out
     assert torch.equal(out, function(weight, grad))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (4, 5), (3, 2, 2, 2), (0,)], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_lamp_is_its_written_definition(shape, ties):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    weight = (weight * 2).round() if ties else weight
+    flat = [float(w) ** 2 for w in weight.double().flatten()]
+    expected = [w / sum(v for v in flat if v >= w) if w else 0.0 for w in flat]
+    found = saliency.lamp(weight)
+    assert found.shape == weight.shape
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    assert all(score == 1.0 for score in found.flatten().topk(min(1, len(flat))).values) or ties
+
+
+def test_lamp_of_nothing_but_zeros_is_zero():
+    assert saliency.lamp(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
