@@ -30,7 +30,7 @@ from mtprune.methods.vote import PerTaskKeep, Vote
 from mtprune.pruner import MultitaskPruner
 from mtprune.refitting import Refit
 from mtprune.report import Report
-from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow
+from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, metrics, recipes, sampling, testing, weighting
@@ -69,6 +69,7 @@ __all__ = [
     "Refit",
     "Regrow",
     "Report",
+    "Rounds",
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",

@@ -179,10 +179,16 @@ class Proportional(Layerwise):
     @override
     def counts(self, budget: Budget) -> list[int]:
         """See `Layerwise`."""
+        return apportion(self._ideal(budget), budget.keep, budget.floors, budget.upper)
+
+    def promised(self, budget: Budget) -> list[int]:
+        """How many weights each layer would keep if none had been pruned yet."""
+        return apportion(self._ideal(budget), budget.keep, budget.floors, budget.sizes)
+
+    def _ideal(self, budget: Budget) -> list[float]:
         sizes = budget.sizes
         densities = self.densities(budget.shapes, budget.keep / max(sum(sizes), 1))
-        ideal = [d * n for d, n in zip(densities, sizes, strict=True)]
-        return apportion(ideal, budget.keep, budget.floors, budget.upper)
+        return [d * n for d, n in zip(densities, sizes, strict=True)]
 
     @override
     def quotas(self, budget: Budget) -> list[Quota]:
@@ -261,15 +267,17 @@ class Floor(Allocation):
     @override
     def quotas(self, budget: Budget) -> list[Quota]:
         """See `Allocation`."""
-        guaranteed = self._guaranteed(self.layerwise.counts(budget))
+        # Of full layers: a share of what earlier updates left would shrink from one to the next.
+        guaranteed = map(min, budget.upper, self._guaranteed(self.layerwise.promised(budget)))
         floors = tuple(map(max, budget.floors, guaranteed))
         return [Quota(tuple(range(len(floors))), budget.keep, floors)]
 
     @override
     def units(self, queue: Queue, sure: Marks) -> Marks:
         """See `Allocation`."""
-        guaranteed = self._guaranteed(queue.count(self.layerwise.units(queue, sure)))
-        return queue.by_worth(sure | queue.best(guaranteed))
+        fresh = queue.fresh()  # as for weights: of full groups
+        promised = self.layerwise.units(fresh, fresh.best(queue.count(sure)))
+        return queue.by_worth(sure | queue.best(self._guaranteed(fresh.count(promised))))
 
     def _guaranteed(self, counts: Sequence[int]) -> list[int]:
         """The guaranteed part of these counts."""

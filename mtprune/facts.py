@@ -185,10 +185,9 @@ class Facts:
         )
 
 
-def _whole(entry: Entry, keys: Collection[str], most: int | None = None) -> dict[str, int]:
+def _whole(entry: Entry, keys: Collection[str]) -> dict[str, int]:
     """A whole number for each of some keys."""
-    limit = {} if most is None else {"most": most}
-    return {key: part.whole(**limit) for key, part in entry.mapping(keys).items()}
+    return {key: part.whole() for key, part in entry.mapping(keys).items()}
 
 
 def _count(entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> Count:
@@ -200,7 +199,8 @@ def _count(entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> Co
         component=parts["component"].text(),
         parameters=parts["parameters"].whole(sizes[name], sizes[name]),
         kept=kept,
-        wanted=_whole(parts["wanted"], tasks, kept),
+        # Voters need not be tasks.
+        wanted={voter: part.whole(most=kept) for voter, part in parts["wanted"].mapping().items()},
         unanimous=parts["unanimous"].whole(most=kept),
         tasks=tuple(part.text(tasks) for part in parts["tasks"].items()),
         threshold=parts["threshold"].optional(Entry.number),

@@ -1,5 +1,6 @@
 """`MultitaskPruner`: state, and the order of calls. No mathematics."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ from mtprune.observing.losses import (
 from mtprune.observing.optimizers import follow, raw
 from mtprune.observing.reach import Reach
 from mtprune.observing.round import Round, scale_of
+from mtprune.observing.supply import Supply
 from mtprune.observing.sweeps import backward, check_fold
 from mtprune.progress import bar
 from mtprune.report import Report, make_report
@@ -55,6 +57,9 @@ class MultitaskPruner:
             model, a mapping component -> any of these, or ``"auto"``: what at least two tasks are
             seen to use.
         method: How masks come about.
+        sparsity: In place of `method`: that share of zeros by `recipes.best(sparsity, steps)`.
+        steps: With `sparsity`, the length of the run in optimizer steps; without it the pruner is
+            for `prune`.
         optimizer: If given, masks hold after each of its steps, and its real steps are counted;
             otherwise calls of `step`. Regrowth needs it.
         include: Embeddings and bare Parameters to prune too.
@@ -87,6 +92,8 @@ class MultitaskPruner:
         shared_modules: Spec = "auto",
         *,
         method: Method[Any] | None = None,
+        sparsity: float | None = None,
+        steps: int | None = None,
         optimizer: Any = None,
         include: Spec = (),
         exclude: Spec = (),
@@ -100,7 +107,7 @@ class MultitaskPruner:
         check_parallel(model)
         self._model = unwrap(model)
         check_free(self._model)
-        self._method: Method[Any] = Vote(sparsity=0.9) if method is None else method
+        self._method: Method[Any] = _method_of(method, sparsity, steps)
         check_method(self._method)
         self._losses = parse(task_losses)
         inventory, needs = take_inventory(
@@ -167,6 +174,7 @@ class MultitaskPruner:
             ``{task: loss}``, untouched: yours to weigh and to call ``backward`` on, unless folded.
         """
         self._check_alive("observe")
+        self._check_loops()
         losses = compute(self._losses, outputs, batch, tasks)
         self._collect(losses, scaler, strict=True, fold=fold)
         return losses
@@ -185,6 +193,7 @@ class MultitaskPruner:
             ``losses``, untouched.
         """
         self._check_alive("observe_losses")
+        self._check_loops()
         self._collect(given(self._losses, losses), scaler, strict=False, fold=fold)
         return losses
 
@@ -201,12 +210,16 @@ class MultitaskPruner:
                 observed; or if a loss or saliency is not finite. Masks are unchanged.
         """
         self._check_alive("step")
+        self._check_loops()
         if self._optimizer is None:
             self._after_optimizer_step()
         update = self._clock.due()
+        changed = False
         if update is not None:
             self._meet("step")
-        changed = update is not None and self._is_ready(update) and self._update(update)
+            if self._is_ready(update):
+                self._warn_of_haste(update)
+                changed = self._update(update)
         self._round.listen(self._clock.near)
         return changed
 
@@ -223,29 +236,35 @@ class MultitaskPruner:
 
         Args:
             batches: As many as the method's ``observations`` are used; fewer are used as they are.
+                With `Rounds` as many for each: a list or a loader that has fewer is begun
+                again, an iterator is refused.
             forward: ``forward(model, batch)`` -> outputs; ``model(batch)`` unless given.
             progress: Show a progress bar, if tqdm is installed.
         """
         self._check_alive("prune")
         if self._method.regrows:
             raise RuntimeError("Regrow trains sparsely: call observe() and step() in a loop.")
-        final = self._clock.final
-        if final is None:
+        updates = self._clock.at_once
+        if not updates:
             raise RuntimeError("All updates of the schedule have been made already.")
         run = forward if forward is not None else nn.Module.__call__
         with untouched(self._model), torch.enable_grad():
-            self._round.listen(lambda lead: True)
-            for batch in bar(batches, progress, "observing"):
-                losses = compute(self._losses, run(self._model, batch), batch, None)
-                self._collect(losses, None, strict=True, final=final)
-                if not self._round.missing_tasks() and self._round.is_enough(final):
-                    break
-        self._meet("prune")
-        if unseen := self._round.unseen():
-            raise RuntimeError(
-                f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
-            )
-        self._update(final)
+            supply = Supply(batches, len(updates), self._round.wanted)
+            for update in updates:
+                self._round.listen(lambda lead: True)
+                for batch in bar(supply.of(update), progress, "observing"):
+                    losses = compute(self._losses, run(self._model, batch), batch, None)
+                    self._collect(losses, None, strict=True, final=update)
+                    if not self._round.missing_tasks() and self._round.is_enough(update):
+                        break
+                self._meet("prune")
+                if unseen := self._round.unseen():
+                    raise RuntimeError(
+                        f"`batches` gave no observation of tasks {unseen}. Pass at least one batch."
+                    )
+                if update != updates[-1]:
+                    self._update(update)
+        self._update(updates[-1])
         self._round.listen(self._clock.near)
         return self.report()
 
@@ -471,11 +490,48 @@ class MultitaskPruner:
         self._clock.done = step
         return changed
 
+    def _warn_of_haste(self, update: int) -> None:
+        """Warn if all is pruned in a loop by scores of weights that no step has trained."""
+        schedule = self._method.schedule
+        if update == 0 and schedule.next_update(0) is None and self._method.wants_training:
+            warnings.warn(
+                "Everything is pruned at the first step of this loop, by scores of weights that "
+                "no step of it has trained. Prune while it trains: sparsity=..., steps=... in "
+                "place of `method`, or schedule=Cubic(...). If they were trained before: "
+                "pruner.prune(batches). At initialisation on purpose: recipes.disparse_static.",
+                stacklevel=3,
+            )
+
+    def _check_loops(self) -> None:
+        if not self._clock.loops:
+            raise RuntimeError(
+                f"{self._method.schedule!r} prunes before training: call pruner.prune(batches). In "
+                "a loop take Cubic(...) or recipes.best(sparsity, steps)."
+            )
+
     def _check_alive(self, call: str) -> None:
         if self._finalized:
             raise RuntimeError(
                 f"{call}() was called after finalize(). Build a new MultitaskPruner to go on."
             )
+
+
+def _method_of(
+    method: Method[Any] | None, sparsity: float | None, steps: int | None
+) -> Method[Any]:
+    """The method that was given, or the best one for a sparsity."""
+    if method is not None and (sparsity is not None or steps is not None):
+        raise ValueError(
+            "`method` says by itself how much is pruned and when. Leave `sparsity` and `steps` "
+            "out, or `method`."
+        )
+    if sparsity is None and steps is not None:
+        raise ValueError("`steps` goes with `sparsity`: say how much is to be pruned by then.")
+    if sparsity is None:
+        return Vote(sparsity=0.9) if method is None else method
+    from mtprune import recipes  # most runs do not need it
+
+    return recipes.best(sparsity, steps)
 
 
 def _remove(handles: Iterable[Any]) -> None:

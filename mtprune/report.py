@@ -1,6 +1,6 @@
 """Reports: frozen facts after the fact. They print as a table and are data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ class Row:
         kept: How many of them the masks keep. A weight that is zero by itself counts as kept.
         sparsity: Share pruned.
         tasks: The tasks that use it.
-        want: For each of these, the share of the kept weights that this task alone would keep.
-        unanimity: The share of the kept weights that every one of these alone would keep.
+        want: For each of these, and each voter that is no task, the share of the kept weights that
+            this one alone would keep.
+        unanimity: The share of the kept weights that every one of these tasks alone would keep.
         threshold: The mean of its weights' thresholds, if they have any.
         macs: Its multiply-adds, if they were measured.
         macs_kept: Those of the kept weights.
@@ -114,7 +115,9 @@ class Report:
         head = ["layer" if layers else "component", "weights", "kept", "sparsity"]
         head += ["rank"] if any(row.rank is not None for row in rows) else []
         head += ["threshold"] if (soft := any(row.threshold is not None for row in rows)) else []
-        voters = self.tasks if any(row.want for row in rows) else ()
+        found = dict.fromkeys(voter for row in rows for voter in row.want)
+        others = [voter for voter in found if voter not in self.tasks]
+        voters = [*self.tasks, *others] if found else []
         head += [*(f"want {task}" for task in voters), "unanimity"] if voters else []
         body = [_cells(row, voters, soft) for row in rows]
         total = ["total", f"{self.parameters:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"]
@@ -212,12 +215,13 @@ def make_report(
     )
 
 
-def _row(name: str, counts: Sequence[Count], tasks: Iterable[str]) -> Row:
+def _row(name: str, counts: Sequence[Count], tasks: Sequence[str]) -> Row:
     parameters = sum(c.parameters for c in counts)
     kept = sum(c.kept for c in counts)
     using = tuple(task for task in tasks if any(task in (*c.tasks, *c.wanted) for c in counts))
+    others = dict.fromkeys(voter for c in counts for voter in c.wanted if voter not in tasks)
     want = {}
-    for task in using:
+    for task in (*using, *others):
         seen = [c for c in counts if task in c.wanted]
         if not seen:
             continue

@@ -29,11 +29,13 @@ __all__ = [
     "asks",
     "fisher",
     "gradient",
+    "lamp",
     "magnitude",
     "movement",
     "random",
     "snip",
     "taylor",
+    "taylor_magnitude",
 ]
 
 Saliency = Callable[..., Tensor]
@@ -54,6 +56,29 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
         tensor([1., 3.])
     """
     return (weight * grad).abs()
+
+
+def taylor_magnitude(weight: Tensor, grad: Tensor) -> Tensor:
+    """Sensitivity times size, ``w^2 |g|``: the geometric mean of ``|w g|^2`` and ``|w|^2``.
+
+    The gradient at one point tells what a small change of a weight costs, and removing a large
+    weight is no small change. Its size tells what training has made of it, but not for which task.
+    So this is a score of each task, like `taylor`, that trusts the gradient only half: of two
+    weights that are as sensitive the larger stays. It is for networks that were trained on these
+    tasks; of a network that was trained on something else, size tells what that needed.
+
+    Args:
+        weight: The effective weight ``w``, any shape.
+        grad: The gradient ``g`` of one task's loss, same shape.
+
+    Returns:
+        The saliency, same shape.
+
+    Example:
+        >>> taylor_magnitude(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]))
+        tensor([2., 9.])
+    """
+    return (weight * grad * weight).abs()
 
 
 def snip(weight: Tensor, grad: Tensor) -> Tensor:
@@ -100,6 +125,35 @@ def magnitude(weight: Tensor, grad: Tensor | None = None) -> Tensor:
     return weight.abs()
 
 
+def lamp(weight: Tensor, grad: Tensor | None = None) -> Tensor:
+    r"""Size against the sizes that would be left, layer by layer.
+
+    .. math:: \frac{w^2}{\sum_{j : |w_j| \ge |w|} w_j^2}
+
+    over the layer, so that layers can be ranked together. The largest weight of a layer has 1.
+
+    Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+
+    Args:
+        weight: The effective weight of a whole layer, any shape.
+        grad: Not looked at.
+
+    Returns:
+        The saliency, same shape.
+
+    Example:
+        >>> lamp(torch.tensor([1.0, -2.0, 2.0]))
+        tensor([0.1111, 0.5000, 0.5000])
+    """
+    squares = weight.double().square().flatten()
+    ascending = squares.sort().values
+    left = ascending.flip(0).cumsum(0).flip(0)
+    first = torch.searchsorted(ascending, squares).clamp_(max=max(len(left) - 1, 0))
+    # A layer of zeros has nothing left.
+    scores = squares / left[first].clamp_min(torch.finfo(torch.float64).tiny)
+    return scores.view(weight.shape).to(torch.float32)
+
+
 def random(
     weight: Tensor, grad: Tensor | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -112,6 +166,9 @@ def random(
 IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     taylor: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
     snip: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
+    taylor_magnitude: lambda weight, grad, out: (
+        torch.mul(weight, grad, out=out).mul_(weight).abs_()
+    ),
     fisher: lambda weight, grad, out: torch.mul(weight, grad, out=out).square_(),
     gradient: lambda weight, grad, out: torch.abs(grad, out=out),
     movement: lambda weight, grad, out: torch.mul(weight, grad, out=out).neg_(),

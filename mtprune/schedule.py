@@ -11,7 +11,7 @@ from typing import Protocol
 
 from mtprune import checks
 
-__all__ = ["Cubic", "Hold", "Linear", "OneShot", "Regrow", "Schedule"]
+__all__ = ["Cubic", "Hold", "Linear", "OneShot", "Regrow", "Rounds", "Schedule", "due"]
 
 
 class Schedule(Protocol):
@@ -106,6 +106,51 @@ class Cubic(Linear):
 
 
 @dataclass(frozen=True)
+class Rounds:
+    r"""Several rounds inside one ``pruner.prune(batches)``, each scored anew on fresh batches.
+
+    Every round prunes the same share of what is left: after round r of n the sparsity is
+    :math:`s_r = 1 - (1 - s)^{r / n}`. What is decided late, when most weights are gone, is decided
+    by the scores of a network without them. Masks only shrink. Steps count rounds, from 0.
+
+    Attributes:
+        n: How many rounds.
+
+    Example:
+        >>> [round(due(Rounds(2), step, sparsity=0.96), 3) for step in (0, 1)]
+        [0.833, 1.0]
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.whole("n", self.n, least=1)
+
+    def next_update(self, after: int) -> int | None:
+        """See `Schedule`."""
+        return after + 1 if after + 1 < self.n else None
+
+    def progress(self, step: int) -> float:
+        """The share of the rounds; `due` makes of it a share of the sparsity."""
+        return (step + 1) / self.n
+
+
+def due(schedule: Schedule, step: int, sparsity: float) -> float:
+    """The share of the final sparsity that is due at the update of ``step``, in [0, 1].
+
+    Args:
+        schedule: The schedule.
+        step: The step of the update.
+        sparsity: The final sparsity, which `Rounds` depend on.
+    """
+    progress = schedule.progress(step)
+    if isinstance(schedule, Rounds) and 0.0 < progress < 1.0 and sparsity > 0.0:
+        return float(1.0 - (1.0 - sparsity) ** progress) / sparsity
+    return progress
+
+
+@dataclass(frozen=True)
 class Hold:
     """A schedule, and after its last update more updates at the full sparsity.
 
@@ -131,7 +176,7 @@ class Hold:
         """Validate."""
         must = "must be OneShot(), Linear(...) or Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
-        if isinstance(self.schedule, Regrow):
+        if isinstance(self.schedule, (Regrow, Rounds)):
             raise TypeError(checks.message("schedule", self.schedule, must))
         checks.whole("until", self.until, least=0)
         checks.whole("every", self.every, least=1)

@@ -11,6 +11,10 @@ Reducing percentiles and then keeping the best is the same as letting every task
 it would prune and counting marks: with a cut ``c``, "at least m tasks would prune it" means that
 the m-th smallest percentile lies below ``c``. So ``unanimous`` (prune only if all agree) is the
 largest percentile, ``intersection`` (keep only if all agree) the smallest.
+
+Not only tasks vote. A saliency that looks at no data can be one more voter on every weight
+(``Vote(voters=(saliency.magnitude,))``): one more row, like any other. So `majority` counts it as a
+voter, `mean` gives it an equal say, and on a weight that one task uses there are two voters.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,6 +14,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 WORLD = 2
 
+HASTE = "ignore:Everything is pruned at the first step of this loop"  # here on purpose
+
 
 def on_ranks(
     module: str, function: str, folder: Path, *, world: int = WORLD, timeout: float = 600
@@ -28,7 +30,18 @@ def on_ranks(
         timeout: Of their group, in seconds.
     """
     code = "import sys; from tests import ranks; ranks.serve(*sys.argv[1:])"
-    command = [sys.executable, "-W", "error", "-c", code, module, function, str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        HASTE,
+        "-c",
+        code,
+        module,
+        function,
+        str(folder),
+    ]
     # One thread each: ranks that wait for each other in loops take the cores from each other.
     options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     workers = [

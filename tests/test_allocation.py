@@ -3,10 +3,10 @@ from math import floor, prod
 import pytest
 import torch
 
-from mtprune import votes
+from mtprune import Block, Cubic, Element, Linear, MultitaskPruner, Vote, votes
 from mtprune.allocation import Budget, Erk, Floor, apportion, guard, parse_allocation
 from mtprune.selection import Quota, select
-from tests import oracles
+from tests import nets, oracles
 from tests.oracles import EXACT, ODD, sampler
 
 RESNET = oracles.resnet_like()
@@ -314,3 +314,54 @@ def test_the_power_of_erk_is_not_negative(power):
 def test_an_allocation_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"`allocation` must be one of .* Got \('erk', 1\)"):
         plan(("erk", 1), ODD, 100)
+
+
+# --- Floors from update to update ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "transformer_encoder"])
+@pytest.mark.parametrize("of", ["erk", "uniform", Erk(0.5)], ids=str)
+@pytest.mark.parametrize("granularity", [Element(), Block(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Cubic(begin=0, end=9, every=1), Linear(begin=0, end=8, every=3)], ids=str
+)
+def test_no_layer_ever_falls_below_what_is_promised(name, of, granularity, schedule):
+    """Though its weights are the least of all: at every update, and when updates are many."""
+    net = nets.SHELF[name]()
+
+    def by_layer(weight, grad=None, *, layer):
+        return weight.abs() + 10.0 * order[layer.name]
+
+    method = Vote(
+        0.9,
+        saliency=by_layer,
+        schedule=schedule,
+        allocation=Floor(0.5, of),
+        granularity=granularity,
+    )
+    pruner = MultitaskPruner(net.model, net.task_losses, net.shared_modules, method=method)
+    order = {layer: place for place, layer in enumerate(pruner.masks)}
+    sizes = {layer: mask.numel() for layer, mask in pruner.masks.items()}
+    shapes = [tuple(mask.shape) for mask in pruner.masks.values()]
+    promised = dict(sizes)
+    for at in range(schedule.end + 2):
+        batch = net.make_batch(at)
+        pruner.observe(net.model(batch["x"]), batch)
+        pruner.step()
+        total = sum(sizes.values())
+        keep = total - round(0.9 * schedule.progress(pruner.report().step or 0) * total)
+        counts = layer_counts(of, shapes, keep, list(sizes.values()))
+        for (layer, mask), count in zip(pruner.masks.items(), counts, strict=True):
+            unit = 1 if isinstance(granularity, Element) else 2
+            promised[layer] = min(promised[layer], count // 2)
+            assert int(mask.sum()) >= promised[layer] - 2 * (unit - 1), layer
+    assert pruner.report().step == schedule.end
+
+
+def test_a_floor_is_of_the_full_layer():
+    """An ERK count of 20 of 100 promises 10, also when 12 are left, or 8."""
+    shapes = [(10, 10), (10, 10)]
+    for alive, least in ((100, 10), (20, 10), (12, 10), (8, 8)):
+        budget = Budget(shapes, ["a", "b"], 40, [alive, 100])
+        floors = [quota.floors for quota in Floor().quotas(budget)]
+        assert floors == [(least, 10)]

@@ -39,12 +39,68 @@ def chosen(worth, units, budget, allocation="global", eligible=None, **options):
     return [mask.nonzero().flatten().tolist() for mask in masks]
 
 
-def test_by_worth_until_the_next_one_does_not_fit():
-    """0.9 and 0.8 cost 5; 0.7 would make it 8, and is not passed over for the cheap 0.6."""
+def test_by_worth_as_long_as_they_fit():
+    """0.9 and 0.8 cost 5; 0.7 would make it 8, so it is passed over for the cheap 0.6."""
     units = rows((2, 4), (2, 1), (1, 3))
     worth = [[0.9, 0.1], [0.8, 0.6], [0.7]]
-    assert chosen(worth, units, 7, min_keep=0) == [[0], [0], []]
+    assert chosen(worth, units, 7, min_keep=0) == [[0], [0, 1], []]
     assert chosen(worth, units, 8, min_keep=0) == [[0], [0], [0]]
+    assert chosen(worth, units, 4, min_keep=0) == [[0], [], []]
+    assert chosen(worth, units, 3, min_keep=0) == [[], [0, 1], []]
+
+
+def crossing(layers=4, size=12, *, uneven=False):
+    """Channels that are rows of one layer and columns of the next."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(layers)))
+    units_of = tuple(range(size))
+    if uneven:  # three channels to the first unit, two to the second
+        units_of = (0, 0, 0, 1, 1, *range(2, size - 3))
+    count = max(units_of) + 1
+    groups = [
+        Group(
+            f"g{i}",
+            count,
+            (Member(f"{i}.weight", 0, units_of), Member(f"{i + 1}.weight", 1, units_of, "in")),
+        )
+        for i in range(layers - 1)
+    ]
+    units = cover(Grouped(groups), model, find_layers(model)).units
+    assert units is not None
+    return units
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["rows", "crossing", "uneven"])
+def test_no_unit_is_left_that_would_fit(kind, seed):
+    """As trying one after the other does it."""
+    torch.manual_seed(seed)
+    if kind == "rows":
+        units = rows((7, 5), (9, 2), (4, 11), (1, 1))
+    else:
+        units = crossing(uneven=kind == "uneven")
+    worth = [torch.rand(len(cost), dtype=torch.float64) for cost in units.costs]
+    order = sorted(
+        ((-float(w), g, i) for g, own in enumerate(worth) for i, w in enumerate(own)),
+    )
+    total = units.weigh(units.everything())
+    for density in (0.1, 0.33, 0.6, 0.9):
+        budget = round(density * total)
+        expected = [torch.zeros(len(w), dtype=torch.bool) for w in worth]
+        for _, group, unit in order:
+            expected[group][unit] = True
+            expected[group][unit] = units.weigh(expected) <= budget
+        found = select_units(
+            worth, units, budget, Global().units, eligible=units.everything(), min_keep=0
+        )
+        assert [m.tolist() for m in found] == [m.tolist() for m in expected]
+        least = torch.cat(units.added(found))
+        for place, (group, unit) in enumerate(
+            (g, i) for g, own in enumerate(found) for i in range(len(own))
+        ):
+            if not found[group][unit]:
+                more = [mask.clone() for mask in found]
+                more[group][unit] = True
+                assert units.weigh(more) - units.weigh(found) >= float(least[place])
 
 
 def test_ties_go_by_position():
@@ -99,6 +155,22 @@ def test_a_floor_is_a_fraction_of_the_layerwise_share_and_the_rest_goes_by_worth
     assert chosen(low, units, 8, Floor(1.0, of="uniform")) == [[4, 5, 6, 7], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("of", ["erk", "uniform"])
+def test_a_group_at_its_floor_stays_there(of):
+    """Half of the share of the full group is promised, whatever earlier updates have left of it."""
+    units = rows((40, 3), (40, 3), (20, 5))
+    worth = [[-1.0] * 40, [0.1 * i for i in range(40)], [0.1 * i for i in range(20)]]
+    eligible, total = units.everything(), units.weigh(units.everything())
+    for density in (0.9, 0.7, 0.5, 0.3, 0.2, 0.2, 0.2):
+        budget = round(density * total)
+        fresh = chosen(worth, units, budget, of)
+        kept = chosen(worth, units, budget, Floor(0.5, of), eligible=eligible)
+        assert [len(k) >= len(f) // 2 for k, f in zip(kept, fresh, strict=True)] == [True] * 3
+        eligible = [mask.clone().fill_(False) for mask in eligible]
+        for mask, units_kept in zip(eligible, kept, strict=True):
+            mask[units_kept] = True
+
+
 @pytest.mark.parametrize("allocation", ["global", "uniform", "erk", "floor", Floor(0.9, "uniform")])
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.77, 1.0])
 def test_what_is_left_over_is_less_than_the_next_unit(allocation, density):
@@ -118,18 +190,7 @@ def test_what_is_left_over_is_less_than_the_next_unit(allocation, density):
 
 def test_where_units_cross_what_is_left_over_is_still_less_than_one():
     """Rows and columns of the same weights: no count of units gives the count of weights."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(4)))
-    units_of = tuple(range(12))
-    groups = [
-        Group(
-            f"g{i}",
-            12,
-            (Member(f"{i}.weight", 0, units_of), Member(f"{i + 1}.weight", 1, units_of, "in")),
-        )
-        for i in range(3)
-    ]
-    units = cover(Grouped(groups), model, find_layers(model)).units
-    assert units is not None
+    units = crossing()
     worth = [torch.rand(12, dtype=torch.float64) for _ in range(3)]
     for density in (0.1, 0.25, 0.5, 0.9):
         budget = round(density * 4 * 144)

@@ -1005,6 +1005,7 @@ RECIPES = {
     "rigl": lambda: recipes.rigl(0.8, every=3, end=9),
     "set_": lambda: recipes.set_(0.8, every=3, end=9),
     "magnitude": lambda: recipes.magnitude(0.8),
+    "lamp": lambda: recipes.lamp(0.8),
     "random": lambda: recipes.random(0.8),
     "movement": lambda: recipes.movement(0.8, 9),
     "movement, joint": lambda: recipes.movement(
@@ -1013,7 +1014,7 @@ RECIPES = {
     "adapmtl": lambda: recipes.adapmtl(0.8, 9),
     "gradual_magnitude": lambda: recipes.gradual_magnitude(0.8, begin=1, end=7, every=3),
     "best": lambda: recipes.best(0.8, 9),
-    "best, at once": lambda: recipes.best(0.8),
+    "best, elsewhere": lambda: recipes.best(0.8, 9, trained="elsewhere"),
     "best, from scratch": lambda: recipes.best(0.8, 9, trained=False),
 }
 

@@ -8,6 +8,7 @@ from mtprune import (
     Erk,
     OneShot,
     Regrow,
+    Rounds,
     SigmoidThreshold,
     SoftThreshold,
     Vote,
@@ -26,6 +27,7 @@ PUBLISHED = {
     "set_": lambda s: recipes.set_(s, **TIMES),
     "magnitude": lambda s: recipes.magnitude(s),
     "gradual_magnitude": lambda s: recipes.gradual_magnitude(s, begin=10, **TIMES),
+    "lamp": lambda s: recipes.lamp(s),
     "random": lambda s: recipes.random(s),
     "movement": lambda s: recipes.movement(s, 1_000),
     "flop": lambda s: recipes.flop(s, 1_000),
@@ -48,6 +50,7 @@ GRADUAL = Cubic(begin=10, end=1_000, every=100)
         ("set_", saliency.random, "erk", Regrow(100, 1_000, 0.3), False),
         ("magnitude", saliency.magnitude, "global", OneShot(0), False),
         ("gradual_magnitude", saliency.magnitude, "global", GRADUAL, False),
+        ("lamp", saliency.lamp, "global", OneShot(0), False),
         ("random", saliency.random, "global", OneShot(0), False),
     ],
 )
@@ -90,12 +93,27 @@ def test_options_are_passed_on():
         assert recipe(0.9, fraction=0.1, **TIMES).schedule == Regrow(100, 1_000, 0.1)
 
 
-def test_best_prunes_a_trained_network_gradually_or_at_once():
-    assert recipes.best(0.9) == Vote(0.9, observations=8)
-    gradual = Vote(0.9, schedule=Cubic(begin=1, end=500, every=50), observations=4)
+TRAINED = {"saliency": saliency.taylor_magnitude, "voters": (saliency.magnitude,)}
+
+
+def test_best_prunes_a_trained_network_gradually_or_in_rounds():
+    assert recipes.best(0.9) == Vote(0.9, schedule=Rounds(4), observations=4, **TRAINED)
+    gradual = Vote(0.9, schedule=Cubic(begin=1, end=500, every=50), observations=4, **TRAINED)
     assert recipes.best(0.9, 1_000) == gradual
     assert recipes.best(0.9, steps=1_000, trained=True) == gradual
-    assert recipes.best(0.9, 1) == Vote(0.9, schedule=Cubic(begin=1, end=1, every=1))
+    short = Vote(0.9, schedule=Cubic(begin=1, end=1, every=1), observations=1, **TRAINED)
+    assert recipes.best(0.9, 1) == short
+    assert gradual.allocation == "floor"
+
+
+def test_best_scores_weights_from_elsewhere_by_what_they_do():
+    rounds = Vote(0.9, schedule=Rounds(4), observations=4)
+    assert recipes.best(0.9, trained="elsewhere") == rounds
+    gradual = Vote(0.9, schedule=Cubic(begin=1, end=500, every=50), observations=4)
+    assert recipes.best(0.9, 1_000, trained="elsewhere") == gradual
+    for other in ("here", 1, None, 0):
+        with pytest.raises(ValueError, match=r"`trained` must be True \(on these tasks\), 'els"):
+            recipes.best(0.9, 10, trained=other)
 
 
 def test_best_from_scratch_is_adapmtl():

@@ -5,6 +5,7 @@ from mtprune import saliency
 
 WEIGHT = [2.0, -3.0, 0.0, 0.5]
 GRAD = [0.5, 1.0, -4.0, -2.0]
+WEIGHTED = [2.0, 9.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,7 @@ GRAD = [0.5, 1.0, -4.0, -2.0]
     [
         pytest.param(saliency.taylor, [1.0, 3.0, 0.0, 1.0], id="taylor is |w g|"),
         pytest.param(saliency.snip, [1.0, 3.0, 0.0, 1.0], id="snip is |w g|"),
+        pytest.param(saliency.taylor_magnitude, WEIGHTED, id="taylor_magnitude is w^2 |g|"),
         pytest.param(saliency.fisher, [1.0, 9.0, 0.0, 1.0], id="fisher is (w g)^2"),
         pytest.param(saliency.gradient, [0.5, 1.0, 4.0, 2.0], id="gradient is |g|"),
         pytest.param(saliency.movement, [-1.0, 3.0, 0.0, 1.0], id="movement is -w g"),
@@ -114,3 +116,28 @@ def test_a_saliency_is_given_the_keywords_it_names():
     assert saliency.asks(lambda weight, grad=None, *, inputs, task: weight) == {"inputs", "task"}
     assert saliency.asks(lambda weight, grad, *, layer: weight) == {"grad", "layer"}
     assert saliency.asks(torch.mul) == {"grad"}
+
+
+@pytest.mark.parametrize("function", list(saliency.IN_PLACE), ids=lambda f: f.__name__)
+def test_the_forms_with_an_out_argument_give_the_same_bits(function):
+    weight, grad = torch.randn(2, 1_000).unbind()
+    out = torch.empty(1_000)
+    assert saliency.IN_PLACE[function](weight, grad, out) is out
+    assert torch.equal(out, function(weight, grad))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (4, 5), (3, 2, 2, 2), (0,)], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_lamp_is_its_written_definition(shape, ties):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    weight = (weight * 2).round() if ties else weight
+    flat = [float(w) ** 2 for w in weight.double().flatten()]
+    expected = [w / sum(v for v in flat if v >= w) if w else 0.0 for w in flat]
+    found = saliency.lamp(weight)
+    assert found.shape == weight.shape
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    assert all(score == 1.0 for score in found.flatten().topk(min(1, len(flat))).values) or ties
+
+
+def test_lamp_of_nothing_but_zeros_is_zero():
+    assert saliency.lamp(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2

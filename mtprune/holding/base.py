@@ -9,7 +9,7 @@ and its hold.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -48,12 +48,14 @@ class Decision:
         alone: For each voter and each layer it uses, the weights that voter alone would keep.
         memory: What the method wants to be told at its next update.
         units: For each group of units, which of them are kept; empty if units are single weights.
+        voters: The names of those in ``alone`` that are no tasks, and vote everywhere.
     """
 
     masks: Sequence[Tensor]
     alone: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, Tensor] = field(default_factory=dict)
+    voters: Sequence[str] = ()
 
     @property
     def slopes(self) -> Mapping[str, float]:
@@ -86,7 +88,10 @@ class Decision:
         counts, bits = [], []
         for place, subject in enumerate(subjects):
             alone = self.alone_for(subject.tasks, place)
-            counts.append(self.count(subject, place, alone))
+            row = self.count(subject, place, alone)
+            others = {voter: self.alone[voter][place] for voter in self.voters}
+            wanted = {v: int((self.masks[place] & m).count_nonzero()) for v, m in others.items()}
+            counts.append(replace(row, wanted={**row.wanted, **wanted}))
             wishes = {task: alone.get(task, self.masks[place]) for task in subject.tasks}
             bits.append({task: pack_bits(mask) for task, mask in wishes.items()})
         return counts, bits

@@ -146,6 +146,11 @@ class Method(ABC, Generic[D]):
         """Whether the first update opens sparse training, in which pruned weights come back."""
         return False
 
+    @property
+    def wants_training(self) -> bool:
+        """Whether its scores rest on what training has made of the weights."""
+        return False
+
     @abstractmethod
     def needs(self, inventory: Inventory) -> Needs:
         """What the method must be shown.
@@ -193,7 +198,16 @@ class Method(ABC, Generic[D]):
 
 
 _OWN = ("sparsity", "schedule", "needs", "decide")
-_BROUGHT = ("granularity", "weighting", "regrows", "fits", "check", "recall", "hold")
+_BROUGHT = (
+    "granularity",
+    "weighting",
+    "regrows",
+    "wants_training",
+    "fits",
+    "check",
+    "recall",
+    "hold",
+)
 
 
 def check_method(method: object) -> None:

@@ -30,7 +30,7 @@ from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.reading import Entry
 from mtprune.saliency import movement
-from mtprune.schedule import OneShot, Regrow, Schedule
+from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
 from mtprune.selection import rank, select_directions
 from mtprune.statistics import PerWeight
 
@@ -101,10 +101,10 @@ class LowRank(Method[LowRanks]):
                 "Regrow is sparse training at constant sparsity. Ranks need a schedule that ends: "
                 "OneShot(...), Linear(...) or Cubic(...)."
             )
-        if self.gates == "learned" and isinstance(self.schedule, OneShot):
+        if self.gates == "learned" and isinstance(self.schedule, (OneShot, Rounds)):
             raise ValueError(
                 "gates='learned' needs time to learn: schedule=Cubic(begin=..., end=..., every=...)"
-                ", or recipes.flop(sparsity, steps). OneShot goes with gates='saliency'."
+                ", or recipes.flop(sparsity, steps). OneShot and Rounds go with gates='saliency'."
             )
         checks.whole("min_rank", self.min_rank, least=0)
         checks.whole("observations", self.observations, least=1)
@@ -161,7 +161,7 @@ class LowRank(Method[LowRanks]):
             return self._learn(ballot, step)
         known = ballot.memory.get("ranks", {})
         alive = [known.get(n, min(s)) for n, s in zip(ballot.names, ballot.shapes, strict=True)]
-        share = self.sparsity * self.schedule.progress(step)
+        share = self.sparsity * due(self.schedule, step, self.sparsity)
         percentiles = _percentiles(ballot)
         kept = self._select(ballot, self._vote(percentiles), share, alive)
         alone: dict[str, dict[int, Tensor]] = {}

@@ -31,7 +31,7 @@ from mtprune.methods.controller import pi_step
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.reading import Entry
-from mtprune.schedule import Cubic, Regrow, Schedule
+from mtprune.schedule import Cubic, Regrow, Rounds, Schedule
 from mtprune.selection import waterline
 from mtprune.statistics import PerWeight
 from mtprune.weighting import PruningSensitivity, parse_weighting
@@ -112,6 +112,11 @@ class SoftThreshold(Method[SoftThresholds]):
         checks.sparsity("sparsity", self.sparsity)
         must = "must be a schedule such as Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
+        if isinstance(self.schedule, Rounds):
+            raise ValueError(
+                "Rounds prune before training, and thresholds rise while weights train. Take "
+                "schedule=Cubic(begin=..., end=..., every=...)."
+            )
         if isinstance(self.schedule, Regrow):
             raise ValueError(
                 "Regrow is sparse training at constant sparsity. Thresholds need a schedule that "

@@ -49,8 +49,8 @@ from mtprune.model.layers import Layer
 from mtprune.model.units import is_single
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
-from mtprune.schedule import OneShot, Regrow, Schedule
-from mtprune.statistics import PerWeight
+from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
+from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
 
@@ -108,6 +108,9 @@ class Vote(Method[Masks]):
             arguments, or a dict of keyword arguments.
         refit: Let the weights that stay make up for those that go, layer by layer
             (`mtprune.Refit`); None leaves them as they are.
+        voters: Saliencies that look at no data, such as `mtprune.saliency.magnitude`: each is one
+            more voter on every weight, private ones too, asked at the update. They are called by
+            their names, in `priority` and in the report.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
@@ -129,6 +132,7 @@ class Vote(Method[Masks]):
     speedup: float | None = None
     example_inputs: Any = field(default=None, repr=False, compare=False)
     refit: Refit | None = field(default=None, metadata={"later": True})
+    voters: tuple[Saliency, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -137,6 +141,7 @@ class Vote(Method[Masks]):
         checks.function("saliency", self.saliency)
         votes.check(self.vote)
         saliencies.asks(self.saliency)
+        self._check_voters()
         must = "must be a schedule such as OneShot() or Cubic(...)"
         checks.object_with("schedule", self.schedule, "next_update", must=must)
         layerwise = self._allocation.layerwise
@@ -145,9 +150,10 @@ class Vote(Method[Masks]):
             of = f" of task '{task}'"
             checks.number("priority", factor, of=of)
             checks.inside("priority", factor, "(0, inf)", of=of, must="must be positive")
-        if self.priority and (isinstance(self.target, PerTaskKeep) or not self.disentangled):
+        alone = not self.disentangled and not self.voters
+        if self.priority and (isinstance(self.target, PerTaskKeep) or alone):
             raise ValueError(
-                "`priority` shifts the tasks' percentiles against each other: there are none with "
+                "`priority` shifts the voters' percentiles against each other: there are none with "
                 "PerTaskKeep, and only one voter with disentangled=False."
             )
         auto = self.observations == "auto"
@@ -164,6 +170,11 @@ class Vote(Method[Masks]):
             raise ValueError(
                 "straight_through=True lets weights come back by their scores, Regrow by drop and "
                 "grow. Choose one: with Regrow, leave `straight_through` out."
+            )
+        if self.straight_through and isinstance(self.schedule, Rounds):
+            raise ValueError(
+                "straight_through=True adds up scores over training steps, and Rounds are made "
+                "before training. Choose one: Cubic(...) goes with straight_through=True."
             )
         if self.straight_through and auto:
             raise ValueError(
@@ -184,6 +195,31 @@ class Vote(Method[Masks]):
             raise ValueError(
                 f"`refit` makes up for weights that are gone for good; with {how} they may come "
                 "back. Leave `refit` out."
+            )
+
+    def _check_voters(self) -> None:
+        """Refuse voters that look at data, or that cannot be told apart."""
+        given: object = self.voters
+        if not isinstance(given, tuple):
+            must = "must be a tuple of saliencies, such as (saliency.magnitude,)"
+            raise TypeError(checks.message("voters", given, must))
+        for voter in self.voters:
+            checks.function("voters", voter)
+            data = sorted(saliencies.asks(voter) & {"grad", "inputs", "task"})
+            if data:
+                raise ValueError(
+                    f"`voters` look at no data: they vote beside the tasks. '{_name(voter)}' asks "
+                    f"for {', '.join(data)}. Pass it as `saliency`, or give `grad` a default of "
+                    "None and leave it out."
+                )
+        names = [_name(voter) for voter in self.voters]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"Two of `voters` are called '{name}'. Give each its own name.")
+        if self.voters and isinstance(self.schedule, Regrow):
+            raise ValueError(
+                "`voters` look at weights, and those that Regrow may grow are all zero. Leave "
+                "`voters` out."
             )
 
     def _check_amount(self) -> None:
@@ -247,11 +283,15 @@ class Vote(Method[Masks]):
     @override
     def needs(self, inventory: Inventory) -> Needs:
         units = inventory.units
-        score = PerWeight(self.saliency)
-        if units is not None:  # there are few of them, and each is a sum of many weights
-            score = PerWeight(self.saliency, pool_of(units), dtype=torch.float32)
+        pool = None if units is None else pool_of(units)
+        # There are few units, and each is a sum of many weights.
+        dtype = None if units is None else torch.float32
+        asked = {"saliency": self.saliency, **{_ballot(v): v for v in self.voters}}
         return Needs(
-            statistics={"saliency": score, **(self.refit.statistics if self.refit else {})},
+            statistics={
+                **{name: PerWeight(of, pool, dtype=dtype) for name, of in asked.items()},
+                **(self.refit.statistics if self.refit else {}),
+            },
             apart=self.disentangled,
             observations=self.observations,
             over_the_run=self.straight_through,
@@ -265,7 +305,12 @@ class Vote(Method[Masks]):
 
     @override
     def check(self, inventory: Inventory) -> None:
-        inventory.check_names("priority", self.priority, inventory.tasks)
+        voters = [_name(voter) for voter in self.voters]
+        for name in voters:
+            if name in inventory.tasks or name == JOINT:
+                raise ValueError(f"Voter '{name}' has the name of a task. Call one something else.")
+        known = [*(inventory.tasks if self.disentangled else ()), *voters]
+        inventory.check_names("priority", self.priority, known)
         inventory.check_names("allocation", self.allocation, inventory.components)
         if inventory.units is None or isinstance(self.target, PerTaskKeep):
             return
@@ -313,8 +358,25 @@ class Vote(Method[Masks]):
         return UnitBudget(1 - Fraction(str(self.target)), by_macs=False)
 
     @property
+    def _final(self) -> float:
+        """The share that is pruned in the end, of whatever the budget counts."""
+        if isinstance(self.target, PerTaskKeep):
+            return 1.0 - self.target.ratio
+        return 1.0 - float(self._budget.stays)
+
+    @property
     def _by_macs(self) -> bool:
         return self.macs is not None or self.speedup is not None
+
+    @property
+    @override
+    def wants_training(self) -> bool:
+        # `snip` is `taylor` at initialisation, on purpose; the others do without a gradient there.
+        return self.saliency in (
+            saliencies.taylor,
+            saliencies.taylor_magnitude,
+            saliencies.fisher,
+        )
 
     @property
     @override
@@ -334,7 +396,18 @@ class Vote(Method[Masks]):
 
     def _decide(self, ballot: Ballot, step: int) -> Masks:
         """The masks of the update of ``step``; masked weights stay masked."""
-        progress, target = self.schedule.progress(step), self.target
+        if not self.voters:
+            return self._elect(ballot, step)
+        columns = {_name(v): ballot.statistics[_ballot(v)] for v in self.voters}
+        scores = [
+            {**layer, **{name: next(iter(of[place].values())) for name, of in columns.items()}}
+            for place, layer in enumerate(ballot.scores)
+        ]
+        everyone = replace(ballot, statistics={**ballot.statistics, "saliency": scores})
+        return replace(self._elect(everyone, step), voters=tuple(columns))
+
+    def _elect(self, ballot: Ballot, step: int) -> Masks:
+        progress, target = due(self.schedule, step, self._final), self.target
         election = Election(ballot, self.vote, self.priority, self._allocation, self.min_keep)
         if isinstance(target, PerTaskKeep):
             ratio = target.at(progress)
@@ -350,3 +423,13 @@ class Vote(Method[Masks]):
         if step == 0:
             return draw(election, target)
         return exchange(election, target, self.schedule.fraction_at(step))
+
+
+def _name(voter: Saliency) -> str:
+    """What a voter that is no task is called."""
+    return str(getattr(voter, "__name__", None) or describe(voter))
+
+
+def _ballot(voter: Saliency) -> str:
+    """The name of the statistic that holds its votes."""
+    return f"voter {_name(voter)}"

@@ -83,6 +83,10 @@ class Units(ABC):
     def weigh(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> Fraction:
         """What the weights that stay count together, in all layers or in some."""
 
+    @abstractmethod
+    def added(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
+        """The least a unit would add to what `weigh` counts, for each group float64 ``[units]``."""
+
     @cached_property
     def costs(self) -> list[Tensor]:
         """What goes if a unit goes alone, for each group float64 ``[units]``."""
@@ -142,6 +146,14 @@ class _Pieces(Units):
         chosen = range(len(self.layers)) if places is None else places
         kept = (self.prices[i] * int(self._sizes[i][masks[i]].sum()) for i in chosen)
         return sum(kept, Fraction(0))
+
+    @override
+    def added(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
+        chosen = range(len(self.layers)) if places is None else places
+        return [
+            cost if place in chosen else torch.zeros_like(cost)
+            for place, cost in enumerate(self.costs)
+        ]
 
     @override
     def _costs(self) -> list[Tensor]:
@@ -259,6 +271,33 @@ class _Groups(Units):
             left = (int(along[d].sum()) if d in along else n for d, n in enumerate(shape))
             total += self.prices[place] * prod(left)
         return total
+
+    @override
+    def added(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
+        added = [torch.zeros(size, dtype=torch.float64) for _, size in self._groups]
+        for place in range(len(self.layers)) if places is None else places:
+            shape, seats = self.layers[place].shape, self._seats[place]
+            along = self._along(seats, masks)
+            left = {d: int(along[d].sum()) if d in along else n for d, n in enumerate(shape)}
+            most: dict[int, Tensor] = {}  # what it adds along one dimension it adds at least
+            for seat in seats:
+                # Along this dimension, where all other groups let it in.
+                others = [s for s in seats if s.dim == seat.dim and s is not seat]
+                free = self._along(others, masks).get(
+                    seat.dim, torch.ones(shape[seat.dim], dtype=torch.bool)
+                )
+                own = torch.cat([free, free.new_zeros(1)])[seat.table].sum(1)
+                size = (
+                    own
+                    * float(self.prices[place])
+                    * prod(n for d, n in left.items() if d != seat.dim)
+                )
+                most[seat.group] = (
+                    torch.maximum(most[seat.group], size) if (seat.group in most) else size
+                )
+            for group, size in most.items():
+                added[group] += size
+        return added
 
     @override
     def _costs(self) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The clock: where a run stands in its schedule."""
 
-from mtprune.schedule import Schedule
+from mtprune.schedule import Rounds, Schedule
 
 __all__ = ["Clock"]
 
@@ -38,6 +38,19 @@ class Clock:
         while final is not None and (later := self._schedule.next_update(final)) is not None:
             final = later
         return final
+
+    @property
+    def at_once(self) -> list[int]:
+        """The steps of the updates that are made one after the other where there is no loop."""
+        final = self.final
+        if isinstance(self._schedule, Rounds):
+            return list(range(self.done + 1, self._schedule.n))
+        return [] if final is None else [final]
+
+    @property
+    def loops(self) -> bool:
+        """Whether updates are made in a training loop, or all have been made."""
+        return not isinstance(self._schedule, Rounds) or self.next is None
 
     def due(self) -> int | None:
         """The update to make now, or None."""

@@ -132,6 +132,12 @@ class Round(Generic[D]):
             )
         return roll.losses
 
+    @property
+    def wanted(self) -> int | None:
+        """How many batches with all tasks an update is made from; None if that is found out."""
+        wanted = self._needs.observations
+        return None if wanted == "auto" else wanted
+
     def lead(self, present: Collection[str]) -> float:
         """How many steps before an update to begin observing, as batches hold these tasks."""
         self._singly = self._singly or len(present) < len(self._inventory.tasks)

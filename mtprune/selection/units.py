@@ -1,8 +1,8 @@
 r"""Units: from the worth of units larger than a weight to those that fit into a budget.
 
 Units differ in size, and a weight may belong to two of them, so there is no fixed number of units
-to keep. Instead units are put in an order, and the longest beginning of the order that fits into
-the budget stays. The rest of the budget is less than the next unit would take.
+to keep. Instead units are put in an order, and one after the other stays if it still fits into the
+budget. The rest of the budget is less than any other unit would take.
 
 The order is a matter of allocation. In one ranking units come by worth. A layerwise allocation
 gives each group a density, so that a unit u comes when the rising density of its group reaches
@@ -22,9 +22,6 @@ from torch import Tensor
 from mtprune.model.units import Units
 
 __all__ = ["Marks", "Queue", "Shape", "fitting_units", "least_cost", "select_units"]
-
-Weigh = Callable[[Sequence[Tensor]], Fraction]
-"""From masks of units to the cost of the units they keep, in the currency of the budget."""
 
 Shape = Sequence[int]
 
@@ -54,7 +51,7 @@ def select_units(
     Returns:
         For each group a bool tensor ``[n]``, True = keep.
     """
-    queue = Queue(worth, units, eligible, budget, units.weigh)
+    queue = Queue(worth, units, eligible, budget)
     return queue.masks(spread(queue, queue.best([min_keep] * len(worth))))
 
 
@@ -90,12 +87,9 @@ def fitting_units(
     everything = units.everything()
     values = [worth.get(group, torch.zeros(len(mask))) for group, mask in enumerate(everything)]
     eligible = [mask & (group in worth) for group, mask in enumerate(everything)]
-
-    def weigh(masks: Sequence[Tensor]) -> Fraction:
-        kept = [mask if g in worth else everything[g] for g, mask in enumerate(masks)]
-        return units.weigh(kept, places)
-
-    queue = Queue(values, units, eligible, keep(units.weigh(everything, places)), weigh)
+    others = [mask & (group not in worth) for group, mask in enumerate(everything)]
+    budget = keep(units.weigh(everything, places))
+    queue = Queue(values, units, eligible, budget, others=others, places=places)
     masks = queue.masks(queue.by_worth(queue.best([0] * len(values))))
     return {group: masks[group] for group in worth}
 
@@ -108,7 +102,8 @@ class Queue:
         units: The units and their costs.
         eligible: The units that may stay, for each group bool ``[n]``.
         budget: The cost that may stay.
-        weigh: From masks of units to their common cost.
+        others: The units that stay besides, for each group bool ``[n]``; none unless given.
+        places: The layers whose weights cost something; all of them unless given.
     """
 
     def __init__(
@@ -117,12 +112,16 @@ class Queue:
         units: Units,
         eligible: Sequence[Tensor],
         budget: Fraction | int,
-        weigh: Weigh,
+        *,
+        others: Sequence[Tensor] | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self._sizes = [len(values) for values in worth]
+        self._given = worth
         self._units = units
         self._budget = budget
-        self._weigh = weigh
+        self._others = others
+        self._places = places
         groups = np.repeat(np.arange(len(worth)), self._sizes)
         self._eligible = torch.cat(list(eligible)).cpu().numpy().nonzero()[0]
         self._worth = torch.cat(list(worth)).double().cpu().numpy()[self._eligible]
@@ -133,6 +132,10 @@ class Queue:
         self._starts = np.searchsorted(self._group, np.arange(len(worth)))
         self._rank = np.empty(len(self._best), dtype=np.int64)
         self._rank[self._best] = np.arange(len(self._best)) - self._starts[self._group[self._best]]
+
+    def fresh(self) -> "Queue":
+        """The same with all units eligible: as it would be if none had been pruned yet."""
+        return Queue(self._given, self._units, self._units.everything(), self._budget)
 
     def best(self, counts: Sequence[int]) -> Marks:
         """The best units of each group, as many as its count says."""
@@ -176,22 +179,40 @@ class Queue:
         return float(sum(parts) / sum(sizes))
 
     def _fitting(self, order: npt.NDArray[np.int64]) -> Marks:
-        """The longest beginning of an order that fits into the budget."""
-        fits, fails = 0, len(order) + 1
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            if self._weigh(self.masks(_marks(order[:middle], len(order)))) <= self._budget:
-                fits = middle
-            else:
-                fails = middle
-        return _marks(order[:fits], len(order))
+        """The units of an order that are kept if each is that still fits into the budget."""
+        marks = np.zeros(len(order), dtype=np.bool_)
+        while len(order):
+            fits, fails = 0, len(order) + 1
+            while fails - fits > 1:
+                middle = (fits + fails) // 2
+                if self._weigh(_with(marks, order[:middle])) <= self._budget:
+                    fits = middle
+                else:
+                    fails = middle
+            marks = _with(marks, order[:fits])
+            # The more units stay the more another one takes, so what does not fit now never will.
+            order = order[fits + 1 :]
+            room = float(self._budget - self._weigh(marks))
+            least = torch.cat(self._units.added(self._all(marks), self._places)).numpy()
+            order = order[least[self._eligible][order] <= room * (1 + 1e-9)]
+        return marks
+
+    def _weigh(self, marks: Marks) -> Fraction:
+        return self._units.weigh(self._all(marks), self._places)
+
+    def _all(self, marks: Marks) -> list[Tensor]:
+        """All units that stay if these do."""
+        masks = self.masks(marks)
+        if self._others is None:
+            return masks
+        return [mask | other for mask, other in zip(masks, self._others, strict=True)]
 
 
 Spread = Callable[[Queue, Marks], Marks]
 """From a queue, and the units that come first in it, to the units that stay."""
 
 
-def _marks(places: npt.NDArray[np.int64], length: int) -> Marks:
-    marks = np.zeros(length, dtype=np.bool_)
-    marks[places] = True
-    return marks
+def _with(marks: Marks, places: npt.NDArray[np.int64]) -> Marks:
+    more = marks.copy()
+    more[places] = True
+    return more
