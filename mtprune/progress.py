@@ -1,9 +1,10 @@
 """Progress bars, where tqdm is installed."""
 
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["bar"]
+__all__ = ["bar", "is_watched"]
 
 T = TypeVar("T")
 
@@ -23,3 +24,8 @@ def bar(items: Iterable[T], shown: bool, label: str) -> Iterable[T]:
         return items
     watched: Iterable[T] = tqdm(items, desc=label, leave=False)
     return watched
+
+
+def is_watched() -> bool:
+    """Whether somebody may read along: errors go to a terminal, not to a file."""
+    return sys.stderr.isatty()

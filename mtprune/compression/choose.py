@@ -16,6 +16,7 @@ from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.running import run, unnested
 from mtprune.compression.sites import Site
 from mtprune.compression.timing import Measure
+from mtprune.progress import bar, is_watched
 
 __all__ = [
     "build_forms",
@@ -45,7 +46,7 @@ def choose(
     """
     rows, chosen, unavailable = [], {}, {}
     compressible = bool(removal)
-    for site in sites:
+    for site in bar(sites, is_watched(), "timing layers"):
         row = _row(site)
         weight = site.layer.weight.detach()
         zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())

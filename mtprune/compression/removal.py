@@ -239,6 +239,9 @@ def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -
     try:
         with narrowings:
             run(model, batches)
+            with torch.random.fork_rng(devices=[]):  # nor is noise a constant
+                torch.manual_seed(0)
+                run(model, batches)
     finally:
         for handle in handles:
             handle.remove()

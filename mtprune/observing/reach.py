@@ -40,6 +40,7 @@ class Reach:
         self._layers = inventory.layers
         self._tasks = inventory.tasks
         self._declared = inventory.declared
+        self._units = inventory.units
         self.settled: dict[str, Tensor] | None = None
 
     def is_clear(self, evidence: Evidence, task: str) -> bool:
@@ -52,7 +53,8 @@ class Reach:
         """What each task uses, as far as the evidence goes."""
         if self.settled is not None:
             return self.settled
-        return {task: self._reached(evidence, task) for task in self._tasks}
+        reached = {task: self._reached(evidence, task) for task in self._tasks}
+        return self._whole_units(reached, evidence.walked)
 
     def settle(self, evidence: Evidence) -> None:
         """Settle for good what each task uses.
@@ -139,6 +141,26 @@ class Reach:
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
         return evidence.reached(task, len(self._layers))
+
+    def _whole_units(self, reached: Users, walked: Users) -> dict[str, Tensor]:
+        """What tasks use, with the layers that take part for their units' sake.
+
+        Where no task has a gradient yet, as behind a norm that starts at zero, a layer takes part
+        if its units lie in layers that have one: a unit is kept or pruned as a whole.
+        """
+        completed = {task: flags.clone() for task, flags in reached.items()}
+        if self._units is None or not self._units.spanning:
+            return completed
+        place = {layer.name: i for i, layer in enumerate(self._layers)}
+        of_units = [place[layer.name] for layer in self._units.layers]
+        unseen = ~torch.stack(list(reached.values())).any(0)
+        for group in range(len(self._units.names)):
+            members = [of_units[i] for i in self._units.holding(group)]
+            waiting = [i for i in members if unseen[i]]
+            for task, flags in reached.items():
+                if task in walked and bool(flags[members].any()):
+                    completed[task][waiting] = walked[task][waiting]
+        return completed
 
     def _check_declared(self, reached: Users, walked: Users) -> list[str]:
         """Refuse what is not shared; name what the graph promises and no gradient bears out."""

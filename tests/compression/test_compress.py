@@ -336,3 +336,11 @@ def test_it_is_imported_when_asked_for():
         "assert all(hasattr(mtprune, name) for name in mtprune.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_bar_is_shown_in_a_terminal_only(monkeypatch, capsys, watched):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("mtprune.compression.choose.is_watched", lambda: watched)
+    mtprune.compress(mlp(), torch.randn(3, 6), measure=FakeTimes())
+    assert ("timing layers" in capsys.readouterr().err) == watched

@@ -552,3 +552,44 @@ def test_from_vote_to_a_smaller_model(backend):
         return counter.get_total_flops()
 
     assert operations(fast) < 0.6 * operations(model)
+
+
+class Adds(nn.Module):
+    """Adds what a norm that starts at zero lets through, as timm's residual blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(8, 8, bias=False), nn.BatchNorm2d(8)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return (x + self.norm(self.conv(x))).relu()
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(conv(3, 8), nn.ReLU(), Adds())
+        self.heads = nn.ModuleDict({task: nn.Linear(8, 2) for task in "ab"})
+
+    def forward(self, x):
+        hidden = self.trunk(x).mean((2, 3))
+        return {task: head(hidden) for task, head in self.heads.items()}
+
+
+@needed
+def test_a_unit_is_pruned_whole_though_a_part_has_no_gradient_yet():
+    torch.manual_seed(0)
+    model, x = Pooled(), torch.randn(4, 3, 8, 8)
+    losses = {task: lambda out, _, task=task: out[task].square().mean() for task in "ab"}
+    channel = mtprune.Channel(x)
+    method = mtprune.Vote(sparsity=0.5, granularity=channel)
+    pruner = mtprune.MultitaskPruner(model, losses, [model.trunk], method=method)
+    report = pruner.prune([x], progress=False)
+    assert "trunk.2.conv.weight" in pruner.masks
+    assert "no task uses it" not in str(report)
+    pruner.finalize()
+    (group,) = report.groups
+    fast = mtprune.compress(model, x, groups=channel, measure=FakeTimes())
+    assert fast.trunk[0].out_channels == fast.trunk[2].conv.in_channels == group.kept < 8
+    assert off(model.eval(), fast, x) < 1e-5
