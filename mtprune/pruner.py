@@ -17,7 +17,7 @@ from mtprune.methods.base import check_method, describe
 from mtprune.methods.inventory import Selection, take_inventory
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
-from mtprune.model.owner import check_free, claim, free
+from mtprune.model.owner import check_free, claim, free, leave
 from mtprune.model.parallel import check_parallel
 from mtprune.model.running import untouched
 from mtprune.model.selectors import Spec
@@ -137,10 +137,12 @@ class MultitaskPruner:
         self._facts = Facts.before(inventory.layers)
         self._finalized = False
         handles = accept_pruned_keys(inventory.layers)
-        if self._optimizer is not None:
-            handles.append(follow(self._optimizer, self))
         self._release = weakref.finalize(self, _remove, handles)
         claim(self._model, self)
+        if self._optimizer is not None:
+            # Masks go on holding if somebody drops the pruner, until there is another one.
+            handle = follow(self._optimizer, self, self._hold.enforce)
+            leave(self._model, handle.remove)
         self._round.listen(self._clock.near)
 
     # What a training loop calls.

@@ -12,6 +12,7 @@ the inputs. No Hessian is stored: memory grows as ``n * (c + rows)``, and each s
 of the layer's size.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -57,6 +58,12 @@ class Sample(Statistic):
         inputs = windows.at(order.to(seen.device))
         one = inputs.new_full((len(inputs), 1), float(bias_of(seen.layer) is not None))
         return torch.cat([keys[order].to(inputs)[:, None], inputs, one], 1)
+
+    @override
+    def is_sum(self, layer: Layer, value: Tensor) -> bool:
+        groups = getattr(layer.places[0][0], "groups", 1)
+        columns = 2 + groups * math.prod(layer.shape[1:])
+        return value.dim() == 2 and len(value) <= self.size and value.shape[1] == columns
 
     @override
     def zero(self, layer: Layer, weight: Tensor) -> Tensor:

@@ -165,6 +165,10 @@ class Statistic(ABC):
         """The values of all ranks as one, the same on every rank: their sum."""
         return distributed.sum_(value)
 
+    def is_sum(self, layer: Layer, value: Tensor) -> bool:
+        """Whether a tensor, from a checkpoint that may hold anything, could be its sum."""
+        return value.shape == self.zero(layer, layer.parameter.detach()).shape
+
     def zero(self, layer: Layer, weight: Tensor) -> Tensor:
         """Its sum where no gradient has arrived.
 

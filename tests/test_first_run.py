@@ -94,7 +94,9 @@ def test_on_purpose_or_later_does_not_warn(method):
         loop(method)
 
 
-@pytest.mark.parametrize("method", [Vote(0.5), Vote(0.5, schedule=Rounds(1))], ids=str)
+@pytest.mark.parametrize(
+    "method", [Vote(0.5), Vote(0.5, schedule=Rounds(1))], ids=["once", "rounds"]
+)
 def test_prune_does_not_warn(method):
     net = nets.build("plain")
     pruner = pruner_of(net, method=method)

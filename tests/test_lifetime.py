@@ -283,7 +283,8 @@ def test_nothing_keeps_a_pruner_alive(name, finalized, backend, device):
     run.pruner = None
     gc.collect()
     assert gone() is None
-    assert not optimizer._optimizer_step_post_hooks
+    # Masks hold without it.
+    assert len(optimizer._optimizer_step_post_hooks) == (0 if finalized else 1)
     assert not any(m._load_state_dict_pre_hooks for m in model.modules())
     model(run.net.make_batch(0)["x"])
 
@@ -374,3 +375,37 @@ def test_a_model_moved_to_another_dtype_stays_masked(backend, device):
     evaluate(run.model, run.net.make_batch(0))
     run.pruner.finalize()
     assert all(p.dtype == torch.float64 for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["gradual", "static"])
+def test_masks_hold_when_the_pruner_is_dropped(method, backend, device):
+    run = Run(build("plain", device), getattr(nets, method)(), backend).train(8)
+    masks = run.pruner.masks
+    assert nets.zeros(masks) > 0
+    del run.pruner
+    gc.collect()
+    for at in range(3):
+        outputs, batch = run.forward(at)
+        run.optimizer.zero_grad()
+        sum(loss(outputs, batch) for loss in run.net.task_losses.values()).backward()
+        run.optimizer.step()
+        for name, mask in masks.items():
+            assert bool((read(run.model, name)[~mask] == 0).all())
+
+
+def test_another_pruner_takes_over_from_one_that_was_dropped(device):
+    run = Run(build("plain", device), nets.static(), "inplace").train(3)
+    assert len(run.optimizer._optimizer_step_post_hooks) == 1
+    del run.pruner
+    gc.collect()
+    pruner = MultitaskPruner(
+        run.model,
+        run.net.task_losses,
+        run.net.shared_modules,
+        method=Vote(0.5),
+        optimizer=run.optimizer,
+        backend="inplace",
+    )
+    assert len(run.optimizer._optimizer_step_post_hooks) == 1
+    pruner.finalize()
+    assert len(run.optimizer._optimizer_step_post_hooks) == 0

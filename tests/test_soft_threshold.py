@@ -746,3 +746,15 @@ def test_gains_travel_in_the_checkpoint(at, backend, device):
     state = through_a_file(straight.at(at).checkpoint)
     resumed = load(gaining(backend, device), state, ("pruner", "model", "optimizer"))
     assert_ends_like(resumed.train(11 - at), straight.at(11))
+
+
+def test_fewer_weights_than_components_are_within_reach_of_caps_that_nobody_asked_for():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"t": nn.Linear(20, 20), "a": nn.Linear(20, 1), "b": nn.Linear(20, 1)})
+    method = SoftThreshold(0.995, schedule=Cubic(0, 10, 2))
+    pruner = MultitaskPruner(model, ["a", "b"], "t", method=method)
+    for _ in range(12):
+        hidden = model["t"](torch.randn(8, 20)).relu()
+        pruner.observe_losses({k: model[k](hidden).square().mean() for k in "ab"})
+        pruner.step()
+    assert pruner.report().kept == 2

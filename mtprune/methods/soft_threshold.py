@@ -234,7 +234,7 @@ class SoftThreshold(Method[SoftThresholds]):
         Raises:
             ValueError: If no distribution of the budget respects the caps.
         """
-        if self.budget_unit != "params":
+        if self.budget_unit != "params" or self.max_sparsity is None:
             return
         most = sum(math.floor(self.max_of(name) * n) for name, n in sizes.items())
         caps = self.max_sparsity.values() if isinstance(self.max_sparsity, Mapping) else ()
@@ -351,6 +351,11 @@ class SoftThreshold(Method[SoftThresholds]):
             # A component with a sparsity of its own is asked to be that sparse.
             cap = 1.0 if named else self.max_of(component)
             least.append(size - math.floor(Fraction(str(cap)) * size))
+        if self.max_sparsity is None and sum(least) > sum(sizes) - round(
+            self.sparsity * sum(sizes)
+        ):
+            # Nobody asked for caps: there are fewer weights to keep than components.
+            least = [0] * len(least)
         if sum(sizes) - round(self.sparsity * sum(sizes)) >= len(sizes):
             groups += [[p] for p in range(len(sizes))]
             least += [1] * len(sizes)
@@ -359,8 +364,16 @@ class SoftThreshold(Method[SoftThresholds]):
     def _out_of_reach(self, ballot: Ballot) -> str:
         sizes = [prod(shape) for shape in ballot.shapes]
         costs = list(ballot.costs) or [Fraction(1)] * len(sizes)
-        caps = [self.max_of(component) for component in ballot.components]
-        most = sum(float(c) * n * cap for c, n, cap in zip(costs, sizes, caps, strict=True))
+        most = 0.0
+        for component in dict.fromkeys(ballot.components):
+            own = [i for i, name in enumerate(ballot.components) if name == component]
+            size = sum(sizes[i] for i in own)
+            # Whole weights are pruned, the dear ones first.
+            left = size - math.floor(Fraction(str(self.max_of(component))) * size)
+            for i in sorted(own, key=lambda i: costs[i]):
+                kept = min(left, sizes[i])
+                most += float(costs[i]) * (sizes[i] - kept)
+                left -= kept
         total = sum(float(c) * n for c, n in zip(costs, sizes, strict=True))
         return _unreachable(self.sparsity, most / total)
 

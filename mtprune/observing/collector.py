@@ -22,7 +22,7 @@ from mtprune.methods.base import Needs
 from mtprune.model import factors
 from mtprune.model.graph import reachable
 from mtprune.model.layers import Layer
-from mtprune.model.running import untouched
+from mtprune.model.running import swept
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.inputs import Inputs
 from mtprune.observing.sweeps import backward, fold, gather, stream
@@ -133,7 +133,7 @@ class Collector:
         """Observe every task whose loss can be used."""
         scored = losses.scored
         self._inputs.match(scored)
-        with untouched(self._model), self._dense_gradients():
+        with swept(self._model), self._dense_gradients():
             finite = {t: ~distributed.any_rank(~x.detach().isfinite()) for t, x in scored.items()}
             able = [task for task in scored if not losses.guarded or bool(finite[task])]
             # The losses that no sweep has folded yet.

@@ -59,9 +59,10 @@ class Store:
         Raises:
             ValueError: If it is not of the statistic's shape.
         """
-        shape = tuple(self.statistics[name].zero(layer, layer.parameter.detach()).shape)
-        device = self.device or layer.parameter.device
-        return total.tensor(shape, _FLOATS, finite=False).to(device, self._dtype(name), copy=True)
+        value = total.tensor(None, _FLOATS, finite=False)
+        if not self.statistics[name].is_sum(layer, value):
+            raise total.wrong(f"must be of a shape that '{name}' has in this layer")
+        return value.to(self.device or layer.parameter.device, self._dtype(name), copy=True)
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.statistics[name].dtype or self.dtype

@@ -1,7 +1,7 @@
 """Optimizers: finding them inside wrappers, and counting their real steps."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
@@ -45,13 +45,23 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
     return inner
 
 
-def follow(optimizer: Optimizer, follower: Follower) -> RemovableHandle:
-    """Call the follower after every real step; a step that a GradScaler skips is none."""
+def follow(
+    optimizer: Optimizer, follower: Follower, orphaned: Callable[[], None]
+) -> RemovableHandle:
+    """Call the follower after every real step; a step that a GradScaler skips is none.
+
+    Args:
+        optimizer: The optimizer.
+        follower: Who is called, as long as somebody else keeps it.
+        orphaned: What is called in its place when it is gone; it must not keep the follower.
+    """
     reference = weakref.ref(follower)
 
     def after_step(*_: object) -> None:
         alive = reference()
         if alive is not None:
             alive._after_optimizer_step()
+        else:
+            orphaned()
 
     return optimizer.register_step_post_hook(after_step)

@@ -42,6 +42,7 @@ class Reach:
         self._declared = inventory.declared
         self._units = inventory.units
         self.settled: dict[str, Tensor] | None = None
+        self._led: Tensor | None = None  # where some graph led, when that was settled
 
     def is_clear(self, evidence: Evidence, task: str) -> bool:
         """Whether graph and gradients agree on what an observed task uses."""
@@ -71,6 +72,7 @@ class Reach:
         walked = {task: evidence.walked[task] for task in self._tasks}
         hidden = self._check_declared(reached, walked)
         reachable = torch.stack(list(walked.values())).any(0)
+        self._check_auto(reached, reachable)
         seen = torch.stack(list(reached.values())).any(0)
         if not bool(seen.any()):
             raise RuntimeError(
@@ -81,7 +83,7 @@ class Reach:
             f"'{self._layers[i].name}'" for i in (reachable & ~seen).nonzero().flatten().tolist()
         ]
         hidden += self._undeclared(reached, walked, seen)
-        self.settled = reached
+        self.settled, self._led = reached, reachable
         if hidden:
             warnings.warn(
                 f"The autograd graph leads to {', '.join(hidden)}, but no gradient there was other "
@@ -134,10 +136,18 @@ class Reach:
             return {}
         active = {layer.name for _, layer in self.active()}
         return {
-            layer.name: "no task uses it" if layer.parameter.requires_grad else "frozen"
-            for layer in self._layers
+            layer.name: self._why(i, layer)
+            for i, layer in enumerate(self._layers)
             if layer.name not in active
         }
+
+    def _why(self, index: int, layer: Layer) -> str:
+        """Why a layer that no task has a gradient in is left alone."""
+        if not layer.parameter.requires_grad:
+            return "frozen"
+        if self._led is not None and bool(self._led[index]):
+            return "every gradient there was zero, though the graph of some loss leads there"
+        return "no task uses it: no loss leads there"
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
         return evidence.reached(task, len(self._layers))
@@ -178,6 +188,28 @@ class Reach:
                 if task not in using and bool((flags & inside).any())
             ]
         return hidden
+
+    def _check_auto(self, reached: Users, reachable: Tensor) -> None:
+        """Where nothing was declared: refuse a trunk that no loss leads to.
+
+        Raises:
+            RuntimeError: If tasks share nothing, and no loss leads to most of the weights that are
+                trained.
+        """
+        if self._declared or len(reached) < 2:
+            return
+        sizes = [x.parameter.numel() * x.parameter.requires_grad for x in self._layers]
+        lost = [i for i, led in enumerate(reachable.tolist()) if not led and sizes[i]]
+        shared = bool((torch.stack(list(reached.values())).sum(0) > 1).any())
+        if not shared and 2 * sum(sizes[i] for i in lost) > sum(sizes):
+            names = [f"'{self._layers[i].name}'" for i in lost]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise RuntimeError(
+                f"No task uses {', '.join(names[:3])}{more}, and tasks share nothing. Is the "
+                "representation detached, as where its gradient is taken apart from that of the "
+                "heads? Observe losses whose graphs lead through it; if it is not in use, pass "
+                "exclude=[...]."
+            )
 
     def _undeclared(self, reached: Users, walked: Users, seen: Tensor) -> list[str]:
         """Where a task's graph leads to others' weights, but no gradient of its own does."""
