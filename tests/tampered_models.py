@@ -114,20 +114,21 @@ def _far(value: Tensor, draw: random.Random) -> Tensor:
 def _bomb(folder: Path, draw: random.Random) -> str:
     """Something small that asks for much memory or time."""
     meta: Any = json.loads((folder / META).read_text())
+    plan = meta["plan"] if "plan" in meta else meta["quantization_config"]["plan"]
     how = draw.choice(("bits", "shape", "deep", "digits", "nested sizes"))
     if how == "bits":
         kept = ["0x" + "f" * 200_000, None]
-        meta["plan"]["removal"]["cuts"] = [{"tensor": "0.weight", "shape": [8, 8], "kept": kept}]
+        plan["removal"]["cuts"] = [{"tensor": "0.weight", "shape": [8, 8], "kept": kept}]
     elif how == "shape":
         cut = {"tensor": "0.weight", "shape": [1 << 39, 2], "kept": ["0x" + "f" * 200_000, None]}
-        meta["plan"]["removal"]["cuts"] = [cut]
+        plan["removal"]["cuts"] = [cut]
     elif how == "digits":
-        meta["plan"]["threads"] = 10**4000
+        plan["threads"] = 10**4000
     elif how == "nested sizes":
-        sizes = meta["plan"]["sizes"]
+        sizes = plan["sizes"]
         for _ in range(300):
-            sizes = {**meta["plan"]["sizes"], "against": sizes}
-        meta["plan"]["sizes"] = sizes
+            sizes = {**plan["sizes"], "against": sizes}
+        plan["sizes"] = sizes
     if how == "deep":
         (folder / META).write_text("[" * 100_000 + "]" * 100_000)
     else:

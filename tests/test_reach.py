@@ -454,3 +454,40 @@ def test_a_zero_initialised_head_that_leaves_the_trunk_to_the_other_task_is_warn
             with pytest.warns(UserWarning, match=r"'trunk\.weight' from task 'a'"):
                 pruner.step()
     assert pruner.sparsity == 0.5
+
+
+class Apart(nn.Module):
+    """Heads on a representation whose gradient somebody takes apart from theirs."""
+
+    def __init__(self, detached):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.a, self.b = nn.Linear(8, 2), nn.Linear(8, 2)
+        self.detached = detached
+
+    def losses(self):
+        hidden = self.trunk(torch.randn(6, 4))
+        hidden = hidden.detach().requires_grad_() if self.detached else hidden
+        return {"a": self.a(hidden).square().mean(), "b": self.b(hidden).square().mean()}
+
+
+def test_a_detached_trunk_that_nobody_declared_is_an_error(backend):
+    model = Apart(detached=True)
+    pruner = MultitaskPruner(model, ["a", "b"], method=Vote(0.5), backend=backend)
+    pruner.observe_losses(model.losses())
+    message = (
+        r"No task uses 'trunk\.0\.weight', 'trunk\.2\.weight', and tasks share nothing\. Is the "
+    )
+    with pytest.raises(RuntimeError, match=message):
+        pruner.step()
+    assert pruner.sparsity == 0.0
+    model.detached = False
+    pruner.observe_losses(model.losses())
+    assert pruner.step()
+
+
+def test_nets_that_share_nothing_are_no_error():
+    model = nn.ModuleDict({task: nn.Linear(4, 2) for task in "ab"})
+    pruner = MultitaskPruner(model, ["a", "b"], method=Vote(0.5))
+    pruner.observe_losses({t: model[t](torch.ones(2, 4)).square().mean() for t in "ab"})
+    assert pruner.step()

@@ -64,5 +64,5 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> N
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise UnusableError(f"'{path}' is of another {name}: {error} {ADVICE}") from error

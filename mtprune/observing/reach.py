@@ -147,7 +147,7 @@ class Reach:
             return "frozen"
         if self._led is not None and bool(self._led[index]):
             return "every gradient there was zero, though the graph of some loss leads there"
-        return "no task uses it: no loss leads there"
+        return "no task uses it"
 
     def _reached(self, evidence: Evidence, task: str) -> Tensor:
         return evidence.reached(task, len(self._layers))

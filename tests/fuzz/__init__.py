@@ -1,0 +1,1 @@
+"""Fuzzing: random cases against what must be true of all, from a seed, as a command."""
