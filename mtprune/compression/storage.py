@@ -260,8 +260,16 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "The saved tensors are those of another model: "
             f"missing {missing[:3]}, left over {extra[:3]}."
         )
+    kinds: dict[tuple[str, torch.dtype], torch.dtype] = {}
     for name, tensor in state.items():
         saved = tensors[name]
+        # A model may have become another type since it was built, but not half of a layer.
+        kind = kinds.setdefault((name.rpartition(".")[0], tensor.dtype), saved.dtype)
+        if kind != saved.dtype:
+            raise ValueError(
+                f"The saved tensors are those of another model: '{name}' is {saved.dtype}, and "
+                f"others of its layer are {kind}."
+            )
         alike = tensor.is_floating_point() == saved.is_floating_point()
         if tensor.shape != saved.shape or (tensor.dtype != saved.dtype and not alike):
             raise ValueError(

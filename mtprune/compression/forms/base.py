@@ -59,6 +59,9 @@ class Form(nn.Module, ABC):
         self.train(layer.training)
         if layer.bias is not None and not any(name.endswith("bias") for name in parts):
             raise ValueError("it lacks the layer's bias")
+        kinds = {part.dtype for part in parts.values() if part.is_floating_point()}
+        if len(kinds) > 1:
+            raise ValueError(f"its numbers are of several types: {sorted(map(str, kinds))}")
         self._store(layer, parts)
         self.check()
         # Fused kernels read weights without calling layers, and stand back when there are hooks.
