@@ -155,5 +155,5 @@ def _worst_group(reference: Reference, units: Sequence[Group]) -> str:
     layers = dict.fromkeys(m.tensor.rpartition(".")[0] for m in worst.members if m.role == "in")
     return (
         f" The worst group is '{worst.name}', which {list(layers)} read, off by {most:.1e} alone: "
-        "more than its members depends on it. Leave it out of `groups`."
+        "more than its members depends on it. Pass `groups` as a list of groups without it."
     )
