@@ -85,6 +85,9 @@ class Sparse(Form):
     def check(self) -> None:
         outputs, inputs, *kernel = self.weight_shape
         start, column, value, bias = self._parts()
+        kinds = torch.int32, torch.int16
+        if start.dtype != torch.int32 or column.dtype not in kinds:
+            raise ValueError(f"its indices are of the types {start.dtype} and {column.dtype}")
         if not value.is_meta:
             groups = kernel[0] if kernel else 1
             native.check(start, column, value, outputs, groups, math.prod((inputs, *kernel)))
