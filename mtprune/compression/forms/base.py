@@ -17,7 +17,7 @@ Parts = dict[str, Tensor]
 """The tensors that a form stores, by name."""
 
 _NUMBERS = ("weight", "values", "pairs", "bias", "fill")
-"""How the names of parts end that are numbers; the others are indices."""
+"""How the names of parts end that are numbers."""
 
 EXPORTERS = ("torch.export", "ONNX")
 """The exporters that a form may be made for."""
@@ -140,7 +140,7 @@ def bias_part(layer: Dense) -> Parts:
 
 
 def _check_types(parts: Mapping[str, Tensor]) -> None:
-    """Refuse numbers of several types, and indices that are none.
+    """Refuse numbers of several types.
 
     Raises:
         ValueError: If so.
@@ -149,9 +149,6 @@ def _check_types(parts: Mapping[str, Tensor]) -> None:
     kinds = {part.dtype for part in numbers.values()}
     if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
         raise ValueError(f"its numbers are of the types {sorted(map(str, kinds))}")
-    for name in parts.keys() - numbers:
-        if parts[name].is_floating_point() or parts[name].dtype == torch.bool:
-            raise ValueError(f"its indices '{name}' are of the type {parts[name].dtype}")
 
 
 def check_bias(bias: Tensor | None, outputs: int) -> None:
