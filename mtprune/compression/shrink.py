@@ -100,7 +100,10 @@ def shrink(
         layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
         names = [name for name in layers if name in known]
         seen = [*reference.batches, *reference.others.batches]
-        apply(work, plan.removal, constants(work, names, seen))
+        try:
+            apply(work, plan.removal, constants(work, names, seen))
+        except ValueError as error:
+            raise ValueError(f"The plan does not fit this model: {error}") from error
     return plan.removal
 
 
