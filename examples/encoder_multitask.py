@@ -417,13 +417,14 @@ def load(job: Job, options: Options, run: Run, path: Path) -> Results:
     parts = run.parts()
     names = [*parts, "random", "log", "job", "settings"]
     state = checkpoints.load(path, names, options.device)
-    check_same(state["job"], asdict(job), path)
-    check_same(state["settings"], comparable(options), path)
-    checkpoints.restore(parts, state, path)
-    torch.set_rng_state(state["random"]["cpu"].cpu())
-    if "cuda" in state["random"] and options.device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), options.device)
-    log: Results = state["log"]
+    with checkpoints.usable(path):
+        check_same(state["job"], asdict(job), path)
+        check_same(state["settings"], comparable(options), path)
+        checkpoints.restore(parts, state, path)
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if "cuda" in state["random"] and options.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), options.device)
+        log: Results = state["log"]
     return log
 
 

@@ -88,7 +88,8 @@ def _tensors(folder: Path, draw: random.Random) -> str:
         kinds = (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16)
         tensors[name] = value.to(draw.choice(kinds))
     elif how == "shape":
-        tensors[name] = draw.choice((value.reshape(-1), value.unsqueeze(0), value[:-1].clone()))
+        shorter = value.reshape(-1)[:-1].clone()
+        tensors[name] = draw.choice((value.reshape(-1), value.unsqueeze(0), shorter))
     elif how == "numbers":
         tensors[name] = _far(value, draw)
     else:

@@ -1,6 +1,7 @@
 """Checkpoints of runs: written whole or not at all, and looked at before they are used."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ def load(path: Path, names: Collection[str], device: str) -> dict[str, Any]:
     if not whole:
         raise UnusableError(f"'{path}' is damaged: it is not as it was saved. {ADVICE}")
     return state
+
+
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with what a checkpoint holds into one kind of error.
+
+    Raises:
+        UnusableError: If something goes wrong.
+    """
+    try:
+        yield
+    except UnusableError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UnusableError(
+            f"'{path}' is no checkpoint of this trainer: {error} {ADVICE}"
+        ) from error
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:

@@ -309,17 +309,19 @@ def load(run: Run, path: Path) -> dict[str, Any]:
     """
     parts = run.parts()
     state = checkpoints.load(path, [*parts, "random", "log", "options"], run.options.device)
-    mine = comparable(run.options)
-    for name, value in state["options"].items():
-        if mine.get(name) != value:
-            raise checkpoints.UnusableError(
-                f"{path} is of a run with --{name.replace('_', '-')} {value}. Got {mine.get(name)}."
-            )
-    checkpoints.restore(parts, state, path)
-    torch.set_rng_state(state["random"]["cpu"].cpu())
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
-    log: dict[str, Any] = state["log"]
+    with checkpoints.usable(path):
+        mine = comparable(run.options)
+        for name, value in state["options"].items():
+            if mine.get(name) != value:
+                option = name.replace("_", "-")
+                raise checkpoints.UnusableError(
+                    f"{path} is of a run with --{option} {value}. Got {mine.get(name)}."
+                )
+        checkpoints.restore(parts, state, path)
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if "cuda" in state["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
+        log: dict[str, Any] = state["log"]
     return log
 
 

@@ -100,7 +100,10 @@ def shrink(
         layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)
         names = [name for name in layers if name in known]
         seen = [*reference.batches, *reference.others.batches]
-        apply(work, plan.removal, constants(work, names, seen))
+        try:
+            apply(work, plan.removal, constants(work, names, seen))
+        except ValueError as error:
+            raise ValueError(f"The plan does not fit this model: {error}") from error
     return plan.removal
 
 
@@ -155,5 +158,5 @@ def _worst_group(reference: Reference, units: Sequence[Group]) -> str:
     layers = dict.fromkeys(m.tensor.rpartition(".")[0] for m in worst.members if m.role == "in")
     return (
         f" The worst group is '{worst.name}', which {list(layers)} read, off by {most:.1e} alone: "
-        "more than its members depends on it. Leave it out of `groups`."
+        "more than its members depends on it. Pass `groups` as a list of groups without it."
     )

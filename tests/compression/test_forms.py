@@ -198,3 +198,51 @@ def test_names_are_those_of_the_list():
 def test_what_prints():
     layer = linear(WEIGHT)
     assert repr(Csr(layer, Csr.parts(layer))) == "Csr(3x3, csr)"
+
+
+CLASSES = [FORMS["csr"], FORMS["sparse"]]
+
+
+def beside(form, conv):
+    """A layer in a form that has a product of its own, and the layer."""
+    layer = nn.Conv2d(4, 5, 3, padding=1) if conv else nn.Linear(6, 5)
+    zero_(layer, 0.7).requires_grad_(False)
+    x = torch.randn(2, 4, 5, 5) if conv else torch.randn(3, 6)
+    return form(layer, form.parts(layer)), layer, x
+
+
+# Torch compiles what it has on forward derivatives with something of its own that is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("form", CLASSES)
+@pytest.mark.parametrize("conv", [False, True])
+def test_products_of_their_own_see_what_is_not_in_memory(form, conv):
+    """Torch may keep a sign, a derivative or a batch beside the numbers."""
+    kernel, layer, x = beside(form, conv)
+    negative = torch._neg_view(x)
+    torch.testing.assert_close(kernel(negative), layer(negative))
+    torch.testing.assert_close(torch.vmap(kernel)(x[None]), torch.vmap(layer)(x[None]))
+    along = torch.randn_like(x)
+    for got, expected in zip(
+        torch.func.jvp(kernel, (x,), (along,)), torch.func.jvp(layer, (x,), (along,)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, along)
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (kernel, layer)]
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("form", CLASSES)
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_products_of_their_own_take_every_type(form, conv, dtype):
+    kernel, layer, x = beside(form, conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(kernel(x).float(), layer(x).float(), rtol=0.05, atol=0.05)
+        assert kernel(x.bfloat16()).dtype == torch.bfloat16
+    got, expected = kernel.to(dtype)(x.to(dtype)), layer.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        kernel(x.int())
+    assert kernel.to("meta")(x.to("meta", dtype)).shape == expected.shape

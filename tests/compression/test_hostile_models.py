@@ -155,6 +155,39 @@ def test_indices_that_are_written_later_are_looked_at_too():
     torch.testing.assert_close(fast(x), model(x))
 
 
+def unseen(part):
+    """Write without a word to torch's count of versions."""
+    part.data.fill_(50_000_000)
+
+
+def by_numpy(part):
+    part.numpy()[:] = 50_000_000
+
+
+def in_inference(part):
+    with torch.inference_mode():
+        part.fill_(50_000_000)
+
+
+@pytest.mark.parametrize("name", ["weight_col", "weight_crow"])
+@pytest.mark.parametrize("write", [unseen, by_numpy, in_inference])
+def test_no_way_of_writing_indices_is_followed(name, write):
+    model = nn.Sequential(nn.Linear(16, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(8, 16) > 0.8)
+    x = torch.randn(3, 16)
+    fast = mtprune.compress(model, x, measure=prefer("csr"))
+    with torch.inference_mode():
+        state = {key: value.clone() for key, value in fast[0].state_dict().items()}
+    if write is in_inference:
+        fast[0].load_state_dict(state, assign=True)
+    with torch.no_grad():
+        fast(x)
+        write(getattr(fast[0], name))
+        with pytest.raises(ValueError, match="do not fit each other"):
+            fast(x)
+
+
 FORMS = ("rows", "thin", "sparse", "csr", "rank")
 
 

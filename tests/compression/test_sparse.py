@@ -231,6 +231,74 @@ def test_parts_that_do_not_fit_are_not_followed():
             Sparse(layer, parts)(torch.randn(3, 6))
 
 
+ROWS = (torch.zeros(3, 6), torch.tensor([0, 1, 2]).int(), torch.tensor([2, 5]).short())
+ROWS += (torch.ones(2), torch.zeros(2), 2)
+IMAGES = (torch.zeros(1, 2, 5, 5), torch.tensor([0, 1, 1, 2]).int(), torch.tensor([0, 17]).short())
+IMAGES += (torch.ones(2), None, (1, 3, 3), (3, 3, 1, 1, 0, 0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(()), r"takes rows \[..., inputs\]"),
+        (1, ROWS[1].long(), "do not fit each other"),
+        (1, ROWS[1][:2], "do not fit each other"),
+        (2, ROWS[2].to(torch.uint8), "do not fit each other"),
+        (2, ROWS[2] + 1, "do not fit each other"),
+        (3, torch.ones(3), "do not fit each other"),
+        (3, torch.ones(2, device="meta"), "its inputs on cpu and its weight on meta"),
+        (0, torch.zeros(3, 6, device="meta"), "its inputs on meta and its weight on cpu"),
+        (4, torch.zeros(1), "do not fit each other"),
+        (4, torch.zeros(2).half(), "do not fit each other"),
+        (5, -1, "makes from 0 to 2147483647 outputs"),
+        (5, 1 << 62, "makes from 0 to 2147483647 outputs"),
+    ],
+)
+def test_the_operator_looks_at_each_argument(place, value, message):
+    arguments = list(ROWS)
+    assert torch.ops.mtprune.sparse_linear(*arguments).shape == (3, 2)
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mtprune.sparse_linear(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, torch.zeros(2, 5, 5)),
+        (5, (1, -1, 3)),
+        (5, (1, 3)),
+        (5, (1, 1 << 40, 3)),
+        *((6, (*IMAGES[6][:i], 1 << 62, *IMAGES[6][i + 1 :])) for i in range(8)),
+        *((6, (*IMAGES[6][:i], -1, *IMAGES[6][i + 1 :])) for i in range(8)),
+        (6, (1 << 16, 1 << 16, 1, 1, 0, 0, 1, 1)),
+        (6, (3, 3, 1, 1, 0, 0, 1)),
+    ],
+)
+def test_the_operator_looks_at_sizes(place, value, dtype):
+    arguments = list(IMAGES)
+    assert torch.ops.mtprune.sparse_conv2d(*arguments).shape == (1, 1, 3, 3)
+    arguments[place] = value
+    arguments[0] = arguments[0].to(dtype)
+    with pytest.raises(ValueError, match=r"none above 2147483647\. Got shape"):
+        torch.ops.mtprune.sparse_conv2d(*arguments)
+
+
+def test_an_exported_program_takes_other_types(tmp_path):
+    model, x = net(), torch.randn(2, 3, 6, 6)
+    fast = mtprune.compress(model, x, measure=prefer("sparse"))
+    program = torch.export.export(fast, (x,)).module()
+    linear = torch.ops.mtprune.sparse_linear
+    parts = fast[3]._parts()
+    rows = torch.randn(4, 288)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        got = linear(rows.to(dtype), *parts, 10)
+        weight, bias = fast[3].weight.to(dtype), fast[3].bias.to(dtype)
+        torch.testing.assert_close(got, nn.functional.linear(rows.to(dtype), weight, bias))
+    assert torch.equal(program(x), fast(x))
+
+
 def net():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)

@@ -16,6 +16,9 @@ Dense = nn.Linear | nn.Conv2d
 Parts = dict[str, Tensor]
 """The tensors that a form stores, by name."""
 
+_NUMBERS = ("weight", "values", "pairs", "bias", "fill")
+"""How the names of parts end that are numbers."""
+
 EXPORTERS = ("torch.export", "ONNX")
 """The exporters that a form may be made for."""
 
@@ -59,9 +62,7 @@ class Form(nn.Module, ABC):
         self.train(layer.training)
         if layer.bias is not None and not any(name.endswith("bias") for name in parts):
             raise ValueError("it lacks the layer's bias")
-        kinds = {part.dtype for part in parts.values() if part.is_floating_point()}
-        if len(kinds) > 1:
-            raise ValueError(f"its numbers are of several types: {sorted(map(str, kinds))}")
+        _check_types(parts)
         self._store(layer, parts)
         self.check()
         # Fused kernels read weights without calling layers, and stand back when there are hooks.
@@ -136,6 +137,18 @@ class Form(nn.Module, ABC):
 def bias_part(layer: Dense) -> Parts:
     """A copy of the layer's bias as a part, if the layer has one."""
     return {} if layer.bias is None else {"bias": layer.bias.detach().clone()}
+
+
+def _check_types(parts: Mapping[str, Tensor]) -> None:
+    """Refuse numbers of several types.
+
+    Raises:
+        ValueError: If so.
+    """
+    numbers = {name: part for name, part in parts.items() if name.endswith(_NUMBERS)}
+    kinds = {part.dtype for part in numbers.values()}
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+        raise ValueError(f"its numbers are of the types {sorted(map(str, kinds))}")
 
 
 def check_bias(bias: Tensor | None, outputs: int) -> None:

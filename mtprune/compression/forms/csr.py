@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms import native
+from mtprune.compression.forms import indices, native
 from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Csr"]
@@ -73,12 +73,11 @@ class Csr(Form):
         self.weight_values: Tensor
         self.bias: Tensor | None
         super()._store(layer, parts)
-        self._checked: object = None
 
     @override
     def check(self) -> None:
         if not self.weight_values.is_meta:
-            native.check(*self._parts(), self.weight_shape[0], 1, self._columns)
+            indices.check(*self._parts(), self.weight_shape[0], 1, self._columns)
             check_bias(self.bias, self.weight_shape[0])
 
     @override
@@ -88,8 +87,31 @@ class Csr(Form):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_conv:
-            return self._convolve(x)
+        if not self._is_native(x):
+            return self._dense(x)
+        if not torch.is_autocast_enabled("cpu"):
+            return self._convolve(x) if self.is_conv else self._multiply(x)
+        with torch.autocast("cpu", enabled=False):  # there are no sparse kernels in half precision
+            return self._convolve(x) if self.is_conv else self._multiply(x)
+
+    def _is_native(self, x: Tensor) -> bool:
+        """Whether torch's sparse kernels can multiply: after a cast or a move they cannot."""
+        values = self.weight_values
+        return (
+            native.is_plain(x)
+            and x.is_cpu
+            and values.is_cpu
+            and x.dtype == values.dtype
+            and x.dtype in (torch.float32, torch.float64)
+        )
+
+    def _dense(self, x: Tensor) -> Tensor:
+        if not self.is_conv:
+            return F.linear(x, self.weight, self.bias)
+        stride, padding = self._pair("stride"), self._pair("padding")
+        return F.conv2d(x, self.weight, self.bias, stride, padding, self._pair("dilation"))
+
+    def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = rows.new_empty(len(rows), self.weight_shape[0])
         for start, tile in self._products(rows.t()):
@@ -127,19 +149,12 @@ class Csr(Form):
 
     def _matrix(self) -> Tensor:
         """The weight ``[outputs, inputs]``: a view of the parts, so it costs microseconds."""
-        crow, col, values = self._parts()
-        # Torch's kernels read wherever indices point: they are looked at once, and again when they
-        # have been written to or replaced.
-        now = [
-            (part.data_ptr(), part.shape, 0 if part.is_inference() else part._version)
-            for part in (crow, col, values)
-        ]
-        if self._checked != now:
-            native.check(crow, col, values, self.weight_shape[0], 1, self._columns)
-            self._checked = now
+        # Its kernels look neither at strides nor at where indices point. These are looked at in
+        # every call, a small part of the product: no count of versions tells all that was written,
+        # as by `data`, by NumPy, or in inference mode.
+        crow, col, values = (part.contiguous() for part in self._parts())
         shape = (self.weight_shape[0], self._columns)
-        # Its kernels do not look at strides either.
-        crow, col, values = crow.contiguous(), col.contiguous(), values.contiguous()
+        indices.check_range(crow, col, values, *shape)
         return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +167,10 @@ class Csr(Form):
     @property
     @override
     def weight(self) -> Tensor:
-        return self._matrix().to_dense().view(self.weight_shape)
+        shape = (self.weight_shape[0], self._columns)
+        if not self.weight_values.is_meta:
+            indices.check_range(*self._parts(), *shape)
+        return indices.unpack(*self._parts(), *shape).view(self.weight_shape)
 
 
 @cache

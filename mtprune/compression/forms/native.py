@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check", "convolve", "multiply", "unavailable", "unpack"]
+from mtprune.compression.forms.indices import BROKEN, check, unpack
+
+__all__ = ["convolve", "is_plain", "multiply", "unavailable"]
 
 SOURCE = Path(__file__).with_name("sparse.c")
 
@@ -37,6 +39,9 @@ FLAGS = (
     ("-O3",),
 )
 """Flags of the compiler, best first; none changes the order of sums or the meaning of infinity."""
+
+_LARGEST = (1 << 31) - 1
+"""Sizes, steps and margins are no larger, so that sums and products of two are no overflow."""
 
 _LIBRARY = "sparse.so"
 _DIGEST = "sha256"
@@ -109,29 +114,18 @@ def convolve(
     return y
 
 
-def unpack(start: Tensor, column: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
-    """The dense matrix ``[rows, columns]`` of a sparse one, each row of which has as many groups.
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is its numbers in memory, and nothing but them is computed with.
 
-    Args:
-        start: ``[rows * groups + 1]``, the index at which the values of each group begin.
-        column: ``[nonzero]``, the column of each value.
-        value: ``[nonzero]``.
-        rows: The number of rows.
-        columns: The number of columns.
-
-    Example:
-        >>> unpack(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.ones(3), 2, 3)
-        tensor([[0., 0., 1.],
-                [1., 1., 0.]])
+    It is not while a transform of ``torch.func`` or a forward derivative is taken, nor if its
+    numbers are to be negated first.
     """
-    groups = (len(start) - 1) // max(1, rows)
-    row = torch.arange(len(start) - 1, device=start.device).div(
-        max(1, groups), rounding_mode="floor"
+    return torch.compiler.is_compiling() or not (
+        x.layout != torch.strided
+        or x.is_neg()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
-    row = row.repeat_interleave(start.long().diff(), output_size=len(value))
-    full = value.new_zeros(rows, columns)
-    full[row, column.long()] = value
-    return full
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -150,8 +144,7 @@ def _is_eager(x: Tensor) -> bool:
 def _multiply(
     x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
-    if x.dim() < 1:
-        raise ValueError("A sparse product takes rows of inputs. Got a tensor without dimensions.")
+    _check_rows(x, outputs)
     *batch, inputs = x.shape
     library = _library()
     if isinstance(library, str):
@@ -159,7 +152,7 @@ def _multiply(
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
         weight = _dense((start, column, value), outputs, 1, inputs, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    x, parts = x.contiguous(), _contiguous(start, column, value, bias)
+    x, parts = x.resolve_neg().contiguous(), _contiguous(start, column, value, bias)
     y = x.new_empty((*batch, outputs))
     code = library.mtprune_linear(
         *_weight(*parts, outputs, 1),
@@ -189,7 +182,7 @@ def _convolve(
         _warn(library)
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
         return _convolve_dense(x, start, column, value, bias, size, geometry)
-    x, parts = x.contiguous(), _contiguous(start, column, value, bias)
+    x, parts = x.resolve_neg().contiguous(), _contiguous(start, column, value, bias)
     y = x.new_empty((x.shape[0], *size))
     sizes = (*x.shape, *size[1:], *geometry)
     code = library.mtprune_conv(
@@ -234,13 +227,22 @@ def _is_native(
     Raises:
         ValueError: If they are on several devices.
     """
-    parts = (start, column, value) if bias is None else (start, column, value, bias)
-    if any(part.device != x.device for part in parts):
+    _one_device(x, start, column, value, bias)
+    return x.is_cpu and x.dtype == value.dtype == torch.float32
+
+
+def _one_device(x: Tensor, *parts: Tensor | None) -> None:
+    """Refuse a product of what is on several devices; nothing at all may stand in for numbers.
+
+    Raises:
+        ValueError: If so.
+    """
+    others = [part.device for part in parts if part is not None and part.device != x.device]
+    if others:
         raise ValueError(
-            f"A sparse product has its inputs on {x.device} and its weight on {value.device}. Move "
+            f"A sparse product has its inputs on {x.device} and its weight on {others[0]}. Move "
             "one of them."
         )
-    return x.is_cpu and x.dtype == value.dtype == torch.float32
 
 
 def _dense(
@@ -256,33 +258,17 @@ def _dense(
     return unpack(start, column, value, rows, columns).to(dtype)
 
 
-def check(
-    start: Tensor, column: Tensor, value: Tensor, rows: int, groups: int, columns: int
-) -> None:
-    """Refuse parts of a sparse matrix that do not fit each other; see `unpack`.
+def _check_rows(x: Tensor, outputs: int) -> None:
+    """Refuse inputs that are no rows, and numbers of outputs that are none.
 
     Raises:
         ValueError: If so.
     """
-    right = (
-        start.dim() == column.dim() == value.dim() == 1
-        and not start.is_floating_point()
-        and not column.is_floating_point()
-        and start.numel() == rows * groups + 1
-        and column.numel() == value.numel()
-        and int(start[0]) == 0
-        and int(start[-1]) == value.numel()
-        and bool((start[1:] >= start[:-1]).all())
-    )
-    if right and column.numel():
-        # Short numbers may be unsigned, as for the C code: what is negative is then too large.
-        wide = column.long() & 0xFFFF if column.dtype == torch.int16 else column.long()
-        group = torch.arange(rows * groups, device=start.device) % groups
-        group = group.repeat_interleave(start.long().diff(), output_size=value.numel())
-        each = columns // groups
-        right = bool(((wide >= group * each) & (wide < (group + 1) * each)).all())
-    if not right:
-        raise ValueError(_BROKEN)
+    if x.dim() < 1 or x.shape[-1] > _LARGEST or not 0 <= outputs <= _LARGEST:
+        raise ValueError(
+            f"A sparse product takes rows [..., inputs], and makes from 0 to {_LARGEST} outputs. "
+            f"Got shape {tuple(x.shape)} and {outputs}."
+        )
 
 
 def _check_geometry(x: Tensor, size: Sequence[int], geometry: Sequence[int]) -> None:
@@ -299,12 +285,14 @@ def _check_geometry(x: Tensor, size: Sequence[int], geometry: Sequence[int]) -> 
         and min(geometry[:4]) >= 1
         and min(geometry[4:6]) >= 0
         and min(geometry[6:]) >= 1
+        and max(*x.shape, *size, *geometry) <= _LARGEST
+        and math.prod((x.shape[1], *geometry[:2])) <= _LARGEST
     )
     if not right:
         raise ValueError(
             f"A sparse convolution takes images [count, channels, height, width], a size of three "
-            f"and a geometry of eight numbers. Got shape {tuple(x.shape)}, {list(size)} and "
-            f"{list(geometry)}."
+            f"and a geometry of eight numbers, none above {_LARGEST}. Got shape {tuple(x.shape)}, "
+            f"{list(size)} and {list(geometry)}."
         )
 
 
@@ -312,8 +300,8 @@ def _contiguous(
     start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Parts as the C code reads them; whoever takes pointers of copies must keep the copies."""
-    own = None if bias is None else bias.contiguous()
-    return start.contiguous(), column.contiguous(), value.contiguous(), own
+    own = None if bias is None else bias.resolve_neg().contiguous()
+    return start.contiguous(), column.contiguous(), value.resolve_neg().contiguous(), own
 
 
 def _weight(
@@ -329,7 +317,7 @@ def _weight(
         or value.dtype != torch.float32
         or (bias is not None and (bias.numel() != outputs or bias.dtype != torch.float32))
     ):
-        raise ValueError(_BROKEN)
+        raise ValueError(BROKEN)
     return (
         start.data_ptr(),
         column.data_ptr(),
@@ -341,13 +329,10 @@ def _weight(
     )
 
 
-_BROKEN = "The parts of a sparse weight do not fit each other. Compress or load the model again."
-
-
 def _fail(code: int) -> NoReturn:
     if code == 1:
         raise MemoryError("There is no memory left for a sparse product.")
-    raise ValueError(_BROKEN)
+    raise ValueError(BROKEN)
 
 
 @cache
@@ -373,11 +358,13 @@ _convolve_op = torch.library.custom_op(
 
 @_multiply_op.register_fake
 def _shape_of_product(x: Tensor, *weight: Any) -> Tensor:
+    _one_device(x, *weight[:4])
     return x.new_empty((*x.shape[:-1], weight[-1]))
 
 
 @_convolve_op.register_fake
 def _shape_of_convolution(x: Tensor, *weight: Any) -> Tensor:
+    _one_device(x, *weight[:4])
     return x.new_empty((x.shape[0], *weight[-2]))
 
 

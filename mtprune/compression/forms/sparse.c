@@ -455,13 +455,27 @@ static int fits(const Weight *w, int64_t count)
     return fine && (!count || most < w->inputs);
 }
 
+/* Sizes, steps and margins: from 0 or 1 to 2^31 - 1, as is the number of inputs, so that no sum or
+ * product of two overflows. */
+static int measured(const int64_t *sizes, int count)
+{
+    const int64_t most = INT32_MAX;
+    int fine = 1;
+    for (int i = 0; i < count; i++)
+        fine &= sizes[i] >= (i >= 6 && (i < 10 || i >= 12)) && sizes[i] <= most;
+    return fine && sizes[6] <= most / sizes[7] &&
+           (!sizes[1] || sizes[6] * sizes[7] <= most / sizes[1]);
+}
+
 int mtprune_linear(const int32_t *start, const void *column, const float *value, const float *bias,
                    int64_t count, int32_t wide, int64_t outputs, int64_t inputs, const float *x,
                    int64_t tokens, float *y, int32_t threads)
 {
     const Weight w = {start, wide ? NULL : column, wide ? column : NULL, value, bias,
                       outputs, inputs, 1};
-    return fits(&w, count) ? linear(&w, x, tokens, y, threads) : 2;
+    return outputs >= 0 && 0 <= inputs && inputs <= INT32_MAX && fits(&w, count)
+               ? linear(&w, x, tokens, y, threads)
+               : 2;
 }
 
 /* sizes: images, channels, height, width of x; height and width of y; then, each for both
@@ -470,6 +484,8 @@ int mtprune_conv(const int32_t *start, const void *column, const float *value, c
                  int64_t count, int32_t wide, int64_t outputs, const int64_t *sizes,
                  const float *x, float *y, int32_t threads)
 {
+    if (outputs < 0 || !measured(sizes, 14))
+        return 2;
     const Shape s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
                      {sizes[6], sizes[7]}, {sizes[8], sizes[9]}, {sizes[10], sizes[11]},
                      {sizes[12], sizes[13]}};

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms import native
+from mtprune.compression.forms import indices, native
 from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Sparse"]
@@ -85,9 +85,12 @@ class Sparse(Form):
     def check(self) -> None:
         outputs, inputs, *kernel = self.weight_shape
         start, column, value, bias = self._parts()
+        kinds = torch.int32, torch.int16
+        if start.dtype != torch.int32 or column.dtype not in kinds:
+            raise ValueError(f"its indices are of the types {start.dtype} and {column.dtype}")
         if not value.is_meta:
             groups = kernel[0] if kernel else 1
-            native.check(start, column, value, outputs, groups, math.prod((inputs, *kernel)))
+            indices.check(start, column, value, outputs, groups, math.prod((inputs, *kernel)))
             check_bias(bias, outputs)
 
     @override
@@ -133,17 +136,23 @@ class Sparse(Form):
     def _is_native(self, x: Tensor) -> bool:
         """Whether the native code can multiply: the layer and its input are float32 on the CPU.
 
-        After a move or a cast it cannot, and each call makes the dense weight.
+        After a move or a cast it cannot, nor for what `native.is_plain` says: then each call makes
+        the dense weight.
         """
         values = self._parts()[2]
-        return x.is_cpu and values.is_cpu and x.dtype == values.dtype == torch.float32
+        return (
+            x.is_cpu
+            and values.is_cpu
+            and x.dtype == values.dtype == torch.float32
+            and native.is_plain(x)
+        )
 
     @property
     @override
     def weight(self) -> Tensor:
         outputs, inputs, *kernel = self.weight_shape
         flat = torch.Size((inputs, *kernel)).numel()
-        full = native.unpack(*self._parts()[:3], outputs, flat)
+        full = indices.unpack(*self._parts()[:3], outputs, flat)
         if not kernel:
             return full
         return full.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
