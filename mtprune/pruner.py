@@ -25,6 +25,7 @@ from mtprune.model.task_masks import PackedTaskMasks, remember_task_masks
 from mtprune.observing.clock import Clock
 from mtprune.observing.collector import Losses
 from mtprune.observing.evidence import Store
+from mtprune.observing.jacobian import Jacobian, check_jacobian, in_order
 from mtprune.observing.losses import (
     LossFunction,
     check_devices,
@@ -197,6 +198,32 @@ class MultitaskPruner:
         self._check_alive("observe_losses")
         self._check_loops()
         self._collect(given(self._losses, losses), scaler, strict=False, fold=fold)
+        return losses
+
+    def observe_jacobian(self, losses: Any, *, scaler: Any = None) -> Any:
+        """`observe_losses` after torchjd's backward: gradients are read from ``.jac``, not swept.
+
+        Call it between ``torchjd.autojac.backward(losses)``, or ``mtl_backward(losses, features)``,
+        and ``jac_to_grad``. ``.jac`` must be that of these losses alone, and so must ``.grad`` of
+        what one task has for itself after ``mtl_backward``: call ``zero_grad`` before.
+
+        Args:
+            losses: As for `observe_losses`, in the order in which the backward was given them.
+            scaler: Your ``GradScaler``, if the losses of the backward were scaled.
+
+        Returns:
+            ``losses``, untouched.
+
+        Raises:
+            RuntimeError: If there is no such Jacobian, or masks hide from it what the method looks
+                at, or there are several processes.
+            ValueError: If thresholds are in front of the weights.
+        """
+        self._check_alive("observe_jacobian")
+        self._check_loops()
+        check_jacobian(self._hold)
+        chosen = in_order(losses, given(self._losses, losses))
+        self._collect(chosen, scaler, strict=False, swept=True)
         return losses
 
     def step(self) -> bool:
@@ -428,8 +455,18 @@ class MultitaskPruner:
         strict: bool,
         final: int | None = None,
         fold: bool = False,
+        swept: bool = False,
     ) -> None:
-        """Check the losses, and let the round see those that are wanted now."""
+        """Check the losses, and let the round see those that are wanted now.
+
+        Args:
+            losses: The losses.
+            scaler: See `observe`.
+            strict: Whether each must have a graph.
+            final: The update they are for, if it is known.
+            fold: See `observe`.
+            swept: Whether a backward has left their gradients in ``.jac``.
+        """
         if fold:
             check_fold(self._hold)
         present: Mapping[str, Tensor] = scalars(losses)
@@ -452,9 +489,9 @@ class MultitaskPruner:
         check_devices(present, {layer.parameter.device for layer in self._inventory.layers})
         if strict:
             check_graphs(own, present)
-        self._round.observe(
-            Losses(present, [] if fold else None, scale, guarded=scaler is not None), update
-        )
+        jacobian = Jacobian.of(present, self._inventory.layers) if swept else None
+        others: list[Tensor] | None = [] if fold else None
+        self._round.observe(Losses(present, others, scale, scaler is not None, jacobian), update)
 
     def _meet(self, call: str) -> None:
         """Wait until all ranks are in the same call, if there are several."""

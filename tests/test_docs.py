@@ -97,10 +97,12 @@ def test_code_block_runs(
     if "torch.onnx" in code:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+    if "import lightning" in code:
+        pytest.importorskip("lightning")
     assert compile(code, "block", "exec")
     with warnings.catch_warnings():
-        if "torch.onnx" in code:
-            warnings.simplefilter("ignore")  # the exporter's own, of torch's internals
+        if "torch.onnx" in code or "import lightning" in code:
+            warnings.simplefilter("ignore")  # their own, of torch's internals and of workers
         exec(compile(code, "block", "exec"), namespace())
 
 

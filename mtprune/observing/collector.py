@@ -25,6 +25,7 @@ from mtprune.model.layers import Layer
 from mtprune.model.running import swept
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.inputs import Inputs
+from mtprune.observing.jacobian import Jacobian
 from mtprune.observing.sweeps import backward, fold, gather, stream
 from mtprune.statistics import JOINT, Seen
 
@@ -41,12 +42,14 @@ class Losses:
             gradient of the sum of ``scored`` and of these, which are not observed.
         scale: Factor for the sweep, taken out of the gradients again.
         guarded: Discard a task's observation if a gradient is not finite.
+        jacobian: Their gradients, if a backward has computed them already; then nothing is swept.
     """
 
     scored: Mapping[str, Tensor]
     others: Sequence[Tensor] | None = None
     scale: float = 1.0
     guarded: bool = False
+    jacobian: Jacobian | None = None
 
     @property
     def folds(self) -> bool:
@@ -132,6 +135,8 @@ class Collector:
     def _add(self, losses: Losses, users: Mapping[str, Tensor] | None) -> None:
         """Observe every task whose loss can be used."""
         scored = losses.scored
+        if losses.jacobian is not None:
+            self._check_hidden()
         self._inputs.match(scored)
         with swept(self._model), self._dense_gradients():
             finite = {t: ~distributed.any_rank(~x.detach().isfinite()) for t, x in scored.items()}
@@ -235,6 +240,9 @@ class Collector:
             if sweep.voter is not None:
                 self._score(sweep.voter, index, grad, losses.scale)
 
+        if losses.jacobian is not None:
+            layers = {i: self._layers[i] for i in sweep.targets}
+            return losses.jacobian.feed(sweep.tasks, layers, sink, losses.guarded)
         targets, parameters = sweep.targets, [self._layers[i].parameter for i in sweep.targets]
         if sweep.folding is not None:
             shown = {i: self._hold.gradient_mask(self._layers[i]) for i in targets}
@@ -272,6 +280,39 @@ class Collector:
                 sums[index] = value if index not in sums else sums[index].add_(value)
             else:
                 sums[index] = statistic.add(seen, sums.get(index), new)
+
+    def _check_hidden(self) -> None:
+        """Refuse a training's gradients if masks hide from them what a statistic looks at.
+
+        Raises:
+            RuntimeError: If so.
+        """
+        for layer in self._layers:
+            shown = self._hold.gradient_mask(layer)
+            if shown is None or bool(shown.all()):
+                continue
+            view = self._hold.view(layer)
+            for statistic in self._swept.values():
+                hidden, whole = (
+                    statistic.of(
+                        Seen(
+                            layer,
+                            view.weight,
+                            mask=view.mask,
+                            grad=grad,
+                            inputs=torch.ones(1, view.weight[:1].numel(), device=grad.device),
+                            generator=torch.Generator().manual_seed(0),
+                        )
+                    )
+                    for grad in (shown.to(view.weight.dtype), torch.ones_like(view.weight))
+                )
+                if not torch.equal(hidden, whole):
+                    raise RuntimeError(
+                        f"`.jac` of '{layer.name}' is zero where weights are pruned, and this "
+                        "method looks at the gradient there. Call observe() or observe_losses() "
+                        "before the backward."
+                    )
+            return  # one layer tells
 
     @contextmanager
     def _dense_gradients(self) -> Iterator[None]:

@@ -27,14 +27,11 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
         ValueError: If it trains none of the layers.
     """
     inner = optimizer
-    # Wrappers may be optimizers themselves, as accelerate's, without what their base class has.
-    while isinstance(getattr(inner, "optimizer", None), Optimizer) or (
-        not isinstance(inner, Optimizer) and hasattr(inner, "optimizer")
-    ):
+    while not _steps_itself(inner) and hasattr(inner, "optimizer"):
         check_optimizer(inner)
         inner = inner.optimizer
     check_optimizer(inner)
-    if not isinstance(inner, Optimizer):
+    if not _steps_itself(inner):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer. Got {optimizer!r}.")
     trained = {id(p) for group in inner.param_groups for p in group["params"]}
     if not any(id(layer.parameter) in trained for layer in layers):
@@ -43,6 +40,15 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
             "parameters of the same model."
         )
     return inner
+
+
+def _steps_itself(optimizer: Any) -> bool:
+    """Whether it is a torch optimizer with hooks of its own.
+
+    A wrapper may be of that class without them, as accelerate's is. One that has them, and an
+    optimizer inside too, is left as it is: what it does after the inner step moves weights as well.
+    """
+    return isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")
 
 
 def follow(
