@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.batchnorm import recalibrate_bn
-from mtprune.compression.others import other_inputs
 from mtprune.compression.removal import keep_one, removal_of, resize
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import ROUNDING, difference
 from mtprune.structure import NOBODY, Group
 
 __all__ = ["complete"]
-
-_OTHERS = 2
-_ROUNDS = 2
 
 
 @torch.no_grad()
@@ -47,28 +43,16 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
     """
     random = torch.Generator().manual_seed(0)
     base = _perturbed_copy(model, batches, random)
-    found = list(groups)
     with unnested(base):
-        # The last of the others differ from the examples in everything, their size too.
-        tried = [*batches, *other_inputs(base, batches).batches[-_OTHERS:]]
-        for _ in range(_ROUNDS):  # a number of units may fit by chance
-            found = _complete_once(base, found, tried, random)
-    return found
-
-
-def _complete_once(
-    base: nn.Module, groups: Sequence[Group], batches: Sequence[Any], random: torch.Generator
-) -> list[Group]:
-    """The groups of which some random units can be removed."""
-    pairs = [(group, _some_units(base, group, random)) for group in groups]
-    pairs = [(group, dead) for group, dead in pairs if dead.any()]
-    passed = _removable(base, pairs, batches)
-    if len(passed) < len(pairs) and not _can_remove(base, passed, batches):
-        # Each half passed alone, and together they do not: add them one by one.
-        candidates, passed = passed, []
-        for pair in candidates:
-            if _can_remove(base, [*passed, pair], batches):
-                passed.append(pair)
+        pairs = [(group, _some_units(base, group, random)) for group in groups]
+        pairs = [(group, dead) for group, dead in pairs if dead.any()]
+        passed = _removable(base, pairs, batches)
+        if len(passed) < len(pairs) and not _can_remove(base, passed, batches):
+            # Each half passed alone, and together they do not: add them one by one.
+            candidates, passed = passed, []
+            for pair in candidates:
+                if _can_remove(base, [*passed, pair], batches):
+                    passed.append(pair)
     return [group for group, _ in passed]
 
 

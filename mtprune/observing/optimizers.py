@@ -39,7 +39,8 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
             "`optimizer` trains none of the prunable weights of this model. Build it on the "
             "parameters of the same model."
         )
-    return inner
+    found: Optimizer = inner
+    return found
 
 
 def _steps_itself(optimizer: Any) -> bool:
