@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from mtprune.holding.masking import FromParent, Masking, Product, attention_parents, reads
+from mtprune.holding.masking import (
+    FromParent,
+    Masking,
+    Product,
+    attention_parents,
+    reads,
+    standing_in,
+)
 from mtprune.model.layers import Layer
 
 __all__ = ["InplaceMasking", "Shadow", "settle"]
@@ -103,7 +110,7 @@ class Shadow:
         """Before a forward."""
         parameter = module._parameters[self.attribute]
         assert parameter is not None
-        value = self.product(parameter, self.mask.at(parameter.device))
+        value = standing_in(self.product, parameter, self.mask.at(parameter.device))
         # What stands in the instance's own dictionary is read first.
         module.__dict__[self.attribute] = value
         reads(module, self.attribute, value)

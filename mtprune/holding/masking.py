@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from mtprune.bits import zeroed
 from mtprune.model.layers import Layer
 
-__all__ = ["FromParent", "Gate", "Masking", "Product", "attention_parents", "masked", "reads"]
+__all__ = [
+    "FromParent",
+    "Gate",
+    "Masking",
+    "Product",
+    "attention_parents",
+    "masked",
+    "reads",
+    "standing_in",
+]
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """From a Parameter and its mask to the effective weight."""
@@ -141,6 +150,22 @@ def masked(weight: Tensor, mask: Tensor, gate: Gate) -> Tensor:
     """The product that masks a weight, and its gradient unless the gate is open."""
     result: Tensor = _Product.apply(weight, mask, gate)  # type: ignore[no-untyped-call]
     return result
+
+
+def standing_in(product: Product, parameter: Tensor, mask: Tensor) -> Tensor:
+    """A product as it stands in a Parameter's place: it requires a gradient if that does.
+
+    Also where no graph is made: torch chooses how to multiply by whether a weight requires a
+    gradient, and the last bit depends on how it does.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return product(parameter, mask)  # nothing is chosen here, and nobody may ask for a gradient
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():  # a tensor that may ask for it
+            value = product(parameter, mask)
+    else:
+        value = product(parameter, mask)
+    return value.requires_grad_() if parameter.requires_grad and value.is_leaf else value
 
 
 def reads(module: nn.Module, attribute: str, value: Tensor | None) -> None:

@@ -34,6 +34,7 @@ from mtprune.holding.masking import (
     attention_parents,
     masked,
     reads,
+    standing_in,
 )
 from mtprune.model.layers import Layer
 
@@ -134,7 +135,8 @@ class MaskedWeight(prune.BasePruningMethod):
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The effective weight."""
         mask = getattr(module, self._tensor_name + "_mask")
-        return self.product(getattr(module, self._tensor_name + "_orig"), mask)
+        parameter = getattr(module, self._tensor_name + "_orig")
+        return standing_in(self.product, parameter, mask)
 
 
 class _Release:

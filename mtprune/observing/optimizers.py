@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -26,7 +26,7 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
         TypeError: If there is none.
         ValueError: If it trains none of the layers.
     """
-    inner = optimizer
+    inner: Any = optimizer
     while not _steps_itself(inner) and hasattr(inner, "optimizer"):
         check_optimizer(inner)
         inner = inner.optimizer
@@ -43,7 +43,7 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
     return found
 
 
-def _steps_itself(optimizer: Any) -> bool:
+def _steps_itself(optimizer: Any) -> TypeGuard[Optimizer]:
     """Whether it is a torch optimizer with hooks of its own.
 
     A wrapper may be of that class without them, as accelerate's is. One that has them, and an
