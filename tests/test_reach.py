@@ -486,6 +486,58 @@ def test_a_detached_trunk_that_nobody_declared_is_an_error(backend):
     assert pruner.step()
 
 
+class Cut(nn.Module):
+    """A trunk before the cut, and a neck that tasks share behind it."""
+
+    def __init__(self, width, neck=True):
+        super().__init__()
+        self.trunk = nn.Linear(4, width)
+        self.neck = nn.Linear(width, 4) if neck else nn.Identity()
+        self.heads = nn.ModuleDict({t: nn.Linear(4 if neck else width, 9) for t in "ab"})
+
+    def losses(self):
+        hidden = self.neck(self.trunk(torch.randn(6, 4)).detach()).tanh()
+        return {task: head(hidden).square().mean() for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("shared", ["auto", ["trunk", "neck"]])
+def test_a_cut_before_most_of_what_is_shared_is_told(shared, backend):
+    """Also if it is within what was declared."""
+    model = Cut(4)
+    model.trunk = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))
+    if shared != "auto":
+        model = nn.ModuleDict({"body": model})
+        losses, shared, prefix = model["body"].losses, ["body"], r"body\."
+    else:
+        losses, prefix = model.losses, ""
+    pruner = MultitaskPruner(model, ["a", "b"], shared, method=Vote(0.5), backend=backend)
+    pruner.observe_losses(losses())
+    match = (
+        rf"No loss leads to '{prefix}trunk\.0\.weight', '{prefix}trunk\.1\.weight', more weights"
+    )
+    with pytest.warns(UserWarning, match=match) as caught:
+        assert pruner.step()
+    assert caught[-1].filename == __file__
+    assert set(pruner.report().left_alone.values()) == {"no task uses it"}
+
+
+def test_a_small_trunk_before_large_heads_is_told():
+    model = Cut(3, neck=False)
+    pruner = MultitaskPruner(model, ["a", "b"], method=Vote(0.5))
+    pruner.observe_losses(model.losses())
+    with pytest.warns(UserWarning, match=r"No loss leads to 'trunk\.weight', more weights than"):
+        assert pruner.step()
+
+
+def test_a_little_that_is_not_in_use_is_no_matter():
+    model = Net()
+    model.pooler = nn.Linear(6, 6)
+    pruner = MultitaskPruner(model, losses_of("a", "b"), method=Vote(0.5))
+    observe_once(pruner, model, torch.device("cpu"))
+    assert pruner.step()
+    assert pruner.report().left_alone == {"pooler.weight": "no task uses it"}
+
+
 def test_nets_that_share_nothing_are_no_error():
     model = nn.ModuleDict({task: nn.Linear(4, 2) for task in "ab"})
     pruner = MultitaskPruner(model, ["a", "b"], method=Vote(0.5))

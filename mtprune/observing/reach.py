@@ -72,7 +72,7 @@ class Reach:
         walked = {task: evidence.walked[task] for task in self._tasks}
         hidden = self._check_declared(reached, walked)
         reachable = torch.stack(list(walked.values())).any(0)
-        self._check_auto(reached, reachable)
+        lost = self._check_lost(reached, reachable)
         seen = torch.stack(list(reached.values())).any(0)
         if not bool(seen.any()):
             raise RuntimeError(
@@ -84,6 +84,13 @@ class Reach:
         ]
         hidden += self._undeclared(reached, walked, seen)
         self.settled, self._led = reached, reachable
+        if lost:
+            warnings.warn(
+                f"No loss leads to {_few(lost)}, more weights than tasks share, so these do not "
+                "take part. If the representation is detached there, observe losses whose graphs "
+                "lead through it; if they are not in use, pass exclude=[...].",
+                stacklevel=5,
+            )
         if hidden:
             warnings.warn(
                 f"The autograd graph leads to {', '.join(hidden)}, but no gradient there was other "
@@ -181,7 +188,8 @@ class Reach:
                 continue  # no unit lies in it
             using = [task for task, flags in reached.items() if bool((flags & inside).any())]
             if len(using) < min(2, len(self._tasks)):
-                raise RuntimeError(_not_shared(declared.label, using))
+                leading = [task for task, flags in walked.items() if bool((flags & inside).any())]
+                raise RuntimeError(_not_shared(declared.label, using, leading))
             hidden += [
                 f"{declared.label} from task '{task}'"
                 for task, flags in walked.items()
@@ -189,27 +197,32 @@ class Reach:
             ]
         return hidden
 
-    def _check_auto(self, reached: Users, reachable: Tensor) -> None:
-        """Where nothing was declared: refuse a trunk that no loss leads to.
+    def _check_lost(self, reached: Users, reachable: Tensor) -> list[str]:
+        """Layers that no loss leads to, if they are more than what tasks share.
+
+        That is how a detached trunk looks. A layer that is not in use looks alike, but is smaller,
+        as a rule.
 
         Raises:
-            RuntimeError: If tasks share nothing, and no loss leads to most of the weights that are
-                trained.
+            RuntimeError: If nothing was declared, tasks share nothing, and no loss leads to most of
+                the weights that are trained.
         """
-        if self._declared or len(reached) < 2:
-            return
         sizes = [x.parameter.numel() * x.parameter.requires_grad for x in self._layers]
-        lost = [i for i, led in enumerate(reachable.tolist()) if not led and sizes[i]]
-        shared = bool((torch.stack(list(reached.values())).sum(0) > 1).any())
-        if not shared and 2 * sum(sizes[i] for i in lost) > sum(sizes):
-            names = [f"'{self._layers[i].name}'" for i in lost]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        several = min(2, len(reached))
+        using = torch.stack(list(reached.values())).sum(0).tolist()
+        led = [a or b for a, b in zip(reachable.tolist(), using, strict=True)]
+        lost = [i for i, size in enumerate(sizes) if size and not led[i]]
+        shared = sum(size for size, users in zip(sizes, using, strict=True) if users >= several)
+        gone = sum(sizes[i] for i in lost)
+        names = [f"'{self._layers[i].name}'" for i in lost]
+        if not self._declared and several > 1 and not shared and 2 * gone > sum(sizes):
             raise RuntimeError(
-                f"No task uses {', '.join(names[:3])}{more}, and tasks share nothing. Is the "
+                f"No task uses {_few(names)}, and tasks share nothing. Is the "
                 "representation detached, as where its gradient is taken apart from that of the "
                 "heads? Observe losses whose graphs lead through it; if it is not in use, pass "
                 "exclude=[...]."
             )
+        return names if gone > shared else []
 
     def _undeclared(self, reached: Users, walked: Users, seen: Tensor) -> list[str]:
         """Where a task's graph leads to others' weights, but no gradient of its own does."""
@@ -225,15 +238,39 @@ class Reach:
         ]
 
 
-def _not_shared(label: str, using: Sequence[str]) -> str:
+def _few(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _not_shared(label: str, using: Sequence[str], leading: Sequence[str]) -> str:
+    """The message for a module that was declared shared and is not.
+
+    Args:
+        label: The module.
+        using: The tasks that use it.
+        leading: The tasks whose graphs lead there.
+    """
     if using:
+        start = f"Shared {label} is used by task '{using[0]}' alone: no other task has a "
+        end = " If it is private, leave it out of `shared_modules`."
+        if set(leading) <= set(using):
+            return (
+                f"{start}loss whose graph leads there. Are the others' representations detached? "
+                f"Their heads, if zero-initialised, would not cut the graph.{end}"
+            )
         return (
-            f"Shared {label} is used by task '{using[0]}' alone: no other task has a non-zero "
-            "gradient there. Are the others' representations detached, or their heads "
-            "zero-initialised? If it is private, leave it out of `shared_modules`."
+            f"{start}non-zero gradient there, though graphs lead there. Are the others' "
+            f"representations detached in a compiled graph, or their heads zero-initialised?{end}"
+        )
+    start = f"Shared {label} is used by no task: "
+    if not leading:
+        return (
+            f"{start}no loss has a graph that leads there. Is the representation detached, or the "
+            "module not in use? Heads, if zero-initialised, would not cut the graph."
         )
     return (
-        f"Shared {label} is used by no task: every gradient there is zero. Is the representation "
-        "detached, or are all heads zero-initialised (then let the schedule begin a few steps "
-        "later)?"
+        f"{start}every gradient there is zero, though graphs lead there. Is the representation "
+        "detached in a compiled graph, or are all heads zero-initialised (then let the schedule "
+        "begin a few steps later)?"
     )
