@@ -18,6 +18,7 @@ __all__ = [
     "check_equal",
     "first_",
     "gather",
+    "is_on",
     "mean_",
     "meet",
     "rank",
@@ -31,7 +32,12 @@ T = TypeVar("T")
 
 def world() -> int:
     """How many ranks take part; 1 when nothing is distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_on() else 1
+
+
+def is_on() -> bool:
+    """Whether there are processes that know of each other, be it one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
@@ -120,7 +126,7 @@ def meet(call: str, step: int, tasks: Sequence[str], flags: Sequence[bool]) -> l
     words = [0] * _WORDS
     for place, flag in enumerate(flags):
         words[place // 32] |= int(flag) << place % 32
-    known = int.from_bytes(hashlib.sha256("\0".join(tasks).encode()).digest()[:7])
+    known = int.from_bytes(hashlib.sha256("\0".join(tasks).encode()).digest()[:7], "big")
     mine = torch.tensor([_CALLS.index(call), step, known, *words])
     theirs = [torch.empty_like(mine) for _ in range(world())]
     timeout = _timeout()

@@ -473,9 +473,10 @@ class MultitaskPruner:
         if not torch.is_grad_enabled():
             return
         own, known = losses, losses if strict else present
-        if distributed.world() > 1 and (
-            final is not None or self._clock.near(self._round.earliest)
-        ):
+        soon = final is not None or self._clock.near(self._round.earliest)
+        if soon:
+            self._round.check_whole()
+        if soon and distributed.world() > 1:
             if strict:
                 check_graphs(own, present)
             known = present = self._round.agree(present, self._clock.step)

@@ -39,8 +39,7 @@ def raw(optimizer: Any, layers: Sequence[Layer]) -> Optimizer:
             "`optimizer` trains none of the prunable weights of this model. Build it on the "
             "parameters of the same model."
         )
-    found: Optimizer = inner
-    return found
+    return inner
 
 
 def _steps_itself(optimizer: Any) -> TypeGuard[Optimizer]:

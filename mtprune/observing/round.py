@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mtprune import distributed
 from mtprune.facts import Subject
 from mtprune.holding import Decision, Hold
 from mtprune.methods.base import Method, Needs
@@ -114,11 +115,10 @@ class Round(Generic[D]):
             step: The step that this rank is at.
 
         Raises:
-            ValueError: If the model is spread over ranks in a way that cannot be scored.
+            ValueError: If ranks would drift apart.
             RuntimeError: If ranks are not in the same call, or their batches hold different tasks
                 and a statistic asks for inputs.
         """
-        check_parallel(self._model)
         if not self._met:
             check_replicas(self._model)
             self._met = True
@@ -131,6 +131,15 @@ class Round(Generic[D]):
                 "layers, which add up over all ranks. Give every rank the same tasks."
             )
         return roll.losses
+
+    def check_whole(self) -> None:
+        """Refuse a model that has been spread over ranks since the pruner was built.
+
+        Raises:
+            ValueError: If it has, with the name of what spreads it.
+        """
+        if distributed.is_on():
+            check_parallel(self._model)
 
     @property
     def wanted(self) -> int | None:
