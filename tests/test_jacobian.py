@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune import Cubic, Linear, MultitaskPruner, OneShot, SoftThreshold, Vote, recipes, saliency
+from mtprune import (
+    Cubic,
+    Linear,
+    MultitaskPruner,
+    OneShot,
+    SoftThreshold,
+    Vote,
+    distributed,
+    recipes,
+    saliency,
+)
 from tests import checkpoints, nets
 from tests.nets import Run, build, same
 
@@ -264,6 +274,13 @@ def test_without_masks_in_between_regrowth_sees_all_of_it(given):
 def test_thresholds_have_a_gradient_of_their_own():
     pruner = pruner_of(Net(), SoftThreshold(0.5, schedule=Cubic(1, 9, 2)))
     with pytest.raises(ValueError, match=r"cannot score weights behind thresholds.*Call observe"):
+        pruner.observe_jacobian({})
+
+
+def test_in_several_processes_it_is_refused(monkeypatch):
+    pruner = pruner_of(Net())
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"works in one process only: nothing averages `\.jac`"):
         pruner.observe_jacobian({})
 
 
