@@ -195,8 +195,13 @@ def _read(folder: Path) -> _Saved:
     aliases = {name: part.text(tensors) for name, part in parts["aliases"].mapping().items()}
     if double := set(aliases) & set(tensors):
         raise parts["aliases"].wrong(f"must not name {sorted(double)[:3]}, which are tensors")
-    made = parts["class"].text(), parts["arguments"].optional(Entry.plain)
+    made = parts["class"].text(), parts["arguments"].optional(_arguments)
     return _Saved(made, Plan.read(parts["plan"]), tensors, aliases)
+
+
+def _arguments(entry: Entry) -> dict[str, Any]:
+    """The keyword arguments of a model's class."""
+    return {name: value.plain() for name, value in entry.mapping().items()}
 
 
 def _plan_for(content: bytes, folder: Path) -> Entry:
