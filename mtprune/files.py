@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["digest", "read_json", "read_torch", "replace", "write", "write_text", "write_torch"]
 
 _JSON_LIMIT = 1 << 28
+_DEEPEST = 100
 
 
 def write(path: str | PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
@@ -105,12 +106,31 @@ def read_json(path: str | PathLike[str]) -> Any:
     try:
         if path.stat().st_size > _JSON_LIMIT:
             raise ValueError(f"It has {path.stat().st_size:,} bytes.")
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        if _is_deeper(value, _DEEPEST):
+            raise ValueError(f"It is nested more than {_DEEPEST} times.")
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' holds no JSON that can be read: {_first_line(error)} Take the file as it "
             "was written."
         ) from error
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    """Whether containers hold containers more often than so, found without recursion."""
+    level = [value]
+    for _ in range(most + 1):
+        inner: list[object] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+        level = [part for part in inner if isinstance(part, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def digest(value: object) -> str:

@@ -7,6 +7,7 @@ between the two renames, its draft.
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -194,8 +195,13 @@ def _read(folder: Path) -> _Saved:
     aliases = {name: part.text(tensors) for name, part in parts["aliases"].mapping().items()}
     if double := set(aliases) & set(tensors):
         raise parts["aliases"].wrong(f"must not name {sorted(double)[:3]}, which are tensors")
-    made = parts["class"].text(), parts["arguments"].optional(Entry.plain)
+    made = parts["class"].text(), parts["arguments"].optional(_arguments)
     return _Saved(made, Plan.read(parts["plan"]), tensors, aliases)
+
+
+def _arguments(entry: Entry) -> dict[str, Any]:
+    """The keyword arguments of a model's class."""
+    return {name: value.plain() for name, value in entry.mapping().items()}
 
 
 def _plan_for(content: bytes, folder: Path) -> Entry:
@@ -287,21 +293,48 @@ def _build(saved: _Saved) -> nn.Module:
     module, _, qualified = recorded.partition(":")
     advice = "Build the dense model yourself: mtprune.load(directory, model=...)."
     try:
-        if module == "__main__":
-            raise ImportError("it was defined in the script that saved it")
-        cls: Any = import_module(module)
-        for part in qualified.split("."):
-            cls = getattr(cls, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"'{qualified}' cannot be imported: {error}. {advice}") from error
+        cls = _class(module, qualified)
+    # What a module does when it is imported may fail in any way, or end the process.
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"'{_short(qualified)}' cannot be imported: {_short(error)}. {advice}"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"'{recorded}' is not a torch.nn.Module. {advice}")
     try:
         model: nn.Module = cls(**(arguments or {}))
     except Exception as error:
-        given = "no arguments" if arguments is None else f"{dict(arguments)}"
-        raise ValueError(f"{qualified} cannot be built with {given}: {error}. {advice}") from error
+        given = "no arguments" if arguments is None else _short(dict(arguments))
+        raise ValueError(
+            f"{qualified} cannot be built with {given}: {_short(error)}. {advice}"
+        ) from error
     return model
+
+
+def _class(module: str, qualified: str) -> Any:
+    """What a module has under a name. Importing a module runs it, so not every one is imported.
+
+    Raises:
+        ImportError: If it is none that could have a model.
+        Exception: Whatever importing it raises.
+    """
+    if module == "__main__":
+        raise ImportError("it was defined in the script that saved it")
+    parts = [*module.split("."), *qualified.split(".")]
+    if not all(part.isidentifier() for part in parts):
+        raise ImportError(f"'{_short(module)}' and '{_short(qualified)}' are no names")
+    if parts[0] in sys.stdlib_module_names or "__main__" in parts:
+        raise ImportError(f"no model is defined in '{module}', which runs something of its own")
+    found = import_module(module)
+    for part in qualified.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _short(value: object) -> str:
+    """A text, as far as it is of use in an error."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _safetensors() -> Any:

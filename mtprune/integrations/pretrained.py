@@ -108,8 +108,13 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
-        plan, tensors = _fitted(self.quantization_config, model)
-        assemble(model, plan, tensors)
+        try:
+            plan, tensors = _fitted(self.quantization_config, model)
+            assemble(model, plan, tensors)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{_SOURCE} does not fit this {type(model).__name__}: {error} {_ADVICE}"
+            ) from error
         names = (seen_from(_prefix(model), name) or name for name in _markers(model))
         ignored = {rf"(^|\.){re.escape(name)}$" for name in names}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
@@ -120,20 +125,14 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         """Unmark the model as quantized, so that it can be cast and trained like any other."""
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
+        _check_layers(model, self.quantization_config)
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
                 # A copy: what was loaded may be the file itself, at an odd address.
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
-        for name, module in model.named_modules():
-            if isinstance(module, Form):
-                try:
-                    module.check()
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(
-                        f"The saved tensors do not fit layer '{name}': {error} {_ADVICE}"
-                    ) from error
-                if module.frozen:
-                    module.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, Form) and module.frozen:
+                module.requires_grad_(False)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
         """The state, with entries that make code without mtprune fail to load it."""
@@ -251,6 +250,41 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
         part = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         parts[name] = part.to(model.dtype) if part.is_floating_point() else part
     return replace(plan, rows=tuple(rows), removal=removal), parts
+
+
+def _check_layers(model: Any, config: PlanConfig) -> None:
+    """Refuse layers of the plan that were not loaded whole, or not as they were saved.
+
+    Transformers only warns of what it did not find, and has a start for it in no form but the dense
+    one. A dense layer that is missing altogether may be a head that the saved model did not have.
+
+    Raises:
+        ValueError: With the name of the layer.
+    """
+    state = model.state_dict(keep_vars=True)
+    # How transformers marks what it has loaded; where it marks nothing, nothing can be said.
+    found = {name for name, value in state.items() if getattr(value, "_is_hf_initialized", False)}
+    prefix = _prefix(model)
+    rows = Plan.from_dict(config.plan).part(config.prefix).under(prefix).rows
+    known = {row.layer for row in rows if seen_from(prefix, row.layer)}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Form) and name not in known:
+            continue
+        own = {key for key in state if key.startswith(f"{name}.")}
+        lost = sorted(own - found)
+        if found and lost and (isinstance(layer, Form) or len(lost) < len(own)):
+            raise ValueError(
+                f"The saved tensors do not fit layer '{name}': they lack {lost[:3]}. {_ADVICE}"
+            )
+        try:
+            if not all(part.is_floating_point() for part in layer.parameters()):
+                raise ValueError("its weights are whole numbers.")
+            if isinstance(layer, Form):
+                layer.check()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The saved tensors do not fit layer '{name}': {error} {_ADVICE}"
+            ) from error
 
 
 def _markers(model: nn.Module) -> dict[str, Tensor]:

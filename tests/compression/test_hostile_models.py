@@ -119,6 +119,22 @@ def test_a_bomb_of_bits_is_looked_at_before_it_is_unpacked(copied):
     refused(copied, r"'plan\.removal\.cuts\.0\.kept\.0' must be a hexadecimal number of at most 12")
 
 
+@pytest.mark.parametrize("arguments", [3, True, [1], "x"])
+def test_arguments_are_names_and_values(copied, arguments):
+    edit(copied, lambda meta: meta.update(arguments=arguments))
+    refused(copied, r"plan\.json': 'arguments' must be a mapping with strings for keys")
+    with pytest.raises(ValueError, match=r"'arguments' must be a mapping"):
+        mtprune.load(copied)
+
+
+@pytest.mark.parametrize("depth", [101, 600, 5000])
+def test_what_is_nested_too_often_is_refused(copied, depth):
+    path = copied / "plan.json"
+    nested = '"arguments": {"a": ' + "[" * depth + "]" * depth + "}"
+    path.write_text(path.read_text().replace('"arguments": null', nested))
+    refused(copied, r"plan\.json' holds no JSON that can be read: (It is nested|maximum recursion)")
+
+
 def test_indices_out_of_range_are_refused_when_loaded(tmp_path):
     for choice, key in (
         ("csr", "0.weight_col"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mtprune
+from tests import compression as package
 from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
 from tests.tampered_models import resealed
@@ -91,7 +92,10 @@ def test_what_is_stored(tmp_path):
         Small().load_state_dict(tensors)
 
 
-def test_building_without_a_model(tmp_path):
+def test_building_without_a_model(tmp_path, monkeypatch):
+    for name, text in (("ends", "raise SystemExit(7)"), ("fails", "1 / 0")):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     x = torch.randn(3, 6)
     mtprune.save(compressed(Small(), x), tmp_path / "default")
     assert isinstance(mtprune.load(tmp_path / "default"), Small)
@@ -110,7 +114,18 @@ def test_building_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be built with {'height': 8}.*model="):
         mtprune.load(tmp_path / "other")
     meta = json.loads((tmp_path / "local" / "plan.json").read_text())
-    for name, match in (("__main__:Net", "in the script"), ("os:system", "not a torch.nn.Module")):
+    for name, match in (
+        ("__main__:Net", "in the script"),
+        ("torch.nn:Linear.forward", "not a torch.nn.Module"),
+        ("os:system", "'system' cannot be imported: no model is defined in 'os', which runs"),
+        ("tests.fuzz.__main__:main", r"no model is defined in 'tests.fuzz.__main__'"),
+        ("tests.compression.ends:Net", "'Net' cannot be imported: 7"),
+        ("tests.compression.fails:Net", "'Net' cannot be imported: division by zero"),
+        ("", "'' and '' are no names"),
+        (".nets:Net", r"'\.nets' and 'Net' are no names"),
+        ("torch.nn:\ud800", "are no names"),
+        ("x" * 100_000 + ":Net", r"'Net' cannot be imported: No module named 'x{1,200}\.\.\."),
+    ):
         (tmp_path / "local" / "plan.json").write_text(json.dumps({**meta, "class": name}))
         resealed(tmp_path / "local")
         with pytest.raises(ValueError, match=match):

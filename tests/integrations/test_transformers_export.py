@@ -411,6 +411,73 @@ def test_indices_out_of_range_are_refused_when_loaded(tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
+def lacking(tensors, name):
+    del tensors[name]
+
+
+def halved(tensors, name):
+    tensors[name] = tensors[name].int()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "change", "message"),
+    [
+        ("csr", "dense.weight_values", lacking, r"they lack \['\S*weight_values'\]"),
+        ("csr", "dense.bias", lacking, r"they lack \['\S*dense.bias'\]"),
+        ("thin", "inner.weight", lacking, r"they lack \['\S*inner.weight'\]"),
+        ("rank", "up.weight", lacking, r"they lack \['\S*up.weight'\]"),
+        ("both", "query.bias", lacking, r"they lack \['\S*query.bias'\]"),
+        ("csr", "dense.weight_values", halved, "weights are whole numbers"),
+        ("both", "query.weight", halved, "weights are whole numbers"),
+    ],
+)
+def test_layers_of_the_plan_are_loaded_whole(kind, ending, change, message, tmp_path):
+    _, fast = compressed("Bert", kind)
+    save_pretrained(fast, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(name for name in tensors if name.endswith(ending)))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"The saved tensors do not fit layer '.*': .*{message}"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_shard_is_looked_at_like_a_whole_file(tmp_path):
+    _, fast = compressed("Bert", "csr")
+    save_pretrained(fast, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(whole)
+    places = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
+    for shard in set(places.values()):
+        part = {name: whole[name] for name in names if places[name] == shard}
+        save_file(part, tmp_path / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(transformers.AutoModel.from_pretrained(tmp_path), fast)
+    name = next(name for name in names if name.endswith("weight_col"))
+    path = tmp_path / places[name]
+    part = load_file(path)
+    save_file({**part, name: part[name] + 9999}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"The saved tensors do not fit layer '.*': .* do not fit"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+    save_file({k: v for k, v in part.items() if k != name}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"The saved tensors do not fit layer '.*': they lack"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_shapes_that_no_layer_has_are_refused(tmp_path):
+    _, fast = compressed("Bert", "csr")
+    save_pretrained(fast, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    tensors = config["quantization_config"]["tensors"]
+    del tensors[next(name for name in tensors if name.endswith("weight_crow"))]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="`quantization_config` of this model does not fit this"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
 def test_what_is_loaded_owns_its_memory(tmp_path):
     encoder, fast = compressed("Bert", "everything")
     save_pretrained(fast, tmp_path)

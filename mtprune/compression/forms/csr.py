@@ -76,8 +76,9 @@ class Csr(Form):
 
     @override
     def check(self) -> None:
+        parts = self._parts()
         if not self.weight_values.is_meta:
-            indices.check(*self._parts(), self.weight_shape[0], 1, self._columns)
+            indices.check(*parts, self.weight_shape[0], 1, self._columns)
             check_bias(self.bias, self.weight_shape[0])
 
     @override
