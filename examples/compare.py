@@ -34,7 +34,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import judging
+from common import checkpoints, judging
 from common.data import Source
 from common.loop import comparable, open_or_exit, train
 from common.options import (
@@ -51,6 +51,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from mtprune.files import write_text
 from mtprune.saliency import asks
 
 TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
@@ -194,14 +195,17 @@ def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[st
             train(problem, own, source)
         for name in ("checkpoint.pt", "best.pt"):
             (job.out / name).unlink()
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = checkpoints.results(path)
+    with checkpoints.usable():
+        theirs = {name: part.plain() for name, part in found["options"].mapping().items()}
+        told: dict[str, Any] = found.plain()
     for name, value in json.loads(json.dumps(comparable(own))).items():
-        if found["options"].get(name) != value:
-            raise ValueError(
-                f"{job.out} holds a run with --{name.replace('_', '-')} "
-                f"{found['options'].get(name)}. Got {value}. Choose another --out."
+        if theirs.get(name) != value:
+            raise checkpoints.UnusableError(
+                f"{job.out} holds a run with --{name.replace('_', '-')} {theirs.get(name)}. Got "
+                f"{value}. Choose another --out."
             )
-    return found
+    return told
 
 
 # What came out.
@@ -398,15 +402,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     check(problem, options)
     dense = dense_job(0, options)
     first = parse(problem, [*options.rest, *dense.arguments, "--data", str(options.data)])
-    runs, base = do(problem, options, open_or_exit(problem, first))
+    try:
+        runs, base = do(problem, options, open_or_exit(problem, first))
+    except (OSError, checkpoints.UnusableError) as error:
+        raise SystemExit(f"compare: {error}") from None
     if not runs:
         raise SystemExit(f"compare: {options.out} holds no finished run of these methods.")
     rows = summarize(runs, base, options)
     command = " ".join(["python compare.py", *(sys.argv[1:] if arguments is None else arguments)])
     text = f"{dense_table(base)}\n\n{table(rows, options)}\n"
     print(f"\n{text}")
-    (options.out / "compare.md").write_text(f"`{command}`\n\n{text}")
-    (options.out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_text(options.out / "compare.md", f"`{command}`\n\n{text}")
+    write_text(options.out / "compare.json", json.dumps(rows, indent=1) + "\n")
     draw(rows, options).savefig(options.out / "compare.png", dpi=130)
     print(f"Wrote compare.md, compare.json and compare.png to {options.out}.")
     return rows

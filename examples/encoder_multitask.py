@@ -57,6 +57,7 @@ from mtprune import (
 from mtprune.files import write_text, write_torch
 from mtprune.integrations.transformers import save_pretrained
 from mtprune.methods import Method
+from mtprune.reading import Entry
 
 try:
     import transformers
@@ -416,27 +417,40 @@ def load(job: Job, options: Options, run: Run, path: Path) -> Results:
     """Go on from a checkpoint; the log so far."""
     parts = run.parts()
     names = [*parts, "random", "log", "job", "settings"]
-    state = checkpoints.load(path, names, options.device)
-    with checkpoints.usable(path):
-        check_same(state["job"], asdict(job), path)
-        check_same(state["settings"], comparable(options), path)
-        checkpoints.restore(parts, state, path)
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if "cuda" in state["random"] and options.device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), options.device)
-        log: Results = state["log"]
+    entries = checkpoints.load(path, names, options.device)
+    check_same(entries["job"], asdict(job), path)
+    check_same(entries["settings"], comparable(options), path)
+    with checkpoints.usable():
+        log = read_log(entries["log"], job)
+        random = checkpoints.random_states(entries["random"])
+    checkpoints.restore(parts, entries, path)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and options.device.startswith("cuda"):
+        torch.cuda.set_rng_state(random["cuda"], options.device)
     return log
 
 
-def check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], path: Path) -> None:
+def read_log(entry: Entry, job: Job) -> Results:
+    """What has been noted of a run; its losses need not be finite."""
+    parts = entry.fields(["step", "history", "seconds"])
+    step = parts["step"].whole(most=job.steps)
+    parts["seconds"].number(least=0.0)
+    for row in parts["history"].items(step):
+        task, loss = row.items(2)
+        task.text(job.tasks)
+        if not isinstance(loss.value, float):
+            raise loss.wrong("must be a loss")
+    log: Results = entry.plain()
+    return log
+
+
+def check_same(theirs: Entry, mine: Mapping[str, Any], path: Path) -> None:
     """Refuse what is of a run with other settings."""
-    plain = json.loads(json.dumps(dict(mine)))
-    for name, value in json.loads(json.dumps(dict(theirs))).items():
-        if plain.get(name) != value:
-            raise checkpoints.UnusableError(
-                f"{path} is of a run with {name.replace('_', '-')} {value}. Got {plain.get(name)}. "
-                "Choose another --out."
-            )
+    for name, value in checkpoints.differing(theirs, mine).items():
+        raise checkpoints.UnusableError(
+            f"{path} is of a run with {name.replace('_', '-')} {value}. Got {mine.get(name)}. "
+            "Choose another --out."
+        )
 
 
 # What comes out.
@@ -472,15 +486,22 @@ def metrics(task: text.Task, outputs: Tensor, labels: Tensor) -> dict[str, float
     return {name: 100 * float(value) for name, value in values.items()}
 
 
+FOUND = ("job", "settings", "val", "test", "size", "frozen", "seconds", "history")
+"""What the file of a finished run tells."""
+
+
 def done(job: Job, world: World, options: Options, *, keep: bool = False) -> Results:
     """What came out of a run of a comparison, which is done unless it has been."""
     folder = options.out / "runs" / job.name
     path, settings = folder / "result.json", comparable(options)
     if path.exists() and not (keep and not (folder / "net.pt").exists()):
-        found: Results = json.loads(path.read_text())
-        check_same(found["settings"], settings, path)
-        check_same(found["job"], asdict(job), path)
-        return found
+        found = checkpoints.results(path)
+        with checkpoints.usable():
+            told = found.fields(FOUND)
+        check_same(told["settings"], settings, path)
+        check_same(told["job"], asdict(job), path)
+        results: Results = found.plain()
+        return results
     return finished(job, world, options, folder, keep=keep)[0]
 
 
@@ -488,7 +509,7 @@ def finished(
     job: Job, world: World, options: Options, folder: Path, *, keep: bool = False
 ) -> tuple[Results, Run]:
     """Train, evaluate, count."""
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.begin(folder)
     run, log = train(job, world, options, folder)
     size = counted(job, run)
     found = {
@@ -642,7 +663,7 @@ def compare_ensemble(world: World, options: Options) -> Results:
     ensembles.write(results, options.out / "compare.json")
     ensembles.draw_comparison(results, tasks).savefig(options.out / "compare.png", dpi=110)
     table = ensembles.table(results["rows"], tasks)
-    (options.out / "compare.md").write_text(table + "\n")
+    write_text(options.out / "compare.md", table + "\n")
     print(f"\n{table}\nWrote compare.json, compare.md and compare.png to {options.out}.")
     return results
 
@@ -665,7 +686,7 @@ def compare_low_resource(world: World, options: Options) -> Results:
     picture = ensembles.draw_low_resource(results["rows"])
     picture.savefig(options.out / "low_resource.png", dpi=110)
     table = ensembles.low_resource_table(results["rows"])
-    (options.out / "low_resource.md").write_text(table + "\n")
+    write_text(options.out / "low_resource.md", table + "\n")
     print(f"\n{table}\nWrote low_resource.json, .md and .png to {options.out}.")
     return results
 

@@ -36,6 +36,7 @@ from torch.nn.functional import cross_entropy
 
 import mtprune
 from mtprune import Cubic, MultitaskPruner, Report, Vote, recipes
+from mtprune.files import write_text
 from mtprune.methods import Method
 from mtprune.metrics import delta_t
 
@@ -403,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "runs": [asdict(run) for run in runs],
         "report": report.to_dict(),
     }
-    (options.out / "quickstart.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(options.out / "quickstart.json", json.dumps(results, indent=2) + "\n")
     draw_picture(dense, runs, options).savefig(options.out / "quickstart.png", dpi=150)
     print(f"Wrote {options.out / 'quickstart.json'} and {options.out / 'quickstart.png'}.")
     return results

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import mtprune
 from mtprune import MultitaskPruner, Refit, Vote, recalibrate_bn
+from mtprune.files import write_text
 from mtprune.metrics import delta_t, lower_is_better
 
 Results = dict[str, dict[str, float]]
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     problem = importlib.import_module(o.problem).PROBLEM
     results = {str(seed): measure(problem, o, seed) for seed in o.seeds}
     if o.out:
-        o.out.write_text(json.dumps(results, indent=2))
+        write_text(o.out, json.dumps(results, indent=2))
     return results
 
 

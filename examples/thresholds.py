@@ -24,6 +24,7 @@ from quickstart import CLASSES, Net, accuracy, draw, make_data, task_loss
 
 import mtprune
 from mtprune import MultitaskPruner, recipes
+from mtprune.files import write_text
 
 try:
     from matplotlib.axes import Axes
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"mtprune": mtprune.__version__, "torch": torch.__version__},
         "runs": found,
     }
-    (options.out / "thresholds.json").write_text(json.dumps(_rounded(results)) + "\n")
+    write_text(options.out / "thresholds.json", json.dumps(_rounded(results)) + "\n")
     draw_picture(found, options).savefig(options.out / "thresholds.png", dpi=120)
     print(f"Wrote {options.out / 'thresholds.json'} and {options.out / 'thresholds.png'}.")
     return results

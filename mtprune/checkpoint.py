@@ -6,18 +6,28 @@ only when all is read does a pruner take them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtprune.bits import unpack_bits
-from mtprune.facts import Facts
+from mtprune.facts import Facts, Subject
 from mtprune.files import digest
+from mtprune.holding.base import Held
 from mtprune.reading import Entry
+from mtprune.selection import Quota
 
-__all__ = ["VERSION", "check_counts", "check_seal", "opened", "random_state", "sealed"]
+__all__ = [
+    "VERSION",
+    "check_counts",
+    "check_promise",
+    "check_seal",
+    "opened",
+    "random_state",
+    "sealed",
+]
 
 VERSION = 2
 
@@ -83,25 +93,62 @@ def check_seal(entries: Mapping[str, Entry]) -> None:
         )
 
 
-def check_counts(hold: Entry, facts: Facts) -> None:
-    """Refuse masks that keep other numbers of weights than the update that made them.
+def check_counts(
+    entries: Mapping[str, Entry], held: Held, facts: Facts, subjects: Sequence[Subject]
+) -> None:
+    """Refuse a checkpoint that keeps other numbers of weights than the update that it tells of.
 
     Args:
-        hold: The entry of what holds, which has been read.
+        entries: Its entries, of which those that tell of what holds, and when, have been read.
+        held: What holds.
         facts: The numbers of the last update.
+        subjects: The layers that are pruned.
 
     Raises:
-        ValueError: If they do.
+        ValueError: If it does.
     """
-    masks = hold["masks"].mapping()
+    counts, masks, done = entries["facts"]["counts"], entries["hold"]["masks"], entries["done"]
+    if done.whole(least=-1) < 0:
+        if any(count.kept != count.parameters for count in facts.counts):
+            raise counts.wrong("must tell that all is kept, as before the first update")
+        sizes = {
+            name: prod([size.whole() for size in shape.items()])
+            for name, shape in entries["shapes"].mapping().items()
+        }
+        if any(kept != sizes[name] for name, kept in held.kept.items()):
+            raise masks.wrong("must keep all weights, as before the first update")
+        return
+    if [(c.name, c.tasks) for c in facts.counts] != [(s.name, s.tasks) for s in subjects]:
+        raise counts.wrong(f"must tell of the {len(subjects)} layers that are pruned, in order")
+    if facts.history and facts.history[-1].step != done.value:
+        raise entries["facts"]["history"].wrong(f"must end at step {done.value}, the last update")
     for count in facts.counts:
-        if count.name in masks:
-            bits = masks[count.name].tensor()
-            kept = int(unpack_bits(bits.cpu(), (8 * len(bits),)).count_nonzero())
-            if kept != count.kept:
-                raise masks[count.name].wrong(
-                    f"must keep {count.kept} weights, as the last update did, not {kept}"
-                )
+        kept = held.kept.get(count.name, count.parameters)
+        if kept != count.kept:
+            mask = masks.mapping().get(count.name, masks)
+            raise mask.wrong(f"must keep {count.kept} weights, as the last update did, not {kept}")
+
+
+def check_promise(entries: Mapping[str, Entry], facts: Facts, promised: Sequence[Quota]) -> None:
+    """Refuse a checkpoint that keeps other numbers of weights than its method does.
+
+    Args:
+        entries: Its entries.
+        facts: The numbers of the last update.
+        promised: What the method promises of them.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for quota in promised:
+        rows = [facts.counts[place] for place in quota.layers]
+        kept = sum(row.kept for row in rows)
+        if kept != quota.keep:
+            where = f"of '{rows[0].name}'" if len(rows) == 1 else f"in {len(rows)} layers"
+            raise entries["hold"].wrong(
+                f"must keep {quota.keep} weights {where}, as its method does at step "
+                f"{entries['done'].value}, not {kept}"
+            )
 
 
 def random_state(entry: Entry) -> Tensor:

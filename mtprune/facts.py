@@ -152,6 +152,17 @@ class Facts:
         short = longer if len(longer) <= _MOMENTS else longer[len(longer) % 2 - 1 :: 2]
         return replace(self, history=short)
 
+    def left(self, kept: Mapping[str, int]) -> "Facts":
+        """The same with other numbers of weights kept, where no single task has a say in which.
+
+        Args:
+            kept: How many each layer keeps.
+        """
+        counts = (
+            c if c.kept == kept.get(c.name, c.kept) else _kept(c, kept[c.name]) for c in self.counts
+        )
+        return replace(self, counts=tuple(counts))
+
     def state_dict(self) -> dict[str, Any]:
         """As plain containers."""
         return {
@@ -183,6 +194,10 @@ class Facts:
             history=tuple(_moment(part, tasks) for part in parts["history"].items()),
             groups=tuple(_group(part) for part in parts["groups"].items()),
         )
+
+
+def _kept(count: Count, number: int) -> Count:
+    return replace(count, kept=number, unanimous=number)
 
 
 def _whole(entry: Entry, keys: Collection[str]) -> dict[str, int]:

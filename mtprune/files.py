@@ -13,7 +13,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "read_json", "read_torch", "replace", "write", "write_text", "write_torch"]
+__all__ = [
+    "digest",
+    "read_json",
+    "read_torch",
+    "remove_drafts",
+    "replace",
+    "write",
+    "write_text",
+    "write_torch",
+]
 
 _JSON_LIMIT = 1 << 28
 _DEEPEST = 100
@@ -58,6 +67,15 @@ def replace(draft: str | PathLike[str], path: str | PathLike[str]) -> None:
     """Let a file that is written take the place of another, at once."""
     os.replace(draft, path)
     _sync(Path(path).parent)
+
+
+def remove_drafts(folder: str | PathLike[str]) -> None:
+    """Remove what processes that were killed in the midst of `write` have left in a folder.
+
+    Nobody may be writing there.
+    """
+    for draft in Path(folder).glob(".*.part"):
+        draft.unlink(missing_ok=True)
 
 
 def write_torch(path: str | PathLike[str], state: object) -> None:

@@ -320,6 +320,7 @@ class MultitaskPruner:
             if self._task_masks is not None:
                 remember_task_masks(self._model, self._task_masks)
             self._hold.release()
+            self._facts = self._facts.left({x.name: self._hold.kept(x) for x in self._active})
             self._round.forget()
             self._round.listen(lambda lead: False)
             self._release()
@@ -409,10 +410,15 @@ class MultitaskPruner:
         # First all of it is read, so that nothing has changed where something cannot be.
         users = self._reach.read(entries["users"])
         layers = [layer for _, layer in self._reach.active(users)]
-        step, done = entries["step"].whole(), entries["done"].whole(least=-1)
+        step, done = self._clock.read(entries["step"], entries["done"])
         facts = Facts.read(entries["facts"], self._inventory.layers, list(self._losses))
         held = self._hold.read(entries["hold"], layers)
-        checkpoint.check_counts(entries["hold"], facts)
+        if done >= 0 and users is None:
+            raise entries["users"].wrong("must tell which task uses which layer, after an update")
+        subjects = [] if users is None else self._reach.subjects(users)
+        checkpoint.check_counts(entries, held, facts, subjects)
+        if done >= 0:
+            checkpoint.check_promise(entries, facts, self._method.promised(subjects, done))
         past = self._round.read(entries, users)
         weights = self._weigher.read(entries["weigher"])
         random = checkpoint.random_state(entries["generator"])

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _MOST = (1 << 63) - 1
 _LARGEST = sys.float_info.max
+_DEEPEST = 32  # containers in containers: what refers to itself has no end
 
 
 class Entry:
@@ -51,7 +52,8 @@ class Entry:
         Args:
             must: The rule, as the end of a sentence: ``"must be a list"``.
         """
-        subject = f"'{'.'.join(self._path)}'" if self._path else "it"
+        path = self._path if len(self._path) < 9 else (*self._path[:7], "…")
+        subject = f"'{'.'.join(map(_short, path))}'" if path else "it"
         return ValueError(
             f"{self._source}: {subject} {must}. Got {_shown(self.value)}. {self._advice}"
         )
@@ -217,6 +219,8 @@ class Entry:
         return len(value)
 
     def _part(self, key: str, value: object) -> "Entry":
+        if len(self._path) == _DEEPEST:
+            raise self.wrong(f"must not lie deeper than in {_DEEPEST} containers")
         return Entry(value, self._source, self._advice, (*self._path, key))
 
 
@@ -240,8 +244,12 @@ def _shown(value: object) -> str:
 
 def _few(names: Sequence[str]) -> str:
     """The first of many names."""
-    short = [name if len(name) <= 60 else f"{name[:60]}…" for name in names[:6]]
+    short = [_short(name) for name in names[:6]]
     return f"{short}" if len(names) <= 6 else f"{short} and {len(names) - 6} more"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:60]}…"
 
 
 def _type(dtype: torch.dtype) -> str:

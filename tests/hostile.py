@@ -7,7 +7,20 @@ from typing import Any
 
 import torch
 
-from mtprune import Cubic, Linear, LowRank, OneShot, SigmoidThreshold, SoftThreshold, Vote, recipes
+from mtprune import (
+    NM,
+    Block,
+    Cubic,
+    Linear,
+    LowRank,
+    OneShot,
+    Refit,
+    SigmoidThreshold,
+    SoftThreshold,
+    Vote,
+    recipes,
+    saliency,
+)
 from mtprune.weighting import Noise
 from tests import checkpoints, nets
 from tests.tampering import alike, tampered
@@ -41,6 +54,21 @@ KINDS: dict[str, tuple[Any, int]] = {
     "ranks": (LowRank(0.5, schedule=RISE), 5),
     "learned ranks": (LowRank(0.5, gates="learned", schedule=Linear(0, 9, 1)), 5),
     "finished": (Vote(0.7, schedule=OneShot(1)), 5),
+    "with a voter": (
+        Vote(0.7, schedule=RISE, voters=(saliency.magnitude,), priority={"a": 2.0}),
+        5,
+    ),
+    "blocks": (Vote(0.5, schedule=RISE, granularity=Block(2, 2)), 5),
+    "patterns": (Vote(schedule=RISE, granularity=NM(1, 2)), 5),
+    "per component": (Vote(0.5, schedule=RISE, allocation={"shared": 0.5}), 5),
+    "one sweep": (Vote(0.7, schedule=RISE, observations=3, disentangled=False), 5),
+    "refitted": (Vote(0.7, schedule=RISE, refit=Refit(samples=16)), 5),
+    "thresholds per component": (
+        SoftThreshold(0.5, schedule=Linear(0, 9, 2), budget_unit={"shared": 0.5}),
+        5,
+    ),
+    "fixed thresholds": (SoftThreshold(0.7, schedule=Linear(0, 4, 1), per="layer"), 6),
+    "fixed ranks": (LowRank(0.5, gates="learned", schedule=Linear(0, 4, 1)), 6),
 }
 
 

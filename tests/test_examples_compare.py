@@ -67,7 +67,7 @@ def test_compares_and_does_nothing_twice(census, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare, "train", refuse)
     assert compare.main(arguments) == rows
-    with pytest.raises(ValueError, match=r"holds a run with --lr 0\.001\. Got 0\.5\. Choose"):
+    with pytest.raises(SystemExit, match=r"holds a run with --lr 0\.001\. Got 0\.5\. Choose"):
         compare.main([*arguments, "--lr", "0.5"])
 
 

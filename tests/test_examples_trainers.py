@@ -1,5 +1,6 @@
 """Every trainer runs, on every method, ends as sparse as asked, and resumes bitwise."""
 
+import copy
 import errno
 import io
 import json
@@ -14,7 +15,7 @@ import nyuv2
 import pytest
 import taskonomy
 import torch
-from common import fixture, loop, options, results
+from common import checkpoints, fixture, loop, options, results
 from matplotlib.figure import Figure
 from torch.utils._pytree import tree_leaves
 
@@ -300,6 +301,63 @@ def test_a_damaged_checkpoint_is_told_without_a_traceback(train, tmp_path, damag
     with pytest.raises(SystemExit, match=rf"census: '.*checkpoint\.pt' ({message}).* Take a"):
         train("census", "--method", "vote", "--resume", out=tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == there
+
+
+UNTRUE = {
+    "log": ({"step": 1}, r"'log' must have \['best', 'seconds', 'train', 'val'\] besides"),
+    "log.step": (99, r"'log\.step' must be a whole number, from 1 to 6\. Got 99"),
+    "log.best": (
+        {"step": 4, "score": 1.0},
+        r"'log\.best\.step' must be one of \[3, 6\], the steps",
+    ),
+    "log.train": ([{"step": "x"}], r"'log\.train\.0' must have "),
+    "log.val": (None, r"'log\.val' must be a list\. Got None"),
+    "random.cpu": (
+        torch.zeros(9, dtype=torch.uint8),
+        r"'random\.cpu' must be the state of a torch",
+    ),
+    "random": ({}, r"'random' must be a mapping that has 'cpu'"),
+    "options": ([1], r"'options' must be a mapping with strings for keys\. Got \[1\]"),
+    "options.seed": (torch.zeros(2), r"is of a run with --seed tensor\(\[0\., 0\.\]\)\. Got 0"),
+    "pruner.step": (-1, r"is of another pruner: This checkpoint: 'step' must be a whole number"),
+    "model": ({}, r"is of another model: Error\(s\) in loading"),
+    "optimizer": (7, r"is of another optimizer: "),
+}
+
+
+LONGER = ["census", "--method", "vote", "--steps", "6", "--save-every", "3"]
+LONGER += ["--width", "0.05", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(train, tmp_path_factory):
+    """That of a run that is done."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(*LONGER, out=folder)
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("path", UNTRUE)
+def test_a_checkpoint_that_is_not_true_is_told_without_a_traceback(
+    train, checkpoint, tmp_path, path
+):
+    state = {name: copy.deepcopy(value) for name, value in checkpoint.items() if name != "digest"}
+    value, message = UNTRUE[path]
+    *way, last = path.split(".")
+    inner = state
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    checkpoints.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=rf"census: .*checkpoint\.pt'?.*{message}"):
+        train(*LONGER, "--resume", out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_what_a_killed_run_left_is_removed(train, tmp_path):
+    (tmp_path / ".checkpoint.pt.abc.part").write_bytes(b"half")
+    train("census", "--method", "vote", out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".part")] == []
 
 
 def test_what_cannot_be_written_is_told_and_leaves_the_last_checkpoint(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from mtprune.files import digest, read_json, read_torch, write, write_torch
+from mtprune.files import digest, read_json, read_torch, remove_drafts, write, write_torch
 
 
 def test_a_file_comes_back(tmp_path: Path) -> None:
@@ -67,6 +67,21 @@ def test_where_there_is_no_room_it_says_so(tmp_path: Path, old: bytes | None) ->
     else:
         assert "The file that was there is as before." in printed
         assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_drafts_of_who_was_killed_can_be_removed(tmp_path: Path) -> None:
+    def dies(file: BinaryIO) -> None:
+        file.write(b"half")
+        draft, *_ = tmp_path.iterdir()
+        draft.rename(draft.with_stem(draft.stem + "x"))  # as if nobody had been there to remove it
+
+    with pytest.raises(OSError, match=r"'.*a' could not be written"):
+        write(tmp_path / "a", dies)
+    (tmp_path / "model.part").write_bytes(b"mine")
+    write(tmp_path / "b", lambda file: file.write(b"1"))
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "model.part"]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The callback for `transformers.Trainer`, on a BERT of two small layers."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -194,6 +195,38 @@ def test_a_checkpoint_without_the_pruner_says_where_to_look(tmp_path):
     trainer, pruner, _ = start(tmp_path, GRADUAL, options={"resume_from": tmp_path})
     trainer.train(resume_from_checkpoint=str(folder))
     assert same(pruner.masks, first.masks)
+
+
+DAMAGES = {
+    "empty": (
+        lambda data: b"",
+        r"mtprune\.pt' is not a file that torch\.save wrote, or is damaged",
+    ),
+    "short": (lambda data: data[:-99], r"mtprune\.pt' is not a file that torch\.save wrote, or is"),
+    "another's": (lambda data: saved({"step": 1}), r"This is not a state_dict of a Multitask"),
+}
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_of_the_pruner_is_refused(damage, tmp_path):
+    often = {"save_strategy": "steps", "save_steps": 4}
+    trainer, _, _ = start(tmp_path, GRADUAL, **often)
+    trainer.train()
+    change, message = DAMAGES[damage]
+    path = tmp_path / "checkpoint-4" / integration.FILE
+    path.write_bytes(change(path.read_bytes()))
+    assert [name.name for name in path.parent.iterdir() if name.suffix == ".part"] == []
+    trainer, pruner, _ = start(tmp_path, GRADUAL)
+    before = pruner.state_dict()
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+    assert pruner.state_dict()["digest"] == before["digest"]
 
 
 def test_losses_may_be_attributes():

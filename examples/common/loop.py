@@ -16,6 +16,7 @@ from common import checkpoints, data, losses, nets, results
 from common.options import Options, Problem, make_method, parse, prunes_at_once
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
+from mtprune.reading import Entry
 
 Results = dict[str, Any]
 
@@ -136,7 +137,7 @@ def train(problem: Problem, options: Options, source: data.Source | None = None)
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoints.begin(options.out)
     source = source or open_data(problem, options)
     run = build(problem, options, source)
     model, optimizer, pruner, scaler = run.model, run.optimizer, run.pruner, run.scaler
@@ -308,21 +309,52 @@ def load(run: Run, path: Path) -> dict[str, Any]:
         UnusableError: If it is damaged, or of a run with other options.
     """
     parts = run.parts()
-    state = checkpoints.load(path, [*parts, "random", "log", "options"], run.options.device)
-    with checkpoints.usable(path):
-        mine = comparable(run.options)
-        for name, value in state["options"].items():
-            if mine.get(name) != value:
-                option = name.replace("_", "-")
-                raise checkpoints.UnusableError(
-                    f"{path} is of a run with --{option} {value}. Got {mine.get(name)}."
-                )
-        checkpoints.restore(parts, state, path)
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if "cuda" in state["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
-        log: dict[str, Any] = state["log"]
+    entries = checkpoints.load(path, [*parts, "random", "log", "options"], run.options.device)
+    mine = comparable(run.options)
+    for name, value in checkpoints.differing(entries["options"], mine).items():
+        raise checkpoints.UnusableError(
+            f"{path} is of a run with --{name.replace('_', '-')} {value}. Got {mine.get(name)}."
+        )
+    with checkpoints.usable():
+        log = read_log(entries["log"], run)
+        random = checkpoints.random_states(entries["random"])
+    checkpoints.restore(parts, entries, path)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
     return log
+
+
+def read_log(entry: Entry, run: Run) -> dict[str, Any]:
+    """What has been noted of a run; its losses need not be finite."""
+    parts = entry.fields(["step", "train", "val", "best", "seconds"])
+    step = parts["step"].whole(least=1, most=run.options.steps)
+    parts["seconds"].number(least=0.0)
+    for row in parts["train"].items():
+        check_numbers(row, ["step", "sparsity", *run.tasks])
+    checked = []
+    for row in parts["val"].items():
+        told = row.fields(["step", "sparsity", "results"])
+        checked.append(told["step"].whole(most=run.options.steps))
+        told["sparsity"].number(0.0, 1.0)
+        for numbers in told["results"].fields(run.tasks).values():
+            check_numbers(numbers, ["loss"], others=True)
+    if parts["best"].value is not None or step == run.options.steps:
+        best = parts["best"].fields(["step", "score"])
+        if best["step"].whole() not in checked:
+            raise best["step"].wrong(f"must be one of {checked}, the steps of validations")
+    log: dict[str, Any] = entry.plain()
+    return log
+
+
+def check_numbers(entry: Entry, names: Sequence[str], *, others: bool = False) -> None:
+    """Refuse what is not a number under each of some names, or under others too."""
+    rows = entry.mapping()
+    for part in (entry.mapping() if others else entry.fields(names)).values():
+        if isinstance(part.value, bool) or not isinstance(part.value, (int, float)):
+            raise part.wrong("must be a number")
+    if set(names) - set(rows):
+        raise entry.wrong(f"must have {names}")
 
 
 def comparable(options: Options) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from mtprune.statistics import JOINT
 __all__ = [
     "Decision",
     "Held",
+    "HeldMasks",
     "Hold",
     "MaskHold",
     "Masks",
     "View",
     "by_task",
+    "count_kept",
     "differ",
     "packed",
     "read_masks",
@@ -123,8 +125,17 @@ class View:
     basis: Tensor | None = None
 
 
+class Held(ABC):
+    """What holds, as a checkpoint has it: `Hold.read` finds it, and `Hold.load` takes it."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> Mapping[str, int]:
+        """How many parameters each layer keeps, by name; no layer where nothing holds yet."""
+
+
 @dataclass(frozen=True)
-class Held:
+class HeldMasks(Held):
     """Masks as a checkpoint holds them.
 
     Attributes:
@@ -134,6 +145,11 @@ class Held:
 
     layers: Sequence[Layer]
     masks: Sequence[Tensor]
+
+    @property
+    @override
+    def kept(self) -> Mapping[str, int]:
+        return count_kept(self.layers, self.masks)
 
 
 D = TypeVar("D", bound=Decision)
@@ -192,7 +208,7 @@ class Hold(ABC, Generic[D]):
         """The decision that holds now, as plain containers."""
 
     @abstractmethod
-    def read(self, entry: Entry, layers: Sequence[Layer]) -> Any:
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> Held:
         """What `state_dict` returned, as values for `load`; nothing is changed.
 
         Args:
@@ -264,11 +280,11 @@ class MaskHold(Hold[M]):
         return {"masks": self._packed() or dict(self._released)}
 
     @override
-    def read(self, entry: Entry, layers: Sequence[Layer]) -> Held:
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> HeldMasks:
         return read_masks(entry.fields(["masks"], optional=["open"])["masks"], layers)
 
     @override
-    def load(self, held: Held) -> None:
+    def load(self, held: HeldMasks) -> None:
         if held.layers:
             self._put(held.layers, held.masks)
         else:
@@ -307,7 +323,13 @@ def packed(layers: Iterable[Layer], masks: Masking) -> dict[str, Tensor]:
     return {name: pack_bits(mask) for name, mask in kept.items() if mask is not None}
 
 
-def read_masks(entry: Entry, layers: Sequence[Layer]) -> Held:
+def count_kept(layers: Sequence[Layer], masks: Sequence[Tensor]) -> dict[str, int]:
+    """How many weights each layer keeps, by name."""
+    counts = [int(mask.count_nonzero()) for mask in masks]
+    return dict(zip([layer.name for layer in layers], counts, strict=True))
+
+
+def read_masks(entry: Entry, layers: Sequence[Layer]) -> HeldMasks:
     """The masks of all layers, or of none, from their bits.
 
     Raises:
@@ -325,7 +347,7 @@ def read_masks(entry: Entry, layers: Sequence[Layer]) -> Held:
         if size % 8 and int(packed[-1]) >> size % 8:
             raise part.wrong(f"must have {size} bits, and zeros after them")
         masks.append(unpack_bits(packed.to(layer.parameter.device), layer.shape))
-    return Held(known, masks)
+    return HeldMasks(known, masks)
 
 
 def differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count_rank
-from mtprune.holding.base import Decision, Hold, View, by_task, whole
+from mtprune.holding.base import Decision, Held, Hold, View, by_task, whole
 from mtprune.holding.masking import Gate
 from mtprune.model import factors
 from mtprune.model.layers import Layer
@@ -58,7 +58,7 @@ class LowRanks(Decision):
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldRanks(Held):
     """Directions as a checkpoint holds them.
 
     Attributes:
@@ -74,6 +74,12 @@ class Held:
     gates: Mapping[str, Tensor]
     ranks: Mapping[str, int]
     spans: Mapping[str, tuple[Tensor, bool]]
+
+    @property
+    @override
+    def kept(self) -> Mapping[str, int]:
+        ranks = {x.name: self.ranks.get(x.name, min(x.shape)) for x in self.layers}
+        return {x.name: factors.parameters(x.shape, ranks[x.name]) for x in self.layers}
 
 
 class LowRankHold(Hold[LowRanks]):
@@ -164,7 +170,7 @@ class LowRankHold(Hold[LowRanks]):
         }
 
     @override
-    def read(self, entry: Entry, layers: Sequence[Layer]) -> "Held":
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> HeldRanks:
         parts = entry.fields(["masks", "vectors", "gates", "ranks", "spans"], optional=["open"])
         full = {layer.name: min(layer.shape) for layer in layers}
         parts["masks"].mapping(among=())
@@ -175,7 +181,7 @@ class LowRankHold(Hold[LowRanks]):
             size, is_inside = full[name], inside.flag()
             columns = ranks[name] if is_inside else size - ranks[name]
             spans[name] = span.tensor((size, columns), _FLOATS).clone(), is_inside
-        return Held(
+        return HeldRanks(
             layers,
             {
                 name: part.tensor((full[name], full[name]), _FLOATS).clone()
@@ -190,7 +196,7 @@ class LowRankHold(Hold[LowRanks]):
         )
 
     @override
-    def load(self, held: "Held") -> None:
+    def load(self, held: HeldRanks) -> None:
         self._layers = list(held.layers)
         self._vectors, self._gates = dict(held.vectors), dict(held.gates)
         self._ranks, self._spans = dict(held.ranks), dict(held.spans)

@@ -1,13 +1,14 @@
 """Two phases: weights that may come back, then masks for good."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune.holding.base import Hold, M, MaskHold, Masks, View, differ, shaped
+from mtprune.holding.base import Held, Hold, M, MaskHold, Masks, View, differ, shaped
 from mtprune.model.layers import Layer
 from mtprune.reading import Entry
 
@@ -42,6 +43,25 @@ class OpenHold(Hold[M]):
     @override
     def release(self) -> None:
         self.discard()
+
+
+@dataclass(frozen=True)
+class HeldPhase(Held):
+    """One of two phases as a checkpoint holds it.
+
+    Attributes:
+        is_open: Whether it is the first.
+        inner: What holds in it.
+    """
+
+    is_open: bool
+    inner: Any
+
+    @property
+    @override
+    def kept(self) -> Mapping[str, int]:
+        counts: Mapping[str, int] = self.inner.kept
+        return counts
 
 
 class Phased(Hold[M]):
@@ -111,15 +131,14 @@ class Phased(Hold[M]):
         return {"open": self._first.is_open, **self._now.state_dict()}
 
     @override
-    def read(self, entry: Entry, layers: Sequence[Layer]) -> tuple[bool, Any]:
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> "HeldPhase":
         is_open = entry["open"].flag()
-        return is_open, (self._first if is_open else self._last).read(entry, layers)
+        return HeldPhase(is_open, (self._first if is_open else self._last).read(entry, layers))
 
     @override
-    def load(self, held: tuple[bool, Any]) -> None:
-        is_open, inner = held
+    def load(self, held: "HeldPhase") -> None:
         self._first.discard()
-        if is_open:
+        if held.is_open:
             self._last.discard()
-            self._layers = list(inner.layers)
-        (self._first if is_open else self._last).load(inner)
+            self._layers = list(held.inner.layers)
+        (self._first if held.is_open else self._last).load(held.inner)

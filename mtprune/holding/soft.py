@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count
-from mtprune.holding.base import Masks, View, packed, read_masks, shaped, whole
+from mtprune.holding.base import Held, Masks, View, count_kept, packed, read_masks, shaped, whole
 from mtprune.holding.masking import Gate, Masking
 from mtprune.holding.phases import OpenHold
 from mtprune.holding.thresholds import soft_threshold
@@ -125,7 +125,7 @@ class _Threshold:
 
 
 @dataclass(frozen=True)
-class Thresholded:
+class Thresholded(Held):
     """Soft thresholds as a checkpoint holds them.
 
     Attributes:
@@ -137,6 +137,11 @@ class Thresholded:
     layers: Sequence[Layer]
     thresholds: SoftThresholds
     noted: Tensor
+
+    @property
+    @override
+    def kept(self) -> Mapping[str, int]:
+        return count_kept(self.layers, self.thresholds.masks)
 
 
 def _positive(entry: Entry) -> Tensor:

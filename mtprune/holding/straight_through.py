@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from mtprune.holding.base import Held, Masks, View, packed, read_masks, shaped, whole
+from mtprune.holding.base import HeldMasks, Masks, View, packed, read_masks, shaped, whole
 from mtprune.holding.masking import Masking, masked
 from mtprune.holding.phases import OpenHold
 from mtprune.model.layers import Layer
@@ -107,11 +107,11 @@ class StraightThrough(OpenHold[Masks]):
         return {"masks": packed(self._layers, self._masks)}
 
     @override
-    def read(self, entry: Entry, layers: Sequence[Layer]) -> Held:
+    def read(self, entry: Entry, layers: Sequence[Layer]) -> HeldMasks:
         return read_masks(entry.fields(["open", "masks"])["masks"], layers)
 
     @override
-    def load(self, held: Held) -> None:
+    def load(self, held: HeldMasks) -> None:
         self._show(held.layers, held.masks)
 
     def _show(self, layers: Sequence[Layer], masks: Sequence[Tensor]) -> None:

@@ -24,6 +24,7 @@ from mtprune.model.layers import Layer
 from mtprune.model.units import Units
 from mtprune.reading import Entry
 from mtprune.schedule import Schedule
+from mtprune.selection import Quota
 from mtprune.statistics import JOINT, Statistic
 
 __all__ = ["Ballot", "Method", "Needs", "check_method", "describe"]
@@ -174,6 +175,17 @@ class Method(ABC, Generic[D]):
             ValueError: With what is wrong, what was found and what to do.
         """
 
+    def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
+        """The exact numbers of weights that stay at the update of ``step``; often none are known.
+
+        A checkpoint whose masks keep other numbers is refused.
+
+        Args:
+            subjects: The layers.
+            step: The step of the update.
+        """
+        return ()
+
     def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
         """The `memory` of the last decision, from a checkpoint that may hold anything.
 
@@ -205,6 +217,7 @@ _BROUGHT = (
     "wants_training",
     "fits",
     "check",
+    "promised",
     "recall",
     "hold",
 )

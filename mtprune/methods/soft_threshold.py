@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from mtprune import checks
 from mtprune.allocation import Budget, ByComponent
+from mtprune.facts import Subject
 from mtprune.holding import Hold, MaskHold, Masking, Phased
 from mtprune.holding.soft import EDGE, SoftHold, SoftThresholds, Watch
 from mtprune.holding.thresholds import nearest_threshold, shrinkage
@@ -32,7 +33,7 @@ from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.reading import Entry
 from mtprune.schedule import Cubic, Regrow, Rounds, Schedule
-from mtprune.selection import waterline
+from mtprune.selection import Quota, waterline
 from mtprune.statistics import PerWeight
 from mtprune.weighting import PruningSensitivity, parse_weighting
 
@@ -178,6 +179,14 @@ class SoftThreshold(Method[SoftThresholds]):
         inventory.check_names("budget_unit", self.budget_unit, known)
         inventory.check_names("max_sparsity", self.max_sparsity, known)
         self._check_reach(*inventory.sizes())
+
+    @override
+    def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
+        if self.budget_unit == "macs" or self.schedule.next_update(step) is not None:
+            return ()
+        total = sum(prod(subject.shape) for subject in subjects)
+        keep = total - round(self.sparsity * self.schedule.progress(step) * total)
+        return [Quota(tuple(range(len(subjects))), keep, (0,) * len(subjects))]
 
     @override
     def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:

@@ -1,9 +1,9 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import isclose
+from math import isclose, prod
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from mtprune.allocation import (
     Uniform,
     parse_allocation,
 )
+from mtprune.facts import Subject
 from mtprune.granularity import (
     NM,
     Element,
@@ -34,7 +35,7 @@ from mtprune.holding.regrow import RegrowHold
 from mtprune.holding.straight_through import StraightThrough
 from mtprune.methods.base import Ballot, Method, Needs, describe
 from mtprune.methods.voting.election import Election
-from mtprune.methods.voting.exchange import draw, exchange
+from mtprune.methods.voting.exchange import draw, exchange, lasting_counts
 from mtprune.methods.voting.patterns import keep_pattern
 from mtprune.methods.voting.units import (
     UnitBudget,
@@ -50,6 +51,7 @@ from mtprune.model.units import is_single
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
+from mtprune.selection import Quota
 from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -382,6 +384,18 @@ class Vote(Method[Masks]):
     @override
     def regrows(self) -> bool:
         return isinstance(self.schedule, Regrow)
+
+    @override
+    def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
+        target = self.target
+        if not isinstance(self.granularity, Element) or not isinstance(target, (int, float)):
+            return ()
+        if self.regrows:
+            counts = lasting_counts(subjects, self._allocation, target, self.min_keep)
+            return [Quota((place,), count, (count,)) for place, count in enumerate(counts)]
+        total = sum(prod(subject.shape) for subject in subjects)
+        keep = total - round(target * due(self.schedule, step, self._final) * total)
+        return [Quota(tuple(range(len(subjects))), keep, (0,) * len(subjects))]
 
     @override
     def decide(self, ballot: Ballot, step: int) -> Masks:

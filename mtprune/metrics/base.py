@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mtprune import checks, distributed
+from mtprune.reading import Entry
 
 __all__ = ["Compat", "Metric"]
 
@@ -96,15 +97,32 @@ class Metric(ABC):
         return {"sums": dict(self._sums), "flaws": dict(self._flaws)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The inverse of `state_dict`, for a metric built with the same arguments."""
-        mine = {name: held.shape for name, held in self._sums.items()}
-        theirs = {name: held.shape for name, held in state["sums"].items()}
-        if mine != theirs:
-            raise ValueError(
-                f"This state is not of {self._describe()}: it has {theirs}, which has {mine}."
-            )
-        self._sums = {name: held.clone() for name, held in state["sums"].items()}
-        self._flaws = {name: held.clone() for name, held in state["flaws"].items()}
+        """The inverse of `state_dict`, for a metric built with the same arguments.
+
+        Raises:
+            ValueError: If it is of another metric, or damaged; nothing is changed.
+        """
+        whole = Entry(
+            state,
+            f"This state for {self._describe()}",
+            "Load the state_dict() of a metric built with the same arguments.",
+        )
+        parts = whole.fields(["sums", "flaws"])
+        sums, flaws = (
+            # What was added up need not be finite.
+            {
+                name: part.tensor(tuple(mine[name].shape), mine[name].dtype, finite=False).clone()
+                for name, part in parts[kind].fields(mine).items()
+            }
+            for kind, mine in (("sums", self._sums), ("flaws", self._flaws))
+        )
+        for kind, found in (("sums", sums), ("flaws", flaws)):
+            for name, held in found.items():
+                # How many: of values, or of bad ones.
+                count = held[:1] if kind == "flaws" else held
+                if not held.is_floating_point() and bool((count < 0).any()):
+                    raise parts[kind][name].wrong("must be counts, which are not negative")
+        self._sums, self._flaws = sums, flaws
 
     # What the metrics are made with.
 

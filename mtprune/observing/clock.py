@@ -1,10 +1,12 @@
 """The clock: where a run stands in its schedule."""
 
+from mtprune.reading import Entry
 from mtprune.schedule import Rounds, Schedule
 
 __all__ = ["Clock"]
 
 _PATIENCE = 1_000
+_WALK = 100_000
 
 
 class Clock:
@@ -51,6 +53,32 @@ class Clock:
     def loops(self) -> bool:
         """Whether updates are made in a training loop, or all have been made."""
         return not isinstance(self._schedule, Rounds) or self.next is None
+
+    def read(self, step: Entry, done: Entry) -> tuple[int, int]:
+        """Steps so far, and the step of the last update made, as a checkpoint holds them.
+
+        Raises:
+            ValueError: If no run with this schedule can stand there.
+        """
+        steps, last = step.whole(), done.whole(least=-1)
+        if last >= 0 and not self._makes(last):
+            raise done.wrong(f"must be -1 or the step of an update of {self._schedule!r}")
+        if last > steps and self._schedule.next_update(last) is not None and self.loops:
+            # In a loop updates are not made ahead of time; without one, all are.
+            raise done.wrong(f"must be at most {steps}, the steps so far")
+        return steps, last
+
+    def _makes(self, step: int) -> bool:
+        """Whether the schedule has an update at a step."""
+        if self._schedule.next_update(step - 1) == step:
+            return True
+        # It may depend on where the update before was, as after the last of `Hold`'s schedule.
+        update = self._schedule.next_update(-1)
+        for _ in range(_WALK):
+            if update is None or update >= step:
+                return update == step
+            update = self._schedule.next_update(update)
+        return True  # too many to tell
 
     def due(self) -> int | None:
         """The update to make now, or None."""

@@ -1,5 +1,6 @@
 """What is true of every streaming metric."""
 
+import copy
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from mtprune import metrics
 from mtprune.metrics import Accuracy, Binary, Depth, Edges, Keypoints, Normals, Segmentation
+from tests.tampering import alike, tampered
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device(os.environ.get("MTPRUNE_TEST_DEVICE", "cpu"))
@@ -265,8 +267,39 @@ def test_only_equal_metrics_merge():
 
 
 def test_state_of_another_metric_is_refused():
-    with pytest.raises(ValueError, match=r"This state is not of Segmentation\(.*classes=4"):
+    message = (
+        r"This state for Segmentation\(.*classes=4.*\): 'sums\.confusion' must be a dense int64 "
+        r"tensor of shape \(4, 4\)\. Got a int64 tensor of shape \(3, 3\)\. Load the state_dict\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
         Segmentation(4).load_state_dict(Segmentation(3).state_dict())
+
+
+def test_counts_that_are_negative_are_refused():
+    metric = measured("segmentation", batch("segmentation"))
+    before = copy.deepcopy(metric.state_dict())
+    for kind, name in (("sums", "confusion"), ("flaws", next(iter(before["flaws"])))):
+        state = copy.deepcopy(before)
+        state[kind][name].view(-1)[0] = -1
+        with pytest.raises(
+            ValueError, match=rf"'{kind}\.{name}' must be counts, which are not neg"
+        ):
+            metric.load_state_dict(state)
+        assert alike(metric.state_dict(), before)
+
+
+@EVERY
+def test_tampered_states_are_refused_or_equal(name):
+    metric = measured(name, batch(name))
+    before, result = copy.deepcopy(metric.state_dict()), metric.compute()
+    for seed in range(60):
+        state, what = tampered(copy.deepcopy(before), seed)
+        if what.split(" at ")[0] in ("bit flipped", "not finite", "doubled", "renamed"):
+            continue  # other numbers of the same kind: nothing tells that they were never added
+        with pytest.raises(ValueError, match="This state for"):
+            metric.load_state_dict(state)
+        assert alike(metric.state_dict(), before), what
+        assert metric.compute() == result
 
 
 @pytest.mark.parametrize("make", [Depth, Normals, lambda compat: Segmentation(2, compat=compat)])

@@ -7,25 +7,34 @@ import torch
 from torch import Tensor
 
 from mtprune import saliency
-from mtprune.allocation import Budget
+from mtprune.allocation import Allocation, Budget
+from mtprune.facts import Subject
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.weights import alone_of
 from mtprune.selection import Best, Quota, Ranking, select
 
-__all__ = ["draw", "exchange"]
+__all__ = ["draw", "exchange", "lasting_counts"]
+
+
+def lasting_counts(
+    subjects: Sequence[Subject], allocation: Allocation, sparsity: float, min_keep: int
+) -> list[int]:
+    """How many weights each layer keeps, from the first update to the last."""
+    layerwise = allocation.layerwise
+    assert layerwise is not None  # checked when the method was built
+    shapes, components = [s.shape for s in subjects], [s.component for s in subjects]
+    sizes = [prod(shape) for shape in shapes]
+    keep = sum(sizes) - round(sparsity * sum(sizes))
+    return layerwise.counts(Budget(shapes, components, keep, sizes, min_keep))
 
 
 def draw(election: Election, sparsity: float) -> Masks:
     """Random masks with the allocation's count in every layer."""
     ballot = election.ballot
-    layerwise = election.allocation.layerwise
-    assert layerwise is not None  # checked when the method was built
-    keep = ballot.total - round(sparsity * ballot.total)
-    upper = [prod(shape) for shape in ballot.shapes]
-    budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
+    counts = lasting_counts(ballot.subjects, election.allocation, sparsity, election.min_keep)
     draws = [saliency.random(w, generator=ballot.generator).float() for w in ballot.weights]
-    masks = _best_of_each(draws, layerwise.counts(budget))
+    masks = _best_of_each(draws, counts)
     return Masks(masks, alone_of(election, election.rankings, sparsity))
 
 
