@@ -92,7 +92,10 @@ def test_it_sees_what_comes_of_a_case(what, kind):
 
 
 def test_failures_are_made_small_and_kept(tmp_path, capsys):
-    assert smallest(Made(), {"what": "wrong", "n": 5}, "wrong", 30.0) == {"what": "wrong", "n": 0}
+    assert smallest(Made(), {"what": "wrong", "n": 5}, Outcome("wrong"), 30.0) == {
+        "what": "wrong",
+        "n": 0,
+    }
 
     class Wrong(Made):
         def draw(self, dice):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.fuzz.outcomes import Told
+from tests.fuzz.outcomes import OutcomeError
 
 Case = dict[str, Any]
 
@@ -66,7 +66,7 @@ class Outcome:
 
 def judged(error: BaseException) -> Outcome:
     """The outcome that an exception is: ours if a ``raise`` of this package raised it."""
-    if isinstance(error, Told):
+    if isinstance(error, OutcomeError):
         return Outcome(error.kind, str(error))
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
@@ -135,7 +135,7 @@ def _live(target: Target, case: Case, writing: int) -> None:
 def smallest(target: Target, case: Case, outcome: Outcome, limit: float) -> Case:
     """The simplest case that still comes to the same, going down step by step.
 
-    The same is an outcome of the same kind that is told in the same words, but for names and numbers.
+    The same is an outcome of the same kind, in the same words but for names and numbers.
     """
     smaller = True
     while smaller:

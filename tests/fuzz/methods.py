@@ -31,7 +31,11 @@ def by_size(losses: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 SALIENCIES: dict[str, Any] = {
-    **{name: getattr(saliency, name) for name in saliency.__all__ if name not in ("Saliency", "asks")},
+    **{
+        name: getattr(saliency, name)
+        for name in saliency.__all__
+        if name not in ("Saliency", "asks")
+    },
     "by_inputs": by_inputs,
 }
 VOTES: dict[str, Any] = {
@@ -306,5 +310,3 @@ def _steps(chance: Random, kinds: list[str]) -> tuple[Any, ...]:
     if kind == "oneshot":
         return (kind, begin)
     return (kind, begin, end, every, *([end + every] if kind == "hold" else []))
-
-

@@ -412,7 +412,7 @@ def shared(case: NetCase, model: Model) -> Any:
         "glob": ["trunk.*", *(["embed"] if embed else [])],
         "callable": lambda m: [m.trunk, *embed],
         "mapping": {"low": [blocks[0], *embed], **({"high": blocks[1:]} if blocks[1:] else {})},
-        "parameters": [p for p in (*model.trunk.parameters(), *model.embed.parameters())],
+        "parameters": [*model.trunk.parameters(), *model.embed.parameters()],
     }[case.shared]
 
 

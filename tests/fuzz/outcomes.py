@@ -18,7 +18,7 @@ _OURS = str(Path(mtprune.__file__).parent)
 _REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
-class Told(Exception):
+class OutcomeError(Exception):
     """What came of a case, raised where it is found.
 
     Attributes:
@@ -28,19 +28,19 @@ class Told(Exception):
     kind = ""
 
 
-class Refused(Told):
+class Refused(OutcomeError):
     """A message of ours: what was asked cannot be done."""
 
     kind = "refused"
 
 
-class Wrong(Told):
+class Wrong(OutcomeError):
     """A result is not what it must be."""
 
     kind = "wrong"
 
 
-class Changed(Told):
+class Changed(OutcomeError):
     """A call refused, and has changed something."""
 
     kind = "changed"

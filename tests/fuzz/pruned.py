@@ -182,9 +182,7 @@ def _voted(case: Case, model: nets.Model) -> tuple[nn.Module, nn.Module, dict[st
             include=nets.included(case.net, model),
         )
     with refusable(lambda: live.of_model(model)):
-        pruner.prune(
-            [nets.batch(case.net, 6, 70)], forward=lambda m, b: m(b["x"]), progress=False
-        )
+        pruner.prune([nets.batch(case.net, 6, 70)], forward=lambda m, b: m(b["x"]), progress=False)
     pruner.finalize()
     model.eval()
     if not case.tasks:

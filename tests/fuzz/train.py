@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from mtprune import MultitaskPruner
-from tests.fuzz import live, nets, oaths
+from tests.fuzz import engine, live, nets, oaths
+from tests.fuzz.cases import from_json, simpler, to_json
 from tests.fuzz.methods import MethodCase, last_of, make, slower
 from tests.fuzz.methods import draw as draw_method
 from tests.fuzz.nets import NetCase
-from tests.fuzz import engine
-from tests.fuzz.cases import from_json, simpler, to_json
 from tests.fuzz.outcomes import Refused, Wrong, check, differs, refusable
 
 BACKENDS = ("prune", "inplace")
@@ -109,7 +108,7 @@ def draw(chance: Random) -> Case:
         fold=not soft and chance.random() < rare / 2,
         weigh=chance.random() < 0.3,
         at_once=method.options.get("schedule", ("",))[0] == "rounds"
-        or "schedule" not in method.options and chance.random() < rare,
+        or ("schedule" not in method.options and chance.random() < rare),
         bfloat16=chance.random() < rare,
         resume=chance.randint(1, 6) if chance.random() < 0.4 else 0,
         order=chance.randrange(len(_ORDERS)),
