@@ -5,7 +5,6 @@ dataclasses. The default of every field is its simplest value: so JSON leaves it
 case is one that has a default where the other has something else.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
@@ -16,7 +15,7 @@ C = TypeVar("C")
 def to_json(case: Any) -> dict[str, Any]:
     """A case without what is at its simplest."""
     return {
-        field.name: to_json(value) if is_dataclass(value) else value
+        field.name: to_json(value) if is_dataclass(value) else _plain(value)
         for field in fields(case)
         if (value := getattr(case, field.name)) != _default(field)
     }
@@ -34,11 +33,6 @@ def from_json(kind: type[C], given: Mapping[str, Any]) -> C:
             for name, value in given.items()
         }
     )
-
-
-def show(case: Any) -> str:
-    """A case in a line, as `--case` takes it."""
-    return json.dumps(to_json(case))
 
 
 def simpler(case: C) -> Iterator[C]:
@@ -79,6 +73,12 @@ def _inside(value: Any, default: Any) -> Iterator[Any]:
 
 def _default(field: "Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _frozen(value: Any) -> Any:

@@ -28,19 +28,19 @@ class OutcomeError(Exception):
     kind = ""
 
 
-class Refused(OutcomeError):
+class RefusedError(OutcomeError):
     """A message of ours: what was asked cannot be done."""
 
     kind = "refused"
 
 
-class Wrong(OutcomeError):
+class WrongError(OutcomeError):
     """A result is not what it must be."""
 
     kind = "wrong"
 
 
-class Changed(OutcomeError):
+class ChangedError(OutcomeError):
     """A call refused, and has changed something."""
 
     kind = "changed"
@@ -48,7 +48,7 @@ class Changed(OutcomeError):
 
 def check(true: bool, told: str) -> None:
     if not true:
-        raise Wrong(told)
+        raise WrongError(told)
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def refusable(live: Callable[[], Any]) -> Iterator[None]:
             raise
         difference = differs(before, live())
         if difference:
-            raise Changed(f"{difference} changed by a call that refused: {error}") from error
-        raise Refused(str(error)) from error
+            raise ChangedError(f"{difference} changed by a call that refused: {error}") from error
+        raise RefusedError(str(error)) from error
 
 
 def is_ours(error: BaseException) -> bool:

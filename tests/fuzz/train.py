@@ -20,7 +20,7 @@ from tests.fuzz.cases import from_json, simpler, to_json
 from tests.fuzz.methods import MethodCase, last_of, make, slower
 from tests.fuzz.methods import draw as draw_method
 from tests.fuzz.nets import NetCase
-from tests.fuzz.outcomes import Refused, Wrong, check, differs, refusable
+from tests.fuzz.outcomes import RefusedError, WrongError, check, differs, refusable
 
 BACKENDS = ("prune", "inplace")
 OPTIMIZERS: dict[str, Any] = {
@@ -145,9 +145,9 @@ def run(case: Case) -> None:
             _resumed(case, saved, loop)
         if case.twin:
             _twin(case, loop)
-    except (ValueError, TypeError, RuntimeError, Refused) as error:
+    except (ValueError, TypeError, RuntimeError, RefusedError) as error:
         # The same went well before.
-        raise Wrong(f"after a resumption, or with the other back-end: {error}") from error
+        raise WrongError(f"after a resumption, or with the other back-end: {error}") from error
     loop.finalize()
 
 
