@@ -487,8 +487,9 @@ class MultitaskPruner:
                 check_graphs(own, present)
             known = present = self._round.agree(present, self._clock.step)
         lead = self._round.lead(known)
-        near = self._clock.next if self._clock.near(lead) else None
-        update, scale = near if final is None else final, scale_of(scaler)
+        near = self._clock.next if self._clock.near(lead) and self._round.hears else None
+        update = near if final is None else final
+        scale = scale_of(scaler, next(iter(present.values()), None) if fold else None)
         if update is None:
             if fold and present:
                 backward(list(present.values()), scale)

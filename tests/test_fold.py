@@ -119,6 +119,24 @@ def test_a_scaled_gradient_arrives_scaled_and_an_overflow_is_seen(backend, devic
     assert same(scored(run.pruner)["a"], before)
 
 
+def test_a_scaler_that_nobody_else_starts_steps_as_without_folding(backend, device):
+    runs = [Run(build("plain", device), Vote(0.7, schedule=OneShot(1)), backend) for _ in range(2)]
+    for run, fold in zip(runs, (False, True), strict=True):
+        scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
+        for at in range(3):  # nothing is observed in the last step
+            run.optimizer.zero_grad()
+            outputs, batch = run.forward(at)
+            losses = run.pruner.observe(outputs, batch, scaler=scaler, fold=fold)
+            if not fold:
+                scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+            run.pruner.step()
+    plain, folded = (nets.weights(run) for run in runs)
+    assert_alike(folded, plain)
+    assert same(runs[0].pruner.masks, runs[1].pruner.masks)
+
+
 def test_folded_training_ends_with_the_same_masks(backend, device):
     plain = Run(build("plain", device), GRADUALLY, backend).train(14)
     run = Run(build("plain", device), GRADUALLY, backend)

@@ -543,3 +543,27 @@ def test_nets_that_share_nothing_are_no_error():
     pruner = MultitaskPruner(model, ["a", "b"], method=Vote(0.5))
     pruner.observe_losses({t: model[t](torch.ones(2, 4)).square().mean() for t in "ab"})
     assert pruner.step()
+
+
+class Beside(nn.Module):
+    """A layer that takes part, and one that nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return {"a": self.head(self.trunk[0](x).tanh())}
+
+
+def test_an_update_that_is_refused_settles_nothing():
+    model, x = Beside(), torch.randn(8, 4)
+    method = Vote(0.8, allocation={"shared": 0.2})
+    pruner = MultitaskPruner(model, losses_of("a"), "trunk", method=method)
+    before = pruner.masks
+    pruner.observe(model(x), x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot give the sparsity asked for"):
+            pruner.step()
+        assert list(pruner.masks) == list(before)

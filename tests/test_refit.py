@@ -556,3 +556,18 @@ def test_ranks_have_the_same_weights(tmp_path):
     first, second = on_ranks("tests.test_refit", "work", tmp_path)
     for name, value in first["weights"].items():
         assert torch.equal(second["weights"][name], value), name
+
+
+def test_batches_that_lack_a_task_show_inputs_before_an_update():
+    """How early observing begins depends on what batches hold: their inputs are seen from there."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("trunk", "a", "b")})
+    method = Vote(0.5, schedule=mtprune.OneShot(2), refit=Refit(samples=16))
+    pruner = MultitaskPruner(model, ["a", "b"], "trunk", method=method)
+    for tasks in ("b", "a", "b"):
+        hidden = model["trunk"](normal(6, 4)).tanh()
+        losses = {task: model[task](hidden).square().mean() for task in tasks}
+        pruner.observe_losses(losses)
+        changed = pruner.step()
+    assert changed or pruner.step()
+    assert pruner.sparsity == 0.5

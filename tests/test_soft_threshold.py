@@ -671,6 +671,14 @@ def test_caps_that_only_observation_shows_to_be_too_low(device):
     assert zeros(loop.pruner.masks) == 0
 
 
+def test_an_only_update_goes_on_from_a_checkpoint_though_no_controller_steered(device):
+    method = SoftThreshold(0.5, schedule=OneShot(2), control="pi")
+    straight = Run(build("plain", device), method).train(3)
+    state = through_a_file(save(straight))
+    resumed = load(Run(build("plain", device, seed=1), method), state)
+    assert_same_end(straight.train(2), resumed.train(2))
+
+
 def test_folding_the_backward_into_the_scoring_is_refused(device):
     loop = Loop(SoftThreshold(0.9, schedule=SCHEDULE), device=device)
     with pytest.raises(ValueError, match="fold=True cannot train thresholds"):

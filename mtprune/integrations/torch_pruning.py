@@ -177,7 +177,7 @@ def _locate_flattened(tp: Any, graph: Any) -> None:
         if not isinstance(node.module, tp.ops._ReshapeOp) or not parts or parts[0][0] not in nodes:
             continue
         before, after = _shape(*parts[0]), _shape(node.grad_fn)
-        if len(before) < 3 or after != (before[0], prod(before[1:])):
+        if len(before) < 3 or after != (before[0], prod(before[1:])) or _is_permuted(parts[0][0]):
             continue
         node.type = tp.ops.OPTYPE.ELEMENTWISE  # torch-pruning would replace the mapping
         each, source = after[1] // before[1], nodes[parts[0][0]]
@@ -186,6 +186,13 @@ def _locate_flattened(tp: Any, graph: Any) -> None:
             for dependency in start.dependencies:
                 if dependency.target is end:
                     dependency.index_mapping[0] = mapping
+
+
+def _is_permuted(fn: Any) -> bool:
+    """Whether an operation's output has its dimensions in another order than layers gave them."""
+    while "Clone" in fn.name():
+        fn = fn.next_functions[0][0]
+    return "Permute" in fn.name() or "Transpose" in fn.name()
 
 
 def _shape(fn: Any, output: int = 0) -> tuple[int, ...]:

@@ -199,7 +199,7 @@ class SoftThreshold(Method[SoftThresholds]):
                 found[name] = {key: value.number() for key, value in part.mapping().items()}
             else:
                 found[name] = part.optional(Entry.number)
-        if self.control == "pi" and found.get("level") is not None:
+        if "wanted" in found:
             memory["wanted"].number(0.0, 1.0)
             memory["trim"].number()
         for name in ("thresholds", "gains"):
@@ -400,7 +400,7 @@ class SoftThreshold(Method[SoftThresholds]):
         # Where the line would be if weights were normally distributed, and how far off that is.
         guess = torch.special.ndtri(torch.tensor((1 + wanted) / 2, dtype=torch.float64))
         trim = memory.get("trim", 0.0)
-        if memory.get("level") is not None:
+        if "wanted" in memory:
             costs = list(ballot.costs) or [Fraction(1)] * len(heights)
             lost = sum(
                 float(c) * int((~mask).sum()) for c, mask in zip(costs, ballot.masks, strict=True)

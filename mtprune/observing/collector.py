@@ -100,6 +100,11 @@ class Collector:
         """Before a step's forward: gather inputs in it if an update is near, or stop."""
         self._inputs.listen(near)
 
+    @property
+    def hears(self) -> bool:
+        """Whether inputs were gathered in the last forward, or nothing asks for them."""
+        return self._inputs.hears
+
     def _source(self, index: int) -> torch.Generator:
         """A source of randomness for a layer in one forward, the same at each of its calls.
 

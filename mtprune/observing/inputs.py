@@ -53,6 +53,10 @@ class Inputs:
         statistics: All statistics by name; those that ask for inputs matter.
         store: How sums are kept.
         source: A source of randomness for the call of a layer, given its index.
+
+    Attributes:
+        hears: Whether it knows what layers were called with in the last forward, as far as any
+            statistic asks.
     """
 
     def __init__(
@@ -71,13 +75,17 @@ class Inputs:
         self._kept = {name: s for name, s in asking.items() if s.when != "forward"}
         self._source = source
         self._handles: list[RemovableHandle] = []
+        self.hears = not asking
         self._calls: dict[int, _Call] = {}
         self._used: dict[str, set[int]] = {}
 
     def listen(self, on: bool) -> None:
         """Put hooks on all layers before a forward that is observed, or take them off."""
         self.forget()
-        if not (self._streamed or self._kept) or on == bool(self._handles):
+        if not (self._streamed or self._kept):
+            return
+        self.hears = on
+        if on == bool(self._handles):
             return
         if not on:
             for handle in self._handles:

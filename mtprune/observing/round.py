@@ -147,6 +147,14 @@ class Round(Generic[D]):
         wanted = self._needs.observations
         return None if wanted == "auto" else wanted
 
+    @property
+    def hears(self) -> bool:
+        """Whether the last forward can be observed: inputs were gathered in it, if any are asked.
+
+        They were not if `lead` has just grown, because a batch lacks tasks for the first time.
+        """
+        return self._collector.hears
+
     def lead(self, present: Collection[str]) -> float:
         """How many steps before an update to begin observing, as batches hold these tasks."""
         self._singly = self._singly or len(present) < len(self._inventory.tasks)
@@ -251,6 +259,7 @@ class Round(Generic[D]):
                 forgotten.
         """
         self._check()
+        settled = self._reach.settled
         try:
             self._reach.settle(self.evidence)
         except RuntimeError:
@@ -258,7 +267,11 @@ class Round(Generic[D]):
             raise
         if self._cumulative:
             self._keep()
-        return self._decide(step)
+        try:
+            return self._decide(step)
+        except Exception:
+            self._reach.settled = settled  # which layers are pruned is as before too
+            raise
 
     def next(self) -> None:
         """Start the next round. Where scores add up over the run, so do observations."""
@@ -363,6 +376,13 @@ class Round(Generic[D]):
         return [layer for _, layer in active], subjects, self._method.decide(ballot, step)
 
 
-def scale_of(scaler: Any) -> float:
-    """The factor a ``GradScaler`` puts on losses; 1 if there is none."""
+def scale_of(scaler: Any, loss: Tensor | None = None) -> float:
+    """The factor a ``GradScaler`` puts on losses; 1 if there is none.
+
+    Args:
+        scaler: The scaler.
+        loss: One of the losses, if nobody else scales any. A scaler starts with its first.
+    """
+    if scaler is not None and loss is not None:
+        scaler.scale(loss.detach())
     return 1.0 if scaler is None else float(scaler.get_scale())

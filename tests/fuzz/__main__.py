@@ -21,6 +21,7 @@ from tests.fuzz.engine import GOOD, KINDS, Target, fuzz, judged
 TARGETS = {
     "train": "train:Train",
     "compress": "compress:Compress",
+    "pruned": "pruned:Pruned",
     "ranks": "ranks:Ranks",
     "files-states": "files:States",
     "files-models": "files:Models",
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", choices=list(TARGETS))
     parser.add_argument("--cases", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds that a case may take")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that a case may take")
     parser.add_argument("--out", type=Path, help="a file of outcomes, to go on from")
     parser.add_argument("--case", type=json.loads, help="run this one, in this process")
     options = parser.parse_args(arguments)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from mtprune import Cubic, LowRank, MultitaskPruner, OneShot, SoftThreshold, Vote, recipes, saliency
 from tests.fuzz.engine import Case, Outcome
-from tests.fuzz.random_nets import RandomNet, draw_net, inputs, simpler_nets
-from tests.fuzz.train import Loss
+from tests.fuzz.random_nets import Loss, RandomNet, draw_net, inputs, simpler_nets
 
 METHODS = {
     "vote": lambda: Vote(0.6, schedule=OneShot(2)),

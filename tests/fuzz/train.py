@@ -1,371 +1,345 @@
-"""Training: random nets, methods and loops, and what must be true of every run."""
+"""Trainings: a random net, pruned by a random method in a random loop, and looked at all the time.
 
-import copy
-import math
-import random
-from collections.abc import Iterable, Mapping
+What must hold is said by `tests.fuzz.oaths`, from outside; here stands the loop.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtprune import (
-    NM,
-    Block,
-    Cubic,
-    Linear,
-    LowRank,
-    MultitaskPruner,
-    OneShot,
-    PerTaskKeep,
-    Regrow,
-    SigmoidThreshold,
-    SoftThreshold,
-    Vote,
-    recipes,
-    saliency,
-    votes,
-)
-from tests.fuzz.engine import Case, Outcome
-from tests.fuzz.random_nets import RandomNet, draw_net, inputs, simpler_nets
-from tests.tampering import alike
+from mtprune import MultitaskPruner
+from tests.fuzz import engine, live, nets, oaths
+from tests.fuzz.cases import from_json, simpler, to_json
+from tests.fuzz.methods import MethodCase, last_of, make, slower
+from tests.fuzz.methods import draw as draw_method
+from tests.fuzz.nets import NetCase
+from tests.fuzz.outcomes import RefusedError, WrongError, check, differs, refusable
 
-STEPS = 9
+BACKENDS = ("prune", "inplace")
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.05),
+    "plain": lambda p: torch.optim.SGD(p, lr=0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02, amsgrad=True),
+    "one by one": lambda p: torch.optim.Adam(p, lr=0.02, foreach=False),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "groups": lambda p: torch.optim.SGD([{"params": [x], "lr": 0.02} for x in p], momentum=0.9),
+}
+_PARTS = ("model", "optimizer", "pruner")
+_ORDERS = list(itertools.permutations(_PARTS))
+_AFTER = 2
+_PATIENCE = 70  # observations="auto" takes up to 64
 
-SCHEDULES = {
-    "once": lambda: OneShot(3),
-    "first": lambda: OneShot(0),
-    "cubic": lambda: Cubic(begin=1, end=7, every=2),
-    "linear": lambda: Linear(begin=0, end=6, every=3),
-    "regrow": lambda: Regrow(every=2, end=8),
-}
-SALIENCIES = {
-    "taylor": saliency.taylor,
-    "sized": saliency.taylor_magnitude,
-    "magnitude": saliency.magnitude,
-    "fisher": saliency.fisher,
-    "gradient": saliency.gradient,
-    "movement": saliency.movement,
-    "random": saliency.random,
-}
-VOTES = {
-    "unanimous": votes.unanimous,
-    "majority": votes.majority,
-    "two": votes.at_least(2),
-    "mean": votes.mean,
-    "intersection": votes.intersection,
-}
-UNITS = {"block": lambda: Block(2, 2), "pattern": lambda: NM(2, 4)}
+
+@dataclass(frozen=True)
+class Case:
+    """A training.
+
+    Attributes:
+        net: The net.
+        method: The method.
+        backend: The back-end.
+        optimizer: One of `OPTIMIZERS`.
+        given: Whether the pruner is given the optimizer.
+        batches: Whose batches come: of ``"all"`` tasks; each of one task, in ``"turns"``; some
+            ``"missing"``; or all, of ``"uneven"`` sizes.
+        form: How losses come: the pruner computes them, ``"observe"``, or is given a ``"dict"``,
+            a ``"list"`` or a ``"vector"``.
+        accumulate: Backwards for a step of the optimizer.
+        amp: Whether the forward runs in bfloat16.
+        scaler: Whether losses are scaled.
+        fold: Whether scoring is the backward.
+        weigh: Whether the pruner weighs the losses.
+        at_once: Whether `prune` comes before the loop.
+        bfloat16: Whether scores are kept in bfloat16.
+        resume: After which step the run goes on from a checkpoint; 0 for none.
+        order: In which order that is loaded, a number.
+        twin: Whether the other back-end must give the same.
+    """
+
+    net: NetCase = field(default_factory=NetCase)
+    method: MethodCase = field(default_factory=MethodCase)
+    backend: str = "prune"
+    optimizer: str = "plain"
+    given: bool = True
+    batches: str = "all"
+    form: str = "observe"
+    accumulate: int = 1
+    amp: bool = False
+    scaler: bool = False
+    fold: bool = False
+    weigh: bool = False
+    at_once: bool = False
+    bfloat16: bool = False
+    resume: int = 0
+    order: int = 0
+    twin: bool = False
+
+
+def draw(chance: Random) -> Case:
+    net = nets.draw(chance)
+    method = draw_method(chance, net)
+    odd = chance.random() < 0.5  # half of the loops are plain but for a thing or two
+    rare = 0.25 if odd else 0.06
+    batches = chance.choice(["all", "all", "turns", "missing", "uneven"])
+    if batches in ("turns", "missing"):
+        method = slower(method, min(3, net.tasks))
+    given = chance.random() > rare or method.options.get("schedule", ("",))[0] == "regrow"
+    soft = method.kind in ("soft", "sigmoid", "adapmtl", "adapmtl_published", "best")
+    return Case(
+        net=net,
+        method=method,
+        backend=chance.choice(BACKENDS),
+        optimizer=chance.choice(list(OPTIMIZERS)),
+        given=given,
+        batches=batches,
+        form=chance.choice(["observe", "observe", "dict", *(["list", "vector"] * odd)]),
+        accumulate=2 if chance.random() < rare else 1,
+        amp=not net.double and "pair" not in net.blocks and chance.random() < rare,
+        scaler=given and chance.random() < rare,
+        fold=not soft and chance.random() < rare / 2,
+        weigh=chance.random() < 0.3,
+        at_once=method.options.get("schedule", ("",))[0] == "rounds"
+        or ("schedule" not in method.options and chance.random() < rare),
+        bfloat16=chance.random() < rare,
+        resume=chance.randint(1, 6) if chance.random() < 0.4 else 0,
+        order=chance.randrange(len(_ORDERS)),
+        twin=chance.random() < 0.4,
+    )
 
 
 class Train:
-    """Runs of a few steps."""
+    """Trainings."""
 
-    def draw(self, dice: random.Random) -> Case:
-        """A net, a method and a loop."""
-        kind = dice.choice(
-            ("vote", "vote", "vote", "vote", "soft", "sigmoid", "rank", "gates", "movement", "best")
-        )
-        case: Case = {
-            "net": draw_net(dice),
-            "kind": kind,
-            "sparsity": dice.choice((0.0, 0.3, 0.5, 0.7, 0.9, 0.97)),
-            "backend": dice.choice(("prune", "inplace")),
-            "optimizer": dice.choice(("sgd", "adam", "none")),
-            "shared": dice.choice(("auto", "auto", "glob", "module", "wrong")),
-            "batches": dice.choice(("all", "all", "single", "missing")),
-            "saved": dice.choice((None, 0, 2, 4, 6)),
-            "bf16": dice.random() < 0.1,
-            "accumulate": dice.choice((1, 1, 2)),
-            "seed": dice.randint(0, 99),
-        }
-        if kind == "vote":
-            case |= {
-                "schedule": dice.choice(list(SCHEDULES)),
-                "saliency": dice.choice(list(SALIENCIES)),
-                "vote": dice.choice(list(VOTES)),
-                "allocation": dice.choice(("floor", "global", "uniform", "erk")),
-                "observations": dice.choice((1, 1, 2, "auto")),
-                "apart": dice.random() < 0.8,
-                "voters": dice.random() < 0.2,
-                "units": dice.choice((None, None, None, *UNITS)),
-                "keep": dice.random() < 0.1,
-                "min_keep": dice.choice((0, 1, 1, 3)),
-            }
-        elif kind == "soft":
-            case |= {
-                "allocation": dice.choice(("uniform", "learned")),
-                "per": dice.choice(("component", "layer")),
-                "control": dice.choice(("exact", "pi")),
-                "grad_mode": dice.choice(("str", "ste", "anneal")),
-                "debias": dice.random() < 0.5,
-                "weighting": dice.choice(("uniform", "noise", "pruning_sensitivity")),
-            }
-        return case
+    def draw(self, dice: Random) -> engine.Case:
+        """A random one."""
+        return to_json(draw(dice))
 
-    def run(self, case: Case) -> Outcome:
-        """Train, stop and go on, bake in; look at all that must hold."""
-        run = Run(case)
-        run.train(STEPS)
-        problems = run.problems()
-        if problems:
-            return Outcome("wrong", problems)
-        if case["saved"] is not None:
-            problems = resumed(case, run)
-        other = "inplace" if case["backend"] == "prune" else "prune"
-        twin = Run({**case, "backend": other}).train(STEPS)
-        if not problems and not near(run, twin, case):
-            problems = "the back-ends have other masks"
-        return Outcome("wrong", problems) if problems else run.finish()
+    def run(self, case: engine.Case) -> engine.Outcome:
+        """Train, and look."""
+        run(from_json(Case, case))
+        return engine.Outcome("passed")
 
-    def simpler(self, case: Case) -> Iterable[Case]:
-        """Smaller nets first, then options as they are by default."""
-        for net in simpler_nets(case["net"]):
-            yield {**case, "net": net}
-        plain = {
-            "saved": None,
-            "bf16": False,
-            "accumulate": 1,
-            "batches": "all",
-            "shared": "auto",
-            "optimizer": "sgd",
-            "backend": "prune",
-            "schedule": "once",
-            "saliency": "taylor",
-            "vote": "unanimous",
-            "allocation": "uniform" if case["kind"] == "soft" else "floor",
-            "observations": 1,
-            "apart": True,
-            "voters": False,
-            "units": None,
-            "keep": False,
-            "min_keep": 1,
-            "control": "exact",
-            "per": "component",
-            "grad_mode": "ste",
-            "debias": False,
-            "weighting": "uniform",
-        }
-        for name, value in plain.items():
-            if name in case and case[name] != value:
-                yield {**case, name: value}
+    def simpler(self, case: engine.Case) -> Iterator[engine.Case]:
+        """Cases with something as it is by default."""
+        return map(to_json, simpler(from_json(Case, case)))
 
 
-def method_of(case: Mapping[str, Any]) -> Any:
-    """The method of a case."""
-    sparsity, kind = case["sparsity"], case["kind"]
-    if kind == "vote":
-        amount: Any = PerTaskKeep(max(1 - sparsity, 0.01)) if case["keep"] else sparsity
-        if case["units"] == "pattern":
-            amount = None
-        units = {"granularity": UNITS[case["units"]]()} if case["units"] else {}
-        return Vote(
-            amount,
-            saliency=SALIENCIES[case["saliency"]],
-            vote=VOTES[case["vote"]],
-            schedule=SCHEDULES[case["schedule"]](),
-            allocation=case["allocation"],
-            observations=case["observations"],
-            disentangled=case["apart"],
-            voters=(saliency.magnitude,) if case["voters"] else (),
-            min_keep=case["min_keep"],
-            **units,
-        )
-    if kind == "soft":
-        names = ("allocation", "per", "control", "grad_mode", "debias", "weighting")
-        fields = {name: case[name] for name in names}
-        return SoftThreshold(sparsity, schedule=Cubic(begin=1, end=7, every=2), **fields)
-    if kind == "sigmoid":
-        return SigmoidThreshold(sparsity, end=8, init=-3.0, lr=0.1)
-    if kind == "rank":
-        return LowRank(sparsity, schedule=Cubic(begin=1, end=7, every=2))
-    if kind == "gates":
-        return LowRank(sparsity, gates="learned", schedule=Linear(begin=0, end=7, every=1))
-    if kind == "movement":
-        return recipes.movement(sparsity, STEPS)
-    return recipes.best(sparsity, STEPS)
+def run(case: Case) -> None:
+    loop = Loop(case)
+    saved = None
+    for at in loop.to_the_end():
+        if at == case.resume:
+            saved = loop.save()
+    oaths.at_the_end(case.method, loop.method, loop.pruner, loop.model)
+    try:
+        if saved is not None:
+            _resumed(case, saved, loop)
+        if case.twin:
+            _twin(case, loop)
+    except (ValueError, TypeError, RuntimeError, RefusedError) as error:
+        # The same went well before.
+        raise WrongError(f"after a resumption, or with the other back-end: {error}") from error
+    loop.finalize()
 
 
-class Run:
-    """A net in training, as a case has it."""
+def _resumed(case: Case, saved: bytes, straight: "Loop") -> None:
+    """Going on from a checkpoint, in fresh objects with other weights, is bitwise the same."""
+    loop = Loop(case, seed=case.net.seed + 1, fresh=True)
+    state = torch.load(io.BytesIO(saved), weights_only=True)
+    for part in _ORDERS[case.order % len(_ORDERS)]:
+        getattr(loop, part).load_state_dict(state[part])
+    loop.at = state["at"]
+    if loop.scaler is not None:
+        loop.scaler.load_state_dict(state["scaler"])
+    while loop.at < straight.at:
+        loop.step()
+    difference = differs(straight.state(), loop.state())
+    check(not difference, f"after resuming at step {state['at']} another {difference}")
 
-    def __init__(self, case: Mapping[str, Any], seed: int = 0) -> None:
-        self.case = case
-        self.model = RandomNet(case["net"], seed)
-        self.objects = [id(parameter) for parameter in self.model.parameters()]
+
+def _twin(case: Case, loop: "Loop") -> None:
+    """The other back-end gives the same masks."""
+    backend = BACKENDS[1 - BACKENDS.index(case.backend)]
+    other = Loop(case, backend=backend)
+    while other.at < loop.at:
+        other.step()
+    difference = differs(loop.pruner.masks, other.pruner.masks)
+    check(not difference, f"back-ends have different masks: {difference}")
+
+
+class Loop:
+    """A model in training, with a pruner; the same case gives the same run, bit for bit.
+
+    Args:
+        case: The case.
+        backend: A back-end in place of the case's.
+        seed: Of the first weights, in place of the net's.
+        fresh: Whether nothing is pruned at the start, because a checkpoint is loaded.
+    """
+
+    def __init__(
+        self, case: Case, *, backend: str = "", seed: int | None = None, fresh: bool = False
+    ) -> None:
+        self.case, net = case, case.net
+        self.model = nets.build(net, seed)
         self.names = list(self.model.state_dict())
-        make = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW, "none": torch.optim.SGD}
+        self.plain = live.structure(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make[case["optimizer"]](trained, lr=0.01)
-        shared = {
-            "auto": "auto",
-            "glob": "pieces*",
-            "module": [self.model.pieces],
-            "wrong": [self.model.heads],
-        }
-        tasks = {task: Loss(task) for task in self.model.places}
-        self.pruner = MultitaskPruner(
-            self.model,
-            tasks,
-            shared[case["shared"]],
-            method=method_of(case),
-            optimizer=None if case["optimizer"] == "none" else self.optimizer,
-            backend=case["backend"],
-            seed=case["seed"],
-        )
+        self.optimizer = OPTIMIZERS[case.optimizer](trained)
+        self.objects = {id(p) for p in self.model.parameters()}
+        self.losses = nets.losses(net)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if case.scaler else None
+        with refusable(lambda: live.of_model(self.model)):
+            self.method = make(case.method, nets.inputs(net, 3, 0))
+        with refusable(lambda: live.of_model(self.model) | live.of_optimizer(self.optimizer)):
+            self.pruner = MultitaskPruner(
+                self.model,
+                self.losses if case.form == "observe" or case.at_once else net.names,
+                nets.shared(net, self.model),
+                method=self.method,
+                optimizer=self.optimizer if case.given else None,
+                include=nets.included(net, self.model),
+                backend=backend or case.backend,
+                score_dtype=torch.bfloat16 if case.bfloat16 else torch.float32,
+            )
+        self.last = last_of(self.method)
         self.at = 0
-        self.state: dict[str, Any] | None = None
+        if case.at_once and not fresh:
+            self._prune_at_once()
 
-    def train(self, until: int) -> "Run":
-        """Steps up to a number; the state is kept at the one that is saved."""
-        while self.at < until:
-            if self.at == self.case["saved"]:
-                self.state = copy.deepcopy(self.parts())
+    def to_the_end(self) -> Any:
+        """Train until the last update and a little longer, and say each step."""
+        wait = _PATIENCE + self.last + 4 * self.case.net.tasks
+        while self.pruner.report().step != self.last:
+            check(self.at < wait, f"the update of step {self.last} is never made")
             self.step()
-        return self
+            yield self.at
+        for _ in range(_AFTER):
+            self.step()
+            yield self.at
 
     def step(self) -> None:
-        """One step."""
-        names = list(self.model.places)
-        tasks = None
-        if self.case["batches"] == "single":
-            tasks = [names[self.at % len(names)]]
-        elif self.case["batches"] == "missing" and self.at % 3 == 1:
-            tasks = names[:1]
+        """A step of the optimizer and of the pruner; what must hold of each call is checked."""
         self.optimizer.zero_grad()
-        for part in range(self.case["accumulate"]):
-            torch.manual_seed(1000 * part + self.at)
-            x = inputs(100 * part + self.at + self.case["seed"])
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.case["bf16"]):
-                outputs = self.model(x)
-            before = self.traces()
-            losses = self.pruner.observe(outputs, {"x": x}, tasks=tasks)
-            if not alike(before, self.traces()):
-                raise AssertionError("observe has left a trace")
-            self.pruner.weigh(losses).backward()
-        self.optimizer.step()
-        self.pruner.step()
+        for part in range(self.case.accumulate):
+            self._backward(part)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.at += 1
+        with refusable(lambda: live.of_model(self.model) | live.seen_of(self.pruner)):
+            changed = self.pruner.step()
+        self._look(changed)
 
-    def traces(self) -> dict[str, Any]:
-        """What `observe` must leave as it was."""
-        return {
-            "grads": [None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
-            "buffers": [
-                b.clone() for n, b in self.model.named_buffers() if not n.endswith("_mask")
-            ],
-            "random": torch.get_rng_state(),
-        }
+    def _look(self, changed: bool) -> None:
+        """Check what holds after every step, and after every change."""
+        case = self.case.method
+        oaths.of_objects(self.model, self.objects)
+        hard = oaths.is_hard(case, self.method, self.pruner.report())
+        if hard or changed:
+            oaths.of_numbers(case, self.method, self.pruner)
+        if hard:
+            oaths.of_zeros(self.pruner, self.model)
 
-    def parts(self) -> dict[str, Any]:
-        """All that a checkpoint has."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pruner": self.pruner.state_dict(),
-        }
+    def _backward(self, part: int) -> None:
+        case = self.case
+        number = self.at * case.accumulate + part
+        rows = 4 + (3 * number % 5 if case.batches == "uneven" else 0)
+        batch = nets.batch(case.net, rows, number)
+        torch.manual_seed(1_000 + number)
+        with torch.autocast("cpu", torch.bfloat16) if case.amp else nullcontext():
+            outputs = self.model(batch["x"])
+        losses = self._observed(outputs, batch, self._present(number))
+        if case.fold:
+            return
+        if case.weigh:
+            with refusable(lambda: live.of_model(self.model)):
+                total = self.pruner.weigh(losses)
+        else:
+            total = torch.stack([loss / self.losses[t].unit for t, loss in losses.items()]).sum()
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
 
-    def problems(self) -> str:
-        """What is not as it must be at the end of training; empty if all is."""
-        masks, report = self.pruner.masks, self.pruner.report()
-        if [id(p) for p in self.model.parameters()] != self.objects:
-            return "a Parameter was replaced"
-        kept = sum(int(mask.sum()) for mask in masks.values())
-        total = sum(mask.numel() for mask in masks.values())
-        if self.case["kind"] in ("rank", "gates"):
-            return "" if kept == total else "ranks have masks"
-        if report.step is None:
-            return "" if kept == total else "masks without an update"
-        if self.case["kind"] != "sigmoid" and report.kept != kept and self.settled:
-            return f"the report says {report.kept} and masks keep {kept}"
-        exact = (
-            self.case["kind"] in ("vote", "soft", "best", "movement")
-            and not self.case.get("keep")
-            and not self.case.get("units")
-            and self.settled
-        )
-        if exact and total - kept != round(self.case["sparsity"] * total):
-            return f"{total - kept} zeros of {total} at {self.case['sparsity']}"
-        least = self.case.get("min_keep", 1)
-        if exact and least and kept >= least * len(masks):
-            empty = [name for name, mask in masks.items() if not bool(mask.any())]
-            if empty:
-                return f"{empty} are empty"
-        if not 0.0 <= report.coverage <= 1.0:
-            return f"coverage {report.coverage}"
-        return ""
+    def _present(self, number: int) -> list[str]:
+        """The tasks of a batch."""
+        names = self.case.net.names
+        if self.case.batches == "turns":
+            return [names[number % len(names)]]
+        if self.case.batches == "missing":
+            return [n for i, n in enumerate(names) if (number + i) % 3] or names
+        return names
 
-    @property
-    def settled(self) -> bool:
-        """Whether the last update has been made."""
-        step = self.pruner.report().step
-        schedule = self.pruner._method.schedule
-        return step is not None and schedule.next_update(step) is None
+    def _observed(
+        self, outputs: Any, batch: Mapping[str, Tensor], tasks: list[str]
+    ) -> dict[str, Tensor]:
+        """The losses, after the pruner has seen them and left no trace."""
+        case = self.case
+        options: dict[str, Any] = {"scaler": self.scaler, "fold": case.fold}
+        before = live.of_model(self.model)
+        with refusable(lambda: before | live.of_pruner(self.pruner)):
+            if case.form == "observe":
+                losses = self.pruner.observe(outputs, batch, tasks=tasks, **options)
+            else:
+                losses = {task: self.losses[task](outputs, batch) for task in tasks}
+                self.pruner.observe_losses(self._form(losses, len(tasks)), **options)
+        after = live.of_model(self.model)
+        for facts in (before, after) if case.fold else ():
+            facts.pop(".grad")
+        difference = differs(before, after)
+        check(not difference, f"observing changes {difference}")
+        return losses
 
-    def finish(self) -> Outcome:
-        """Bake the masks in, and compare."""
-        masks = self.pruner.masks
-        x = inputs(777)
-        self.model.eval()
-        with torch.no_grad():
-            before = {name: out.clone() for name, out in self.model(x).items()}
+    def _form(self, losses: dict[str, Tensor], present: int) -> Any:
+        """Losses as the case has them; what has no names only if none is missing."""
+        whole = present == self.case.net.tasks
+        if self.case.form == "list" and whole:
+            return list(losses.values())
+        if self.case.form == "vector" and whole:
+            return torch.stack(list(losses.values()))
+        return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+    def _prune_at_once(self) -> None:
+        batches = [nets.batch(self.case.net, 4, 500 + i) for i in range(3)]
+        with refusable(lambda: live.of_model(self.model) | live.seen_of(self.pruner)):
+            self.pruner.prune(batches, forward=lambda m, b: m(b["x"]), progress=False)
+        self._look(changed=True)
+
+    def save(self) -> bytes:
+        """A checkpoint, as a file."""
+        file = io.BytesIO()
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        torch.save({**self.state(), "at": self.at, "scaler": scaler}, file)
+        return file.getvalue()
+
+    def state(self) -> dict[str, Any]:
+        return {part: getattr(self, part).state_dict() for part in _PARTS}
+
+    def finalize(self) -> None:
+        """Outputs, masks, counts and names are as before; hooks of ours are gone."""
+        before = self._outputs(), live.seen_of(self.pruner)
         self.pruner.finalize()
-        with torch.no_grad():
-            after = self.model(x)
-        for name, out in before.items():
-            if not torch.allclose(out, after[name], rtol=1e-5, atol=1e-6, equal_nan=True):
-                return Outcome("wrong", f"finalize changes outputs of '{name}'")
-        if list(self.model.state_dict()) != self.names:
-            return Outcome("wrong", "finalize leaves other names")
-        weights = dict(self.model.named_parameters())
-        for name, mask in masks.items():
-            if bool((weights[name][~mask] != 0).any()):
-                return Outcome("wrong", f"'{name}' is not zero where it is masked")
-        return Outcome("passed")
+        after = self._outputs(), live.seen_of(self.pruner)
+        difference = differs(before, after)
+        check(not difference, f"finalize() changes {difference}")
+        check(list(self.model.state_dict()) == self.names, "finalize() leaves other names")
+        difference = differs(self.plain, live.structure(self.model))
+        check(not difference, f"finalize() leaves traces: {difference}")
+        check({id(p) for p in self.model.parameters()} == self.objects, "Parameters are others")
+        check(not live.hooks(self.optimizer), "finalize() leaves hooks in the optimizer")
 
-
-class Loss:
-    """The loss of a task."""
-
-    def __init__(self, task: str) -> None:
-        self.task = task
-
-    def __call__(self, outputs: Mapping[str, Tensor], batch: Any) -> Tensor:
-        return self.of(outputs[self.task].float())
-
-    def of(self, output: Tensor) -> Tensor:
-        """The loss of an output."""
-        target = torch.arange(output.numel()).view_as(output).sin()
-        return (output - target).square().mean()
-
-
-def resumed(case: Mapping[str, Any], run: Run) -> str:
-    """What a run that goes on from a checkpoint has otherwise; empty if nothing."""
-    if run.state is None:
-        return ""
-    again = Run(case, seed=1)
-    again.model.load_state_dict(run.state["model"])
-    again.optimizer.load_state_dict(run.state["optimizer"])
-    again.pruner.load_state_dict(run.state["pruner"])
-    again.at = case["saved"]
-    again.train(STEPS)
-    if not alike(weights_of(run), weights_of(again)):
-        return "a resumed run has other weights"
-    if not alike(run.pruner.state_dict(), again.pruner.state_dict()):
-        return "a resumed pruner has another state"
-    return ""
-
-
-def weights_of(run: Run) -> dict[str, Tensor]:
-    """All parameters under their plain names."""
-    return {n.removesuffix("_orig"): p.detach() for n, p in run.model.named_parameters()}
-
-
-def near(run: Run, twin: Run, case: Mapping[str, Any]) -> bool:
-    """Whether the masks of two back-ends are the same, but for what rounding decides."""
-    one, other = run.pruner.masks, twin.pruner.masks
-    if case["bf16"] or case["accumulate"] > 1:
-        return one.keys() == other.keys()
-    total = sum(mask.numel() for mask in one.values())
-    off = sum(int((mask != other[name]).sum()) for name, mask in one.items())
-    return one.keys() == other.keys() and off <= math.ceil(0.02 * total)
+    def _outputs(self) -> Any:
+        """Outputs in eval mode, with gradients: fused kernels of inference round otherwise."""
+        self.model.eval()
+        outputs = live.copied(self.model(nets.inputs(self.case.net, 5, 900)))
+        self.model.train()
+        return outputs

@@ -593,3 +593,12 @@ def test_a_unit_is_pruned_whole_though_a_part_has_no_gradient_yet():
     fast = mtprune.compress(model, x, groups=channel, measure=FakeTimes())
     assert fast.trunk[0].out_channels == fast.trunk[2].conv.in_channels == group.kept < 8
     assert off(model.eval(), fast, x) < 1e-5
+
+
+@needed
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_is_followed_on_any_number_of_rows(rows):
+    """On one row its heads are joined as channels are when they are flattened: endless, then."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    (group,) = channels(layer, torch.randn(rows, 3, 8))
+    assert (group.name, group.size) == ("linear1.channels", 12)
