@@ -34,7 +34,7 @@ VERSION = 2
 _IDENTITY = ("version", "tasks", "shapes", "method")
 _FIELDS = (
     *_IDENTITY,
-    *("step", "done", "users", "facts", "hold", "weigher", "generator"),
+    *("step", "done", "users", "led", "facts", "hold", "weigher", "generator"),
     *("singly", "memory", "evidence", "kept", "stability"),
 )
 _ADVICE = "Load the state_dict() of a pruner as it was saved; this pruner is as it was."
@@ -187,6 +187,7 @@ def _upgraded(state: Mapping[str, Any], method: str) -> dict[str, Any]:
     }
     if _without_sparsity(state["method"]) == _without_sparsity(method):
         new["method"] = method
+    new["led"] = None
     new["version"] = VERSION
     return new
 

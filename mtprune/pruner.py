@@ -390,6 +390,7 @@ class MultitaskPruner:
                 "step": self._clock.step,
                 "done": self._clock.done,
                 "users": None if settled is None else dict(settled),
+                "led": self._reach.led,
                 "facts": self._facts.state_dict(),
                 "hold": self._hold.state_dict(),
                 "weigher": self._weigher.state_dict(),
@@ -415,6 +416,7 @@ class MultitaskPruner:
         held = self._hold.read(entries["hold"], layers)
         if done >= 0 and users is None:
             raise entries["users"].wrong("must tell which task uses which layer, after an update")
+        led = self._reach.read_led(entries["led"], users)
         subjects = [] if users is None else self._reach.subjects(users)
         checkpoint.check_counts(entries, held, facts, subjects)
         if done >= 0:
@@ -423,7 +425,7 @@ class MultitaskPruner:
         weights = self._weigher.read(entries["weigher"])
         random = checkpoint.random_state(entries["generator"])
         checkpoint.check_seal(entries)
-        self._reach.settled = users
+        self._reach.settled, self._reach.led = users, led
         self._clock.step, self._clock.done = step, done
         self._facts = facts if facts.counts else Facts.before(self._inventory.layers)
         self._round.load(past)

@@ -79,6 +79,7 @@ def change(path, value):
         (("done",), -2, r"'done' must be a whole number, at least -1\. Got -2"),
         (("singly",), 1, r"'singly' must be True or False\. Got 1"),
         (("users", "a"), torch.ones(1), r"'users\.a' must be a dense bool tensor of shape"),
+        (("led",), torch.ones(1), "'led' must be a dense bool tensor of shape"),
         (
             ("facts", "counts", 0, "kept"),
             -1,

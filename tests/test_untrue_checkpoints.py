@@ -52,6 +52,10 @@ def nobody_s_layer(state: State) -> None:
     state["users"]["a"][0] = False
 
 
+def led_nowhere(state: State) -> None:
+    state["led"] = torch.zeros_like(state["led"])
+
+
 def no_users(state: State) -> None:
     state["users"] = None
 
@@ -104,6 +108,7 @@ UNTRUE: list[tuple[str, Callable[[State], None], str]] = [
             (before_all_updates, r"'facts\.counts' must tell that all is kept, as before the fir"),
         ]
     ),
+    ("gradual", led_nowhere, "'led' must have every layer that some task uses"),
     ("ranks", no_numbers, r"'facts\.counts' must tell of the 4 layers that are pruned, in order"),
     ("gradual", numbers_twice, r"'facts\.counts' must tell of the 4 layers that are pruned, in"),
     ("gradual", nobody_s_layer, r"'facts\.counts' must tell of the 4 layers that are pruned"),

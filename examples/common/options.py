@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "rigl": (lambda o: recipes.rigl(o.sparsity, every=o.update_every, end=o.freeze), None),
     "set_": (lambda o: recipes.set_(o.sparsity, every=o.update_every, end=o.freeze), None),
     "magnitude": (lambda o: recipes.magnitude(o.sparsity), "trained"),
+    "lamp": (lambda o: recipes.lamp(o.sparsity), "trained"),
     "gradual_magnitude": (
         lambda o: replace(recipes.magnitude(o.sparsity), schedule=_cubic(o)),
         "gradual",

@@ -33,6 +33,7 @@ class Reach:
 
     Attributes:
         settled: What each task uses, or None while that is unknown.
+        led: Where the graph of some loss led when that was settled, bool ``[layers]``, if known.
     """
 
     def __init__(self, inventory: Inventory) -> None:
@@ -42,7 +43,7 @@ class Reach:
         self._declared = inventory.declared
         self._units = inventory.units
         self.settled: dict[str, Tensor] | None = None
-        self._led: Tensor | None = None  # where some graph led, when that was settled
+        self.led: Tensor | None = None
 
     def is_clear(self, evidence: Evidence, task: str) -> bool:
         """Whether graph and gradients agree on what an observed task uses."""
@@ -83,7 +84,7 @@ class Reach:
             f"'{self._layers[i].name}'" for i in (reachable & ~seen).nonzero().flatten().tolist()
         ]
         hidden += self._undeclared(reached, walked, seen)
-        self.settled, self._led = reached, reachable
+        self.settled, self.led = reached, reachable
         if lost:
             warnings.warn(
                 f"No loss leads to {_few(lost)}, more weights than tasks share, so these do not "
@@ -114,6 +115,23 @@ class Reach:
         if not any(bool(flag.any()) for flag in flags.values()):
             raise entry.wrong("must have a layer that some task uses")
         return {task: flags[task] for task in self._tasks}
+
+    def read_led(self, entry: Entry, users: Users | None) -> Tensor | None:
+        """Where graphs led, as a checkpoint holds it; nothing is changed.
+
+        Args:
+            entry: The entry.
+            users: What the same checkpoint has settled.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        if entry.value is None:
+            return None
+        led = entry.tensor((len(self._layers),), torch.bool).cpu().clone()
+        if users is None or any(bool((flags & ~led).any()) for flags in users.values()):
+            raise entry.wrong("must have every layer that some task uses")
+        return led
 
     def active(self, users: Users | None = None) -> list[tuple[int, Layer]]:
         """The layers that are pruned: all candidates until it is known who uses what."""
@@ -152,7 +170,7 @@ class Reach:
         """Why a layer that no task has a gradient in is left alone."""
         if not layer.parameter.requires_grad:
             return "frozen"
-        if self._led is not None and bool(self._led[index]):
+        if self.led is not None and bool(self.led[index]):
             return "every gradient there was zero, though the graph of some loss leads there"
         return "no task uses it"
 
