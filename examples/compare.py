@@ -6,11 +6,12 @@ r"""Compare pruning methods on one of the trainers: methods x sparsities x seeds
 A method is ``name[:when[:allocation]]`` with the trainer's names, for instance
 ``vote:trained:global``; ``when`` may be empty. For every seed a dense net is trained first.
 
-* ``init`` methods and sparse training start from scratch and train for --steps;
-* ``trained`` and ``gradual`` ones start from the dense net and train for --tune-steps; so does
-  ``dense_tuned``, the dense net with the same extra training;
-* ``imp`` prunes the dense net by magnitude in --rounds, each followed by --tune-steps;
-* ``lth`` does the same, but goes back to the initial weights each time and trains for --steps.
+* ``init`` methods and sparse training start from scratch and train for --scratch-steps;
+* ``trained``, ``gradual`` and ``rounds`` ones start from the dense net and train for --tune-steps;
+  so does ``dense_tuned``, the dense net with the same extra training;
+* ``imp`` prunes the dense net by magnitude in --rounds, which share --tune-steps;
+* ``lth`` prunes in --rounds too, but goes back to the initial weights each time and trains for
+  --steps.
 
 Of several learning rates (``--tune-rates``, ``--scratch-rates``) each method takes, for each
 sparsity, the one that does best on the validation split in runs with --rate-seeds other seeds.
@@ -115,18 +116,23 @@ def jobs(entry: Entry, seed: int, options: Options, rate: float | None = None) -
         common += ["--allocation", allocation]
     if entry.scaled:
         common += ["--loss-scale", *(f"{task}={x}" for task, x in options.loss_scale)]
-    scratch, tuned = (["--steps", str(n)] for n in (options.steps, options.tune_steps))
-    for arguments in (scratch, tuned):
-        arguments += [] if rate is None else ["--lr", str(rate)]
+    extra = [] if rate is None else ["--lr", str(rate)]
+
+    def length(steps: int) -> list[str]:
+        return ["--steps", str(steps), *extra]
+
+    scratch, tuned = length(options.scratch_steps), length(options.tune_steps)
     if name == TUNED:
         arguments = ["--method", "dense", "--seed", str(seed), "--pretrained", str(dense), *tuned]
         return [Job(tuple(arguments), out)]
     if name in CHAINS:
-        steps = [*scratch, "--rewind"] if name == "lth" else tuned
         chain, start = [], dense
         for i in range(1, options.rounds + 1):
             sparsity = 1 - (1 - entry.sparsity) ** (i / options.rounds)
             last = i == options.rounds
+            part = options.tune_steps // options.rounds
+            part += options.tune_steps % options.rounds if last else 0
+            steps = [*length(options.steps), "--rewind"] if name == "lth" else length(part)
             folder = out if last else out / f"round{i}"
             arguments = ["--method", "magnitude", "--seed", str(seed), *steps]
             arguments += ["--sparsity", str(entry.sparsity if last else sparsity)]
@@ -144,7 +150,7 @@ def is_tuned(spec: str) -> bool:
     name, when = (*spec.split(":"), "")[:2]
     if name in (*CHAINS, TUNED):
         return name != "lth"
-    return (when or METHODS[name][1]) in ("trained", "gradual")
+    return (when or METHODS[name][1]) in ("trained", "gradual", "rounds")
 
 
 def rates(spec: str, options: Options) -> list[float | None]:
@@ -314,7 +320,13 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--reference", help="the method that the others are held against; the first unless given")
     add("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95], help="shares of zeros")
     add("--seeds", type=positive, default=3, help="how many")
-    add("--steps", type=positive, default=2000, help="of training from scratch")
+    add("--steps", type=positive, default=2000, help="of the dense net's training")
+    add(
+        "--scratch-steps",
+        type=positive,
+        help="of sparse training from scratch; as many as of the dense net and after it together, "
+        "unless given",
+    )
     add("--tune-steps", type=positive, default=500, help="of training from the dense net")
     for group in ("tune", "scratch"):
         add(
@@ -331,6 +343,7 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")
     options, options.rest = parser.parse_known_args(arguments)
     options.reference = options.reference or options.methods[0]
+    options.scratch_steps = options.scratch_steps or options.steps + options.tune_steps
     for spec in options.methods:
         if spec.split(":")[0] not in (*METHODS, *CHAINS, TUNED):
             known = ", ".join([*METHODS, *CHAINS, TUNED])

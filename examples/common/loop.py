@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import checkpoints, data, losses, nets, results
-from common.options import Options, Problem, make_method, parse, prunes_at_once
+from common.options import Options, Problem, make_method, parse, scoring_batches
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
 from mtprune.reading import Entry
@@ -151,8 +151,8 @@ def train(problem: Problem, options: Options, source: data.Source | None = None)
         log = load(run, saved)
     elif options.pretrained is not None:
         start_from(run)
-    if log["step"] == 0 and prunes_at_once(options):
-        scoring = islice(batches_from(problem, run, 0, options.observations), options.observations)
+    if log["step"] == 0 and (count := scoring_batches(options)):
+        scoring = islice(batches_from(problem, run, 0, count), count)
         pruner.prune(map(run.to_device, scoring), forward=forward, progress=False)  # mtprune
         if options.rewind:
             rewind(run)

@@ -11,9 +11,11 @@ import torch
 from common.data import Layout, Source
 from common.losses import Task
 from common.nets import NETS
-from mtprune import Cubic, OneShot, SoftThreshold, Vote, recipes, votes
+from mtprune import Cubic, OneShot, Refit, Rounds, SoftThreshold, Vote, recipes, votes
 
 Options = argparse.Namespace
+ROUNDS = 4
+"""Of ``--when rounds``."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Problem:
 
 METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "dense": (lambda o: Vote(0.0, schedule=OneShot(o.steps + 1)), None),  # never due
-    "best": (
-        lambda o: recipes.best(o.sparsity, o.steps, trained=o.pretrained is not None),
-        None,
-    ),
+    "best": (lambda o: _best(o), "rounds"),
+    "best_without_voters": (lambda o: replace(_trained(o), voters=()), "rounds"),
+    "best_with_refit": (lambda o: replace(_trained(o), refit=Refit()), "rounds"),
+    "best_joint": (lambda o: replace(_trained(o), disentangled=False), "rounds"),
+    "best_elsewhere": (lambda o: recipes.best(o.sparsity, trained="elsewhere"), "rounds"),
     "vote": (lambda o: Vote(o.sparsity), "gradual"),
     "majority": (lambda o: Vote(o.sparsity, vote=votes.majority), "gradual"),
     "mean": (lambda o: Vote(o.sparsity, vote=votes.mean), "gradual"),
@@ -84,6 +87,9 @@ def make_method(options: Options) -> Any:
         return method
     if when == "init":
         method = replace(method, schedule=OneShot(), observations=options.observations)
+    elif when == "rounds":
+        observations = min(options.observations, 4)
+        method = replace(method, schedule=Rounds(ROUNDS), observations=observations)
     elif when == "trained":
         wait = options.dense_steps or options.observations
         observations = min(options.observations, wait)
@@ -98,10 +104,26 @@ def make_method(options: Options) -> Any:
     return method
 
 
-def prunes_at_once(options: Options) -> bool:
-    """Whether masks come before training, and do not change in it."""
-    schedule = getattr(make_method(options), "schedule", None)
-    return isinstance(schedule, OneShot) and schedule.at == 0
+def scoring_batches(options: Options) -> int:
+    """How many batches are scored before the first step, for masks that do not change later."""
+    method = make_method(options)
+    schedule = getattr(method, "schedule", None)
+    if isinstance(schedule, Rounds):
+        return schedule.n * int(method.observations)
+    return options.observations if isinstance(schedule, OneShot) and schedule.at == 0 else 0
+
+
+def _best(options: Options) -> Vote | SoftThreshold:
+    """What the recipe takes for the net at hand."""
+    if options.pretrained is None:
+        return recipes.best(options.sparsity, options.steps, trained=False)
+    return _trained(options)
+
+
+def _trained(options: Options) -> Vote:
+    method = recipes.best(options.sparsity)
+    assert isinstance(method, Vote)
+    return method
 
 
 def _adapmtl(options: Options) -> SoftThreshold:
@@ -156,8 +178,9 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
     group("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
     group(
         "--when",
-        choices=["init", "trained", "gradual"],
-        help="prune at the start, at once after the dense phase, or gradually after it; "
+        choices=["init", "trained", "gradual", "rounds"],
+        help="prune at the start, at once after the dense phase, gradually after it, or in rounds "
+        "before the first step, each scored anew; "
         "unless given, as the method has it",
     )
     group(
@@ -243,7 +266,10 @@ def settle(problem: Problem, options: Options) -> Options:
         options.update_every = max(1, options.steps // 400, min(25, options.steps // 10))
     options.freeze = max(1, options.steps * 3 // 4)
     options.save_every = options.save_every or max(1, options.steps // 10)
-    if not prunes_at_once(options) and options.rewind:
+    at_once, when = scoring_batches(options), options.when or METHODS[options.method][1]
+    if at_once and options.pretrained is None and when == "rounds":
+        raise ValueError("--when rounds needs --pretrained: a trained net to prune.")
+    if not at_once and options.rewind:
         raise ValueError(
             f"--rewind is for what prunes at once. --method {options.method} does not."
         )
