@@ -110,19 +110,23 @@ def disparse_pretrained(
     *,
     schedule: Schedule | None = None,
     observations: Observations = 1,
+    score: saliency.Saliency = saliency.taylor,
 ) -> Vote:
     """DiSparse, pretrained: score a trained network, prune once or gradually, fine-tune.
 
-    Sun et al., CVPR 2022, with the first-order score ``|w * g|``.
+    Sun et al., CVPR 2022, with the first-order score of the paper, ``|w * g|``. The released code
+    has `saliency.magnitude` for NYU-v2 and Cityscapes, and `saliency.taylor_magnitude` for
+    Taskonomy.
 
     Args:
         sparsity: Share of zeros.
         schedule: When to prune; at once unless given.
         observations: Batches to score on before each update.
+        score: The saliency.
     """
     return Vote(
         sparsity,
-        saliency=saliency.taylor,
+        saliency=score,
         allocation="global",
         schedule=schedule or OneShot(),
         observations=observations,
@@ -134,7 +138,9 @@ def disparse_dynamic(sparsity: float, *, every: int, end: int, fraction: float =
 
     Sun et al., CVPR 2022. Densities are ERK with power 0.9, as in the original code. Every layer
     is on its budget after every update, where the original overshoots between updates; gradients
-    are those of the masked network, and weights that come back start at zero.
+    are those of the masked network, and weights that come back start at zero. Every task ranks
+    each layer's gradients by themselves, as in the original, so that one with large gradients in
+    its head has as much of a say in the trunk.
 
     Args:
         sparsity: Share of zeros, at all times.
@@ -146,7 +152,7 @@ def disparse_dynamic(sparsity: float, *, every: int, end: int, fraction: float =
         sparsity,
         saliency=saliency.gradient,
         allocation=Erk(0.9),
-        schedule=Regrow(every=every, end=end, fraction=fraction),
+        schedule=Regrow(every=every, end=end, fraction=fraction, within="layer"),
     )
 
 

@@ -6,8 +6,8 @@ share of the final sparsity that is due at an update. Steps are optimizer steps,
 """
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from mtprune import checks
 
@@ -210,6 +210,9 @@ class Regrow:
         end: Step from which masks stay as they are.
         fraction: Share of a layer's kept weights exchanged at first; falls to 0 at ``end`` by a
             cosine.
+        within: What a task ranks the gradients within, by which it asks for growth: each
+            ``"layer"``, or the whole ``"model"``, where a task whose gradients are largest in its
+            head has less of a say in the trunk.
 
     Example:
         >>> Regrow(every=10, end=100, fraction=0.5).fraction_at(50)
@@ -219,12 +222,14 @@ class Regrow:
     every: int
     end: int
     fraction: float = 0.3
+    within: Literal["model", "layer"] = field(default="model", metadata={"later": True})
 
     def __post_init__(self) -> None:
         """Validate."""
         checks.whole("every", self.every, least=1)
         checks.whole("end", self.end, least=1)
         checks.inside("fraction", self.fraction, "(0, 1]")
+        checks.one_of("within", self.within, ("model", "layer"))
 
     def next_update(self, after: int) -> int | None:
         """See `Schedule`."""

@@ -2,14 +2,14 @@
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtprune import MultitaskPruner, PerTaskKeep, Vote, affinity, recipes, saliency, votes
+from mtprune import MultitaskPruner, PerTaskKeep, Regrow, Vote, affinity, recipes, saliency, votes
 
 TASKS = ("left", "right", "both")
 
@@ -217,11 +217,15 @@ def test_a_layer_that_two_of_three_tasks_reach_is_voted_on_by_those(
     assert rows["heads.left.weight"].tasks == ("left",)
 
 
+@pytest.mark.parametrize("within", ["layer", "model"])
 def test_one_step_of_sparse_training_drops_by_magnitude_and_grows_by_vote(
-    net: nn.Module, batches: list[Any], backend: str
+    net: nn.Module, batches: list[Any], backend: str, within: Literal["layer", "model"]
 ) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     method = recipes.disparse_dynamic(0.6, every=2, end=100)
+    assert isinstance(method.schedule, Regrow)
+    assert method.schedule.within == "layer"
+    method = replace(method, schedule=replace(method.schedule, within=within))
     pruner = MultitaskPruner(
         net, LOSSES, SHARED, method=method, optimizer=optimizer, backend=backend
     )
@@ -244,19 +248,22 @@ def test_one_step_of_sparse_training_drops_by_magnitude_and_grows_by_vote(
         pruner.step()
 
     grads = {task: summed(dense, [batches[1]], task, lambda w, g: g.abs()) for task in TASKS}
-    percentile: dict[str, list[Tensor]] = {name: [] for name in start}
-    for scores in grads.values():
-        ordered = torch.cat([s.flatten() for s in scores.values()]).sort().values
-        for name, score in scores.items():
-            percentile[name].append(torch.searchsorted(ordered, score).double() / ordered.numel())
-    fraction = method.schedule.fraction_at(2)  # type: ignore[attr-defined]
+    assert isinstance(method.schedule, Regrow)
+    fraction = method.schedule.fraction_at(2)
     for name, mask in start.items():
         kept = int(mask.sum())
         drop = min(round(fraction * kept), mask.numel() - kept)
         weight = moved[name].abs().masked_fill(~mask, -1).flatten()
         survive = torch.zeros_like(weight, dtype=torch.bool)
         survive[weight.topk(kept - drop).indices] = True
-        worth = torch.stack(percentile[name]).amax(0).flatten().masked_fill(survive, -1)
+        percentile = []
+        for scores in grads.values():
+            if name in scores:
+                own = scores[name].flatten()
+                every = torch.cat([s.flatten() for s in scores.values()])
+                ordered = (own[~survive] if within == "layer" else every).sort().values
+                percentile.append(torch.searchsorted(ordered, own).double() / ordered.numel())
+        worth = torch.stack(percentile).amax(0).masked_fill(survive, -1)
         grow = torch.zeros_like(survive)
         grow[worth.topk(drop).indices] = True
         after = pruner.masks[name]

@@ -90,13 +90,26 @@ def test_runs_to_the_sparsity_asked_for(train, tmp_path, capsys, name, method):
 
 
 @pytest.mark.parametrize("method", [name for name in options.METHODS if name not in METHODS])
-def test_every_other_method(train, method):
-    found = train("census", "--method", method, "--steps", "4")
+def test_every_other_method(train, tmp_path, method):
+    start = []
+    if options.METHODS[method][1] == "rounds":
+        train("census", "--method", "dense", out=tmp_path)
+        start = ["--pretrained", str(tmp_path / "model.pt")]
+    found = train("census", "--method", method, "--steps", "4", *start)
     asked = round(0.9 * found["weights"])
     if method.startswith("flop"):  # up to less than what one component costs
         assert 0 <= found["zeros"] - asked < 200
     elif method != "adapmtl_published":  # it rests where its thresholds lead it
         assert found["zeros"] == asked
+
+
+def test_rounds_need_a_trained_net(train, capsys):
+    for told in (["--method", "vote", "--when", "rounds"], ["--method", "best_joint"]):
+        with pytest.raises(SystemExit):
+            train("census", *told)
+        assert (
+            "--when rounds needs --pretrained: a trained net to prune." in capsys.readouterr().err
+        )
 
 
 def test_every_recipe_is_a_method():

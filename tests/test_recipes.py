@@ -44,7 +44,7 @@ GRADUAL = Cubic(begin=10, end=1_000, every=100)
     [
         ("disparse_static", saliency.snip, "global", OneShot(0), True),
         ("disparse_pretrained", saliency.taylor, "global", OneShot(0), True),
-        ("disparse_dynamic", saliency.gradient, Erk(0.9), Regrow(100, 1_000, 0.5), True),
+        ("disparse_dynamic", saliency.gradient, Erk(0.9), Regrow(100, 1_000, 0.5, "layer"), True),
         ("snip", saliency.snip, "global", OneShot(0), False),
         ("rigl", saliency.gradient, "erk", Regrow(100, 1_000, 0.3), False),
         ("set_", saliency.random, "erk", Regrow(100, 1_000, 0.3), False),
@@ -89,8 +89,12 @@ def test_options_are_passed_on():
     assert recipes.disparse_pretrained(0.9, observations="auto").observations == "auto"
     assert recipes.disparse_pretrained(0.9, schedule=GRADUAL).schedule == GRADUAL
     assert recipes.snip(0.9, observations=7).observations == 7
-    for recipe in (recipes.disparse_dynamic, recipes.rigl, recipes.set_):
+    for recipe in (recipes.rigl, recipes.set_):
         assert recipe(0.9, fraction=0.1, **TIMES).schedule == Regrow(100, 1_000, 0.1)
+    growth = recipes.disparse_dynamic(0.9, fraction=0.1, **TIMES).schedule
+    assert growth == Regrow(100, 1_000, 0.1, within="layer")
+    for score in (saliency.magnitude, saliency.taylor_magnitude):
+        assert recipes.disparse_pretrained(0.9, score=score).saliency is score
 
 
 TRAINED = {"saliency": saliency.taylor_magnitude, "voters": (saliency.magnitude,)}

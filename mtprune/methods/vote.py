@@ -436,7 +436,7 @@ class Vote(Method[Masks]):
             return keep_best(election, target, progress)
         if step == 0:
             return draw(election, target)
-        return exchange(election, target, self.schedule.fraction_at(step))
+        return exchange(election, target, self.schedule, step)
 
 
 def _name(voter: Saliency) -> str:

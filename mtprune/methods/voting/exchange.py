@@ -12,6 +12,7 @@ from mtprune.facts import Subject
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.weights import alone_of
+from mtprune.schedule import Regrow
 from mtprune.selection import Best, Quota, Ranking, select
 
 __all__ = ["draw", "exchange", "lasting_counts"]
@@ -38,14 +39,16 @@ def draw(election: Election, sparsity: float) -> Masks:
     return Masks(masks, alone_of(election, election.rankings, sparsity))
 
 
-def exchange(election: Election, sparsity: float, fraction: float) -> Masks:
+def exchange(election: Election, sparsity: float, schedule: Regrow, step: int) -> Masks:
     """Drop the smallest kept weights of every layer, and grow as many by vote.
 
     Args:
         election: The ballot and the rules.
         sparsity: Share of zeros.
-        fraction: Share of every layer's kept weights to exchange.
+        schedule: How many weights are exchanged, and what tasks rank them within.
+        step: The step of the update.
     """
+    fraction = schedule.fraction_at(step)
     ballot = election.ballot
     counts = [int(mask.sum()) for mask in ballot.masks]
     drop = [
@@ -57,15 +60,37 @@ def exchange(election: Election, sparsity: float, fraction: float) -> Masks:
         [n - d for n, d in zip(counts, drop, strict=True)],
         eligible=ballot.masks,
     )
-    grown = select(
-        ballot.scores,
-        election.vote,
-        [Quota((layer,), n, (n,)) for layer, n in enumerate(drop)],
-        eligible=[~mask for mask in survivors],
-        rankings=election.rankings,
-    )
+    able = [~mask for mask in survivors]
+    grown = (_grown_in_layers if schedule.within == "layer" else _grown)(election, able, drop)
     masks = [old | new for old, new in zip(survivors, grown, strict=True)]
     return Masks(masks, alone_of(election, election.rankings, sparsity))
+
+
+def _grown(election: Election, able: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """What grows in every layer, by percentiles in all that a task uses."""
+    return select(
+        election.ballot.scores,
+        election.vote,
+        [Quota((layer,), n, (n,)) for layer, n in enumerate(counts)],
+        eligible=able,
+        rankings=election.rankings,
+    )
+
+
+def _grown_in_layers(
+    election: Election, able: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
+    """What grows in every layer, by percentiles among what may grow there."""
+    masks = []
+    for scores, free, count in zip(election.ballot.scores, able, counts, strict=True):
+        grown = torch.zeros_like(free)
+        if count:
+            own = {voter: values[free] for voter, values in scores.items()}
+            quota = Quota((0,), count, (0,))
+            [best] = select([own], election.vote, [quota], priority=election.priority)
+            grown.masked_scatter_(free, best)
+        masks.append(grown)
+    return masks
 
 
 def _best_of_each(
