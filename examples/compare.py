@@ -54,7 +54,7 @@ from tqdm import tqdm
 from mtprune.files import write_text
 from mtprune.saliency import asks
 
-TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
+TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census", "digits", "multimnist")
 CHAINS = ("imp", "lth")
 TUNED = "dense_tuned"
 RATE_SEEDS = 1000
@@ -181,13 +181,18 @@ def looks_at_losses(spec: str) -> bool:
     return not hasattr(method, "saliency") or "grad" in asks(method.saliency)
 
 
+def place(options: Options) -> list[str]:
+    """Where the trainer finds its data."""
+    return [] if options.data is None else ["--data", str(options.data)]
+
+
 def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[str, Any]:
     """Do a run, or read what it gave.
 
     Raises:
         ValueError: If its folder holds a run with other options.
     """
-    where = ["--data", str(options.data), "--out", str(job.out), "--resume"]
+    where = [*place(options), "--out", str(job.out), "--resume"]
     own = parse(problem, [*options.rest, *job.arguments, *where])
     path = job.out / "results.json"
     if not path.exists():
@@ -309,7 +314,7 @@ def read(arguments: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("trainer", choices=TRAINERS, help="what to train")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    add("--data", type=Path, metavar="DIR", help="folder of the data set, if it is not packaged")
     add("--methods", nargs="+", default=["vote", "joint", "magnitude"], help="what to compare")
     add("--reference", help="the method that the others are held against; the first unless given")
     add("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95], help="shares of zeros")
@@ -392,7 +397,7 @@ def check(problem: Problem, options: Options) -> None:
     for entry in entries(options):
         for rate in rates(entry.spec, options):
             for job in jobs(entry, 0, options, rate):
-                make_method(parse(problem, [*options.rest, *job.arguments, "--data", "."]))
+                make_method(parse(problem, [*options.rest, *job.arguments, *place(options)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -401,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     problem: Problem = import_module(options.trainer).PROBLEM
     check(problem, options)
     dense = dense_job(0, options)
-    first = parse(problem, [*options.rest, *dense.arguments, "--data", str(options.data)])
+    first = parse(problem, [*options.rest, *dense.arguments, *place(options)])
     try:
         runs, base = do(problem, options, open_or_exit(problem, first))
     except (OSError, checkpoints.UnusableError) as error:

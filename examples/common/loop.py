@@ -65,7 +65,10 @@ class Run:
 
 def open_data(problem: Problem, options: Options) -> data.Source:
     """Find the data, and read a sample of every split: what is wrong should show now."""
-    source = data.find(options.data, problem.layouts, options.tasks)
+    if problem.packaged is not None:
+        source = problem.packaged()
+    else:
+        source = data.find(options.data, problem.layouts, options.tasks)
     for task in options.tasks:
         if task not in source.outputs:
             raise ValueError(f"{source.layout} has no task '{task}'. It has {[*source.outputs]}.")

@@ -15,6 +15,7 @@ from torch.nn.functional import (
     cosine_similarity,
     cross_entropy,
     interpolate,
+    mse_loss,
 )
 
 from common.data import IGNORE, resized
@@ -132,6 +133,11 @@ def marks_loss(output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
+def numbers_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of ``[B, 1]`` and ``[B]``."""
+    return mse_loss(output.squeeze(1), target)
+
+
 def _fit(target: Tensor, output: Tensor) -> Tensor:
     """The target at the output's resolution."""
     size = (output.shape[-2], output.shape[-1])
@@ -190,6 +196,27 @@ class Rows:
         return {"loss": self.loss / self.count, "accuracy": self.right / self.count}
 
 
+class Numbers:
+    """Root of the mean squared error, and the share of the variance that is explained."""
+
+    def __init__(self) -> None:
+        self.squares = self.total = self.total_squares = self.count = 0.0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take predictions ``[B, 1]`` and numbers ``[B]`` in."""
+        target = target.double()
+        self.squares += float((output.squeeze(1).double() - target).square().sum())
+        self.total += float(target.sum())
+        self.total_squares += float(target.square().sum())
+        self.count += len(target)
+
+    def compute(self) -> dict[str, float]:
+        """``{"rmse", "explained"}``."""
+        error = self.squares / self.count
+        variance = self.total_squares / self.count - (self.total / self.count) ** 2
+        return {"rmse": error**0.5, "explained": 1 - error / max(variance, 1e-12)}
+
+
 # Tasks.
 
 
@@ -244,6 +271,11 @@ def presence(count: int, weight: float = 1.0) -> Task:
     )
 
 
-def row_classes(weight: float = 1.0) -> Task:
-    """Classification of rows; judged by its loss, which tells small changes apart."""
-    return Task(loss=cross_entropy, metric=Rows, weight=weight, judged=("loss",))
+def row_classes(weight: float = 1.0, judged: str = "loss") -> Task:
+    """Classification of rows; judged by its loss, which tells small changes apart, or accuracy."""
+    return Task(loss=cross_entropy, metric=Rows, weight=weight, judged=(judged,))
+
+
+def row_numbers(weight: float = 1.0) -> Task:
+    """A number for each row."""
+    return Task(loss=numbers_loss, metric=Numbers, weight=weight, judged=("rmse",))

@@ -10,7 +10,7 @@ import torch
 
 from common.data import Layout, Source
 from common.losses import Task
-from common.nets import NETS
+from common.nets import SCENES
 from mtprune import Cubic, OneShot, SoftThreshold, Vote, recipes, votes
 
 Options = argparse.Namespace
@@ -23,8 +23,9 @@ class Problem:
     Attributes:
         name: Of the data set.
         tasks: What its tasks can be called.
-        layouts: How it may lie on disk.
         make_tasks: ``f(source) -> {name: task}``, all of them.
+        layouts: How it may lie on disk.
+        packaged: Makes it from what a package brings; then there is no ``--data``.
         defaults: Of options, as published where there is something published.
         nets: Which nets suit it, the default first.
         augment: Whether pictures are scaled, mirrored and cropped.
@@ -32,10 +33,11 @@ class Problem:
 
     name: str
     tasks: tuple[str, ...]
-    layouts: tuple[Layout, ...]
     make_tasks: Callable[[Source], Mapping[str, Task]]
+    layouts: tuple[Layout, ...] = ()
+    packaged: Callable[[], Source] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    nets: tuple[str, ...] = tuple(net for net in NETS if net != "mmoe")
+    nets: tuple[str, ...] = SCENES
     augment: bool = True
 
 
@@ -144,7 +146,8 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
     """What a trainer can be told."""
     several: dict[str, Any] = {"nargs": "+", "type": assignment, "metavar": "TASK=X", "default": []}
     group = parser.add_argument_group("data and net").add_argument
-    group("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    if problem.packaged is None:
+        group("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
     group("--tasks", nargs="+", default=list(problem.tasks), metavar="TASK", help="what to learn")
     group("--net", choices=list(problem.nets), default=problem.nets[0], help="which net")
     group("--width", type=positive_float, default=1.0, help="factor on the net's channels")
