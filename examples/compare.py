@@ -17,9 +17,10 @@ sparsity, the one that does best on the validation split in runs with --rate-see
 ``--tell`` runs nothing, and tells what is there so far.
 
 With ``--loss-scale TASK=30`` every method that looks at gradients runs a second time, that task's
-loss multiplied in the scoring only. Options not known here go to the trainer. Runs that are done
-are not done again. All numbers are of the test split; checkpoints are chosen on the validation
-split.
+loss multiplied in the scoring only. With ``--distil W`` all but the dense nets learn from what
+their seed's dense net says, too: W times that loss beside the labels'. Options not known here go to
+the trainer. Runs that are done are not done again. All numbers are of the test split; checkpoints
+are chosen on the validation split.
 """
 
 import argparse
@@ -118,6 +119,9 @@ def jobs(entry: Entry, seed: int, options: Options, rate: float | None = None) -
     scratch, tuned = (["--steps", str(n)] for n in (options.steps, options.tune_steps))
     for arguments in (scratch, tuned):
         arguments += [] if rate is None else ["--lr", str(rate)]
+        if options.distil:
+            arguments += ["--distil", str(options.distil), "--teacher", str(dense)]
+            arguments += ["--temperature", str(options.temperature)]
     if name == TUNED:
         arguments = ["--method", "dense", "--seed", str(seed), "--pretrained", str(dense), *tuned]
         return [Job(tuple(arguments), out)]
@@ -332,6 +336,8 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--rate-seeds", type=positive, default=2, help="how many other seeds choose the rate")
     add("--tell", action="store_true", help="run nothing, and tell what is there so far")
     add("--rounds", type=positive, default=3, help="of imp and lth")
+    add("--distil", type=positive_float, nargs="?", const=1.0, metavar="W", help="see above")
+    add("--temperature", type=positive_float, default=2.0, help="of --distil")
     add("--loss-scale", nargs="+", type=assignment, default=[], metavar="TASK=X", help="see above")
     add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")
     options, options.rest = parser.parse_known_args(arguments)

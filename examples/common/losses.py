@@ -18,6 +18,7 @@ from torch.nn.functional import (
     mse_loss,
 )
 
+from common import distilling
 from common.data import IGNORE, resized
 from mtprune import metrics
 
@@ -45,6 +46,7 @@ class Task:
     Attributes:
         loss: ``loss(output, target)``, a mean over what is valid.
         metric: Makes a `Metric`.
+        imitate: How outputs are held against those of another net.
         weight: Of the loss in the training total.
         judged: Which metrics count in Delta_T; all but the loss unless given.
         padding: What is put around labels.
@@ -53,6 +55,7 @@ class Task:
 
     loss: Loss
     metric: Callable[[], Metric]
+    imitate: distilling.Imitation
     weight: float = 1.0
     judged: tuple[str, ...] = ()
     padding: float = 0.0
@@ -225,6 +228,7 @@ def segmentation(count: int, weight: float = 1.0, classes: Tensor | None = None)
     return Task(
         loss=partial(classes_loss, weight=classes),
         metric=lambda: Fitted(metrics.Segmentation(count)),
+        imitate=distilling.classes,
         weight=weight,
         padding=IGNORE,
     )
@@ -232,22 +236,40 @@ def segmentation(count: int, weight: float = 1.0, classes: Tensor | None = None)
 
 def normals(weight: float = 1.0) -> Task:
     """Surface normals."""
-    return Task(normals_loss, lambda: Fitted(metrics.Normals()), weight, normals=True)
+    return Task(
+        loss=normals_loss,
+        metric=lambda: Fitted(metrics.Normals()),
+        imitate=distilling.directions,
+        weight=weight,
+        normals=True,
+    )
 
 
 def depth(weight: float = 1.0) -> Task:
     """Depth, or inverse depth."""
-    return Task(depth_loss, lambda: Fitted(metrics.Depth()), weight)
+    return Task(depth_loss, lambda: Fitted(metrics.Depth()), distilling.numbers, weight)
 
 
 def keypoints(weight: float = 1.0) -> Task:
     """Keypoint responses."""
-    return Task(response_loss, lambda: Fitted(metrics.Keypoints(IGNORE)), weight, padding=IGNORE)
+    return Task(
+        loss=response_loss,
+        metric=lambda: Fitted(metrics.Keypoints(IGNORE)),
+        imitate=distilling.numbers,
+        weight=weight,
+        padding=IGNORE,
+    )
 
 
 def edges(weight: float = 1.0) -> Task:
     """Edge responses."""
-    return Task(response_loss, lambda: Fitted(metrics.Edges(IGNORE)), weight, padding=IGNORE)
+    return Task(
+        loss=response_loss,
+        metric=lambda: Fitted(metrics.Edges(IGNORE)),
+        imitate=distilling.numbers,
+        weight=weight,
+        padding=IGNORE,
+    )
 
 
 def edge_marks(weight: float = 1.0, yes: float = 1.0) -> Task:
@@ -255,6 +277,7 @@ def edge_marks(weight: float = 1.0, yes: float = 1.0) -> Task:
     return Task(
         loss=partial(marks_loss, weight=yes),
         metric=lambda: Fitted(metrics.Binary(ignore=IGNORE)),
+        imitate=distilling.marks,
         weight=weight,
         judged=("f1", "roc_auc"),
         padding=IGNORE,
@@ -266,6 +289,7 @@ def presence(count: int, weight: float = 1.0) -> Task:
     return Task(
         loss=marks_loss,
         metric=lambda: Fitted(metrics.Binary(count)),
+        imitate=distilling.pictures,
         weight=weight,
         judged=("roc_auc",),
     )
@@ -273,9 +297,9 @@ def presence(count: int, weight: float = 1.0) -> Task:
 
 def row_classes(weight: float = 1.0, judged: str = "loss") -> Task:
     """Classification of rows; judged by its loss, which tells small changes apart, or accuracy."""
-    return Task(loss=cross_entropy, metric=Rows, weight=weight, judged=(judged,))
+    return Task(cross_entropy, Rows, distilling.classes, weight, judged=(judged,))
 
 
 def row_numbers(weight: float = 1.0) -> Task:
     """A number for each row."""
-    return Task(loss=numbers_loss, metric=Numbers, weight=weight, judged=("rmse",))
+    return Task(numbers_loss, Numbers, distilling.numbers, weight, judged=("rmse",))

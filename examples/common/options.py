@@ -193,6 +193,16 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
         **several,
         help="of a task's loss in the total; unless given, as published",
     )
+    group(
+        "--distil",
+        type=positive_float,
+        nargs="?",
+        const=1.0,
+        metavar="W",
+        help="learn from a dense net's outputs, too: W (1 unless given) times that loss",
+    )
+    group("--teacher", type=Path, metavar="FILE", help="its model.pt; --pretrained unless given")
+    group("--temperature", type=positive_float, help="that softens its classes; 2 unless given")
     if problem.augment:
         group("--crop", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"), help="size")
         group("--scales", type=positive_float, nargs=2, default=[0.5, 1.5], help="range of zoom")
@@ -231,6 +241,13 @@ def settle(problem: Problem, options: Options) -> Options:
             )
     if options.rewind and options.pretrained is None:
         raise ValueError("--rewind needs --pretrained: the weights that say what to prune.")
+    if options.distil:
+        options.teacher = options.teacher or options.pretrained
+        options.temperature = options.temperature or 2.0
+        if options.teacher is None:
+            raise ValueError("--distil needs --pretrained or --teacher: the net to learn from.")
+    elif options.teacher or options.temperature:
+        raise ValueError("--teacher and --temperature are for --distil. Give it, too.")
     if options.when and METHODS[options.method][1] is None:
         raise ValueError(f"--when does not apply to --method {options.method}.")
     if options.dense_steps is None:
