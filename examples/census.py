@@ -79,7 +79,7 @@ PROBLEM = Problem(
         "steps": 2000,
         "workers": 0,
     },
-    nets=("mmoe",),
+    nets=("mmoe", "mlp"),
     augment=False,
 )
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ sparsity, the one that does best on the validation split in runs with --rate-see
 ``--tell`` runs nothing, and tells what is there so far.
 
 With ``--loss-scale TASK=30`` every method that looks at gradients runs a second time, that task's
-loss multiplied in the scoring only. Options not known here go to the trainer. Runs that are done
-are not done again. All numbers are of the test split; checkpoints are chosen on the validation
-split.
+loss multiplied in the scoring only. With ``--distil W`` all but the dense nets learn from what
+their seed's dense net says, too: W times that loss beside the labels'. Options not known here go to
+the trainer. Runs that are done are not done again. All numbers are of the test split; checkpoints
+are chosen on the validation split.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from tqdm import tqdm
 from mtprune.files import write_text
 from mtprune.saliency import asks
 
-TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
+TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census", "digits", "multimnist")
 CHAINS = ("imp", "lth")
 TUNED = "dense_tuned"
 RATE_SEEDS = 1000
@@ -117,6 +118,9 @@ def jobs(entry: Entry, seed: int, options: Options, rate: float | None = None) -
     if entry.scaled:
         common += ["--loss-scale", *(f"{task}={x}" for task, x in options.loss_scale)]
     extra = [] if rate is None else ["--lr", str(rate)]
+    if options.distil:
+        extra += ["--distil", str(options.distil), "--teacher", str(dense)]
+        extra += ["--temperature", str(options.temperature)]
 
     def length(steps: int) -> list[str]:
         return ["--steps", str(steps), *extra]
@@ -187,13 +191,18 @@ def looks_at_losses(spec: str) -> bool:
     return not hasattr(method, "saliency") or "grad" in asks(method.saliency)
 
 
+def place(options: Options) -> list[str]:
+    """Where the trainer finds its data."""
+    return [] if options.data is None else ["--data", str(options.data)]
+
+
 def run(problem: Problem, job: Job, options: Options, source: Source) -> dict[str, Any]:
     """Do a run, or read what it gave.
 
     Raises:
         ValueError: If its folder holds a run with other options.
     """
-    where = ["--data", str(options.data), "--out", str(job.out), "--resume"]
+    where = [*place(options), "--out", str(job.out), "--resume"]
     own = parse(problem, [*options.rest, *job.arguments, *where])
     path = job.out / "results.json"
     if not path.exists():
@@ -315,7 +324,7 @@ def read(arguments: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("trainer", choices=TRAINERS, help="what to train")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    add("--data", type=Path, metavar="DIR", help="folder of the data set, if it is not packaged")
     add("--methods", nargs="+", default=["vote", "joint", "magnitude"], help="what to compare")
     add("--reference", help="the method that the others are held against; the first unless given")
     add("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95], help="shares of zeros")
@@ -339,6 +348,8 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--rate-seeds", type=positive, default=2, help="how many other seeds choose the rate")
     add("--tell", action="store_true", help="run nothing, and tell what is there so far")
     add("--rounds", type=positive, default=3, help="of imp and lth")
+    add("--distil", type=positive_float, nargs="?", const=1.0, metavar="W", help="see above")
+    add("--temperature", type=positive_float, default=2.0, help="of --distil")
     add("--loss-scale", nargs="+", type=assignment, default=[], metavar="TASK=X", help="see above")
     add("--out", type=Path, default=Path("compare_out"), help="folder for runs and results")
     options, options.rest = parser.parse_known_args(arguments)
@@ -405,7 +416,7 @@ def check(problem: Problem, options: Options) -> None:
     for entry in entries(options):
         for rate in rates(entry.spec, options):
             for job in jobs(entry, 0, options, rate):
-                make_method(parse(problem, [*options.rest, *job.arguments, "--data", "."]))
+                make_method(parse(problem, [*options.rest, *job.arguments, *place(options)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -414,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     problem: Problem = import_module(options.trainer).PROBLEM
     check(problem, options)
     dense = dense_job(0, options)
-    first = parse(problem, [*options.rest, *dense.arguments, "--data", str(options.data)])
+    first = parse(problem, [*options.rest, *dense.arguments, *place(options)])
     try:
         runs, base = do(problem, options, open_or_exit(problem, first))
     except (OSError, checkpoints.UnusableError) as error:

@@ -71,6 +71,21 @@ def test_compares_and_does_nothing_twice(census, tmp_path, monkeypatch, capsys):
         compare.main([*arguments, "--lr", "0.5"])
 
 
+def test_a_packaged_data_set_needs_no_folder(tmp_path, capsys):
+    arguments = ["digits", "--out", str(tmp_path), "--methods", "magnitude"]
+    arguments += [*FEW, *TRAINER, "--seeds", "1", "--batch", "100"]
+    rows = compare.main(arguments)
+    assert [row["method"] for row in rows] == ["magnitude"]
+    assert set(rows[0]["tasks"]) == {"digit", "odd", "large", "ink", "center"}
+    for wrong, message in (
+        (["census", "--out", str(tmp_path)], "required: --data"),
+        ([*arguments, "--data", "x"], "unrecognized arguments: --data x"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main(wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_lottery_tickets_start_where_they_began(census, tmp_path):
     options = compare.read(["census", "--data", census, "--out", str(tmp_path), "--rounds", "2"])
     first, second = compare.jobs(compare.Entry("lth::erk", 0.75), 3, options)

@@ -11,6 +11,8 @@ from pathlib import Path
 import camvid
 import census
 import cityscapes
+import digits
+import multimnist
 import nyuv2
 import pytest
 import taskonomy
@@ -23,7 +25,8 @@ from mtprune import recipes
 
 pytestmark = pytest.mark.slow
 
-PROBLEMS = {m.PROBLEM.name: m.PROBLEM for m in (nyuv2, cityscapes, taskonomy, camvid, census)}
+MODULES = (nyuv2, cityscapes, taskonomy, camvid, census, digits, multimnist)
+PROBLEMS = {module.PROBLEM.name: module.PROBLEM for module in MODULES}
 METHODS = [
     "dense",
     "adapmtl",
@@ -57,12 +60,13 @@ def train(tmp_path_factory):
 
     def run(name, *arguments, out=None):
         problem = PROBLEMS[name]
-        if not (root / name).exists():
+        where, size = ["--data", str(root / name)], CROP if problem.augment else []
+        if problem.packaged is not None:  # as large as it is
+            where, size = [], ["--batch", "500"]
+        elif not (root / name).exists():
             fixture.write(name, root / name, (32, 48))
         out = out or tmp_path_factory.mktemp("out")
-        where = ["--data", str(root / name), "--out", str(out)]
-        crop = CROP if problem.augment else []
-        return loop.main(problem, [*where, *TINY, *crop, *arguments])
+        return loop.main(problem, [*where, "--out", str(out), *TINY, *size, *arguments])
 
     return run
 
@@ -409,8 +413,9 @@ def test_help(capsys, name):
         options.parse(PROBLEMS[name], ["--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
+    assert ("  --data " in said) == (PROBLEMS[name].packaged is None)
     for option in (
-        *("--data", "--tasks", "--net", "--method", "--sparsity", "--backend", "--steps"),
+        *("--tasks", "--net", "--method", "--sparsity", "--backend", "--steps"),
         *("--seed", "--amp", "--compile", "--resume", "--out", "--pretrained", "--allocation"),
     ):
         assert f"  {option} " in said or f"  {option}\n" in said

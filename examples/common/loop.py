@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints, data, losses, nets, results
+from common import checkpoints, data, distilling, losses, nets, results
 from common.options import Options, Problem, make_method, parse, scoring_batches
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
@@ -33,6 +33,7 @@ class Run:
         optimizer: Of its weights.
         pruner: Of its weights, too.
         scaler: Of float16 gradients; does nothing otherwise.
+        teacher: Whom the net imitates, if anyone.
     """
 
     options: Options
@@ -42,6 +43,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     pruner: MultitaskPruner
     scaler: torch.amp.GradScaler
+    teacher: distilling.Teacher | None = None
 
     def parts(self) -> dict[str, Any]:
         """What has a state_dict."""
@@ -62,10 +64,21 @@ class Run:
         """A batch where the net is."""
         return {name: x.to(self.options.device, non_blocking=True) for name, x in batch.items()}
 
+    def to_learn_from(self, batch: data.Sample) -> data.Sample:
+        """A batch where the net is, with what the teacher says about it."""
+        batch = self.to_device(batch)
+        if self.teacher is None:
+            return batch
+        with self.autocast():
+            return self.teacher.teach(batch)
+
 
 def open_data(problem: Problem, options: Options) -> data.Source:
     """Find the data, and read a sample of every split: what is wrong should show now."""
-    source = data.find(options.data, problem.layouts, options.tasks)
+    if problem.packaged is not None:
+        source = problem.packaged()
+    else:
+        source = data.find(options.data, problem.layouts, options.tasks)
     for task in options.tasks:
         if task not in source.outputs:
             raise ValueError(f"{source.layout} has no task '{task}'. It has {[*source.outputs]}.")
@@ -78,12 +91,12 @@ def build(problem: Problem, options: Options, source: data.Source) -> Run:
     """Net, optimizer and pruner, as they are before the first step."""
     every = problem.make_tasks(source)
     tasks = {name: every[name] for name in options.tasks}
+    teacher = make_teacher(options, source) if options.distil else None
     model = make_net(options, source)
     optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.decay)
-    scales = options.loss_scale
     pruner = MultitaskPruner(  # mtprune
         model,
-        {name: losses.task_loss(name, task, scales.get(name, 1)) for name, task in tasks.items()},
+        to_learn(options, tasks, teacher),
         shared_modules=model.shared_modules(),
         method=make_method(options),
         optimizer=optimizer,
@@ -92,7 +105,20 @@ def build(problem: Problem, options: Options, source: data.Source) -> Run:
     )
     on_gpu = options.device.startswith("cuda")
     scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=options.amp and on_gpu)
-    return Run(options, source, tasks, model, optimizer, pruner, scaler)
+    return Run(options, source, tasks, model, optimizer, pruner, scaler, teacher)
+
+
+def to_learn(
+    options: Options, tasks: Mapping[str, losses.Task], teacher: distilling.Teacher | None
+) -> dict[str, distilling.Loss]:
+    """What each task is trained and scored on."""
+    found = {}
+    for name, task in tasks.items():
+        scale = options.loss_scale.get(name, 1)
+        found[name] = losses.task_loss(name, task, scale)
+        if teacher is not None:
+            found[name] = teacher.adds(name, found[name], task.imitate, scale)
+    return found
 
 
 def make_net(options: Options, source: data.Source) -> nn.Module:
@@ -103,6 +129,13 @@ def make_net(options: Options, source: data.Source) -> nn.Module:
     if options.imagenet is not None:
         nets.load_backbone(model, options.imagenet)
     return model.to(options.device)
+
+
+def make_teacher(options: Options, source: data.Source) -> distilling.Teacher:
+    """The net to imitate."""
+    net = make_net(options, source)
+    load_weights(net, options.teacher)
+    return distilling.Teacher(net, options.distil, options.temperature)
 
 
 def batches_from(problem: Problem, run: Run, start: int, stop: int) -> Any:
@@ -150,10 +183,10 @@ def train(problem: Problem, options: Options, source: data.Source | None = None)
     if options.resume and saved.exists():
         log = load(run, saved)
     elif options.pretrained is not None:
-        start_from(run)
+        load_weights(model, options.pretrained)
     if log["step"] == 0 and (count := scoring_batches(options)):
         scoring = islice(batches_from(problem, run, 0, count), count)
-        pruner.prune(map(run.to_device, scoring), forward=forward, progress=False)  # mtprune
+        pruner.prune(map(run.to_learn_from, scoring), forward=forward, progress=False)  # mtprune
         if options.rewind:
             rewind(run)
 
@@ -161,7 +194,7 @@ def train(problem: Problem, options: Options, source: data.Source | None = None)
     began, sparsity = time.perf_counter() - log["seconds"], pruner.sparsity
     batches = batches_from(problem, run, log["step"], options.steps)
     bar = tqdm(batches, initial=log["step"], total=options.steps, unit="step", disable=None)
-    for batch in map(run.to_device, bar):
+    for batch in map(run.to_learn_from, bar):
         step = log["step"]
         set_rate(optimizer, options, step)
         optimizer.zero_grad()
@@ -211,15 +244,14 @@ def set_rate(optimizer: torch.optim.Optimizer, options: Options, step: int) -> N
         group["lr"] = options.lr * factor
 
 
-def start_from(run: Run) -> None:
-    """Load the weights of a finished run."""
-    path = run.options.pretrained
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Give a net the weights of a finished run."""
     if not path.exists():
         raise checkpoints.UnusableError(
             f"There is no {path}. Train with --method dense to get a model.pt."
         )
     try:
-        run.model.load_state_dict(checkpoints.read(path))
+        model.load_state_dict(checkpoints.read(path))
     except (RuntimeError, TypeError) as error:
         raise checkpoints.UnusableError(
             f"{path} is of another net than these options describe. {error}"
@@ -359,7 +391,7 @@ def check_numbers(entry: Entry, names: Sequence[str], *, others: bool = False) -
 
 def comparable(options: Options) -> dict[str, Any]:
     """The options that a run hangs on, as plain values."""
-    free = {"out", "resume", "workers", "threads", "data", "pretrained", "imagenet"}
+    free = {"out", "resume", "workers", "threads", "data", "pretrained", "imagenet", "teacher"}
     return {name: value for name, value in vars(options).items() if name not in free}
 
 

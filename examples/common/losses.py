@@ -15,8 +15,10 @@ from torch.nn.functional import (
     cosine_similarity,
     cross_entropy,
     interpolate,
+    mse_loss,
 )
 
+from common import distilling
 from common.data import IGNORE, resized
 from mtprune import metrics
 
@@ -44,6 +46,7 @@ class Task:
     Attributes:
         loss: ``loss(output, target)``, a mean over what is valid.
         metric: Makes a `Metric`.
+        imitate: How outputs are held against those of another net.
         weight: Of the loss in the training total.
         judged: Which metrics count in Delta_T; all but the loss unless given.
         padding: What is put around labels.
@@ -52,6 +55,7 @@ class Task:
 
     loss: Loss
     metric: Callable[[], Metric]
+    imitate: distilling.Imitation
     weight: float = 1.0
     judged: tuple[str, ...] = ()
     padding: float = 0.0
@@ -132,6 +136,11 @@ def marks_loss(output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
+def numbers_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of ``[B, 1]`` and ``[B]``."""
+    return mse_loss(output.squeeze(1), target)
+
+
 def _fit(target: Tensor, output: Tensor) -> Tensor:
     """The target at the output's resolution."""
     size = (output.shape[-2], output.shape[-1])
@@ -190,6 +199,27 @@ class Rows:
         return {"loss": self.loss / self.count, "accuracy": self.right / self.count}
 
 
+class Numbers:
+    """Root of the mean squared error, and the share of the variance that is explained."""
+
+    def __init__(self) -> None:
+        self.squares = self.total = self.total_squares = self.count = 0.0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take predictions ``[B, 1]`` and numbers ``[B]`` in."""
+        target = target.double()
+        self.squares += float((output.squeeze(1).double() - target).square().sum())
+        self.total += float(target.sum())
+        self.total_squares += float(target.square().sum())
+        self.count += len(target)
+
+    def compute(self) -> dict[str, float]:
+        """``{"rmse", "explained"}``."""
+        error = self.squares / self.count
+        variance = self.total_squares / self.count - (self.total / self.count) ** 2
+        return {"rmse": error**0.5, "explained": 1 - error / max(variance, 1e-12)}
+
+
 # Tasks.
 
 
@@ -198,6 +228,7 @@ def segmentation(count: int, weight: float = 1.0, classes: Tensor | None = None)
     return Task(
         loss=partial(classes_loss, weight=classes),
         metric=lambda: Fitted(metrics.Segmentation(count)),
+        imitate=distilling.classes,
         weight=weight,
         padding=IGNORE,
     )
@@ -205,22 +236,40 @@ def segmentation(count: int, weight: float = 1.0, classes: Tensor | None = None)
 
 def normals(weight: float = 1.0) -> Task:
     """Surface normals."""
-    return Task(normals_loss, lambda: Fitted(metrics.Normals()), weight, normals=True)
+    return Task(
+        loss=normals_loss,
+        metric=lambda: Fitted(metrics.Normals()),
+        imitate=distilling.directions,
+        weight=weight,
+        normals=True,
+    )
 
 
 def depth(weight: float = 1.0) -> Task:
     """Depth, or inverse depth."""
-    return Task(depth_loss, lambda: Fitted(metrics.Depth()), weight)
+    return Task(depth_loss, lambda: Fitted(metrics.Depth()), distilling.numbers, weight)
 
 
 def keypoints(weight: float = 1.0) -> Task:
     """Keypoint responses."""
-    return Task(response_loss, lambda: Fitted(metrics.Keypoints(IGNORE)), weight, padding=IGNORE)
+    return Task(
+        loss=response_loss,
+        metric=lambda: Fitted(metrics.Keypoints(IGNORE)),
+        imitate=distilling.numbers,
+        weight=weight,
+        padding=IGNORE,
+    )
 
 
 def edges(weight: float = 1.0) -> Task:
     """Edge responses."""
-    return Task(response_loss, lambda: Fitted(metrics.Edges(IGNORE)), weight, padding=IGNORE)
+    return Task(
+        loss=response_loss,
+        metric=lambda: Fitted(metrics.Edges(IGNORE)),
+        imitate=distilling.numbers,
+        weight=weight,
+        padding=IGNORE,
+    )
 
 
 def edge_marks(weight: float = 1.0, yes: float = 1.0) -> Task:
@@ -228,6 +277,7 @@ def edge_marks(weight: float = 1.0, yes: float = 1.0) -> Task:
     return Task(
         loss=partial(marks_loss, weight=yes),
         metric=lambda: Fitted(metrics.Binary(ignore=IGNORE)),
+        imitate=distilling.marks,
         weight=weight,
         judged=("f1", "roc_auc"),
         padding=IGNORE,
@@ -239,11 +289,17 @@ def presence(count: int, weight: float = 1.0) -> Task:
     return Task(
         loss=marks_loss,
         metric=lambda: Fitted(metrics.Binary(count)),
+        imitate=distilling.pictures,
         weight=weight,
         judged=("roc_auc",),
     )
 
 
-def row_classes(weight: float = 1.0) -> Task:
-    """Classification of rows; judged by its loss, which tells small changes apart."""
-    return Task(loss=cross_entropy, metric=Rows, weight=weight, judged=("loss",))
+def row_classes(weight: float = 1.0, judged: str = "loss") -> Task:
+    """Classification of rows; judged by its loss, which tells small changes apart, or accuracy."""
+    return Task(cross_entropy, Rows, distilling.classes, weight, judged=(judged,))
+
+
+def row_numbers(weight: float = 1.0) -> Task:
+    """A number for each row."""
+    return Task(numbers_loss, Numbers, distilling.numbers, weight, judged=("rmse",))

@@ -1,7 +1,7 @@
 """Nets of the multitask literature, from torch alone.
 
-Every net takes images ``[B, 3, H, W]`` (`MMoE`: features ``[B, F]``), returns ``{task: output}``
-and has ``shared_modules()``: what its tasks share, as the pruner wants to know it.
+Every net takes images ``[B, 3, H, W]`` (`MMoE` and `mlp`: features ``[B, F]``), returns
+``{task: output}`` and has ``shared_modules()``: what its tasks share, as the pruner wants to know.
 """
 
 from collections import OrderedDict
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, max_unpool2d, pad, relu
 
+from common.layers import conv_bn, scaled
+from common.trunks import convnet, mlp
 from mtprune.files import read_torch
 
-NETS = ("deeplab_resnet34", "mobilenetv2", "mtan_segnet", "unet", "mmoe")
+SCENES = ("deeplab_resnet34", "mobilenetv2", "mtan_segnet", "unet")
+NETS = (*SCENES, "mmoe", "mlp", "convnet")
 
 
 def build(net: str, outputs: Mapping[str, int], width: float, inputs: int = 3) -> nn.Module:
@@ -25,7 +28,7 @@ def build(net: str, outputs: Mapping[str, int], width: float, inputs: int = 3) -
         net: One of `NETS`.
         outputs: How many channels each task's head puts out.
         width: Factor on all numbers of channels; 1 is as published.
-        inputs: Features per row, for ``"mmoe"``.
+        inputs: Features per row, for ``"mmoe"`` and ``"mlp"``; channels, for ``"convnet"``.
     """
     if net == "deeplab_resnet34":
         return DeepLab(ResNet34(width), outputs, width)
@@ -35,12 +38,11 @@ def build(net: str, outputs: Mapping[str, int], width: float, inputs: int = 3) -
         return MTAN(outputs, width)
     if net == "unet":
         return UNet(outputs, width)
+    if net == "convnet":
+        return convnet(inputs, outputs, width)
+    if net == "mlp":
+        return mlp(inputs, outputs, width)
     return MMoE(inputs, outputs, width)
-
-
-def scaled(channels: int, width: float) -> int:
-    """That many channels, times the width; never fewer than 4."""
-    return max(4, round(channels * width))
 
 
 # DeepLab: a backbone at an eighth of the resolution, and a head of dilated convolutions per task.
@@ -160,7 +162,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         before = scaled(32, width)
-        layers: list[nn.Module] = [_conv_bn(3, before, 3, stride=2)]
+        layers: list[nn.Module] = [conv_bn(3, before, 3, stride=2)]
         at, dilation = 2, 1  # of the resolution, and what strides past an eighth have become
         for factor, channels, depth, stride in (
             *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
@@ -175,7 +177,7 @@ class MobileNetV2(nn.Module):
                 layers.append(InvertedResidual(before, after, step, dilation, factor))
                 before = after
         self.channels = scaled(1280, width)
-        self.features = nn.Sequential(*layers, _conv_bn(before, self.channels, 1))
+        self.features = nn.Sequential(*layers, conv_bn(before, self.channels, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -191,10 +193,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, factor: int) -> None:
         super().__init__()
         hidden = inputs * factor
-        widen = [] if factor == 1 else [_conv_bn(inputs, hidden, 1)]
+        widen = [] if factor == 1 else [conv_bn(inputs, hidden, 1)]
         self.conv = nn.Sequential(
             *widen,
-            _conv_bn(hidden, hidden, 3, stride, dilation, groups=hidden),
+            conv_bn(hidden, hidden, 3, stride, dilation, groups=hidden),
             *(nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
         )
         self.around = stride == 1 and inputs == outputs
@@ -202,16 +204,6 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, outputs, h, w]``."""
         return x + self.conv(x) if self.around else self.conv(x)
-
-
-def _conv_bn(
-    inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1, groups: int = 1
-) -> nn.Sequential:
-    padding = dilation * (size // 2)
-    convolution = nn.Conv2d(
-        inputs, outputs, size, stride, padding, dilation, groups=groups, bias=False
-    )
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6())
 
 
 # MTAN: one net for all tasks, through which each task looks with attention of its own.
@@ -238,10 +230,10 @@ class MTAN(nn.Module):
         self.down = nn.ModuleList(map(_block, [3, *down[:-1]], down, sizes))
         self.up = nn.ModuleList(map(_block, down, up, sizes))
         self.carry_down = nn.ModuleList(
-            _conv_bn(here, there, 3) for here, there in zip(down, deeper, strict=True)
+            conv_bn(here, there, 3) for here, there in zip(down, deeper, strict=True)
         )
         self.carry_up = nn.ModuleList(
-            _conv_bn(here, there, 3) for here, there in zip(down, up, strict=True)
+            conv_bn(here, there, 3) for here, there in zip(down, up, strict=True)
         )
         self.look_down = nn.ModuleDict(
             {
@@ -305,9 +297,7 @@ class MTAN(nn.Module):
 
 def _block(inputs: int, outputs: int, size: int) -> nn.Sequential:
     """So many 3x3 convolutions."""
-    return nn.Sequential(
-        *(_conv_bn(inputs if i == 0 else outputs, outputs, 3) for i in range(size))
-    )
+    return nn.Sequential(*(conv_bn(inputs if i == 0 else outputs, outputs, 3) for i in range(size)))
 
 
 def _attention(inputs: int, outputs: int) -> nn.Sequential:
@@ -335,18 +325,18 @@ class UNet(nn.Module):
     def __init__(self, outputs: Mapping[str, int], width: float = 1.0) -> None:
         super().__init__()
         sizes = [scaled(channels, width) for channels in (64, 128, 256, 512)]
-        self.stem = _conv_bn(3, sizes[0], 3, 2)
+        self.stem = conv_bn(3, sizes[0], 3, 2)
         self.down = nn.ModuleList(
-            nn.Sequential(_conv_bn(here, there, 3, stride), _conv_bn(there, there, 3))
+            nn.Sequential(conv_bn(here, there, 3, stride), conv_bn(there, there, 3))
             for here, there, stride in zip(
                 [sizes[0], *sizes[:-1]], sizes, (1, 2, 2, 2), strict=True
             )
         )
-        self.up = nn.ModuleList(_conv_bn(here + below, here, 3) for here, below in pairwise(sizes))
+        self.up = nn.ModuleList(conv_bn(here + below, here, 3) for here, below in pairwise(sizes))
         self.heads = nn.ModuleDict(
             {
                 task: nn.Sequential(
-                    _conv_bn(sizes[0], 2 * sizes[0], 3), nn.Conv2d(2 * sizes[0], count, 1)
+                    conv_bn(sizes[0], 2 * sizes[0], 3), nn.Conv2d(2 * sizes[0], count, 1)
                 )
                 for task, count in outputs.items()
             }

@@ -10,7 +10,7 @@ import torch
 
 from common.data import Layout, Source
 from common.losses import Task
-from common.nets import NETS
+from common.nets import SCENES
 from mtprune import Cubic, OneShot, Refit, Rounds, SoftThreshold, Vote, recipes, votes
 
 Options = argparse.Namespace
@@ -25,8 +25,9 @@ class Problem:
     Attributes:
         name: Of the data set.
         tasks: What its tasks can be called.
-        layouts: How it may lie on disk.
         make_tasks: ``f(source) -> {name: task}``, all of them.
+        layouts: How it may lie on disk.
+        packaged: Makes it from what a package brings; then there is no ``--data``.
         defaults: Of options, as published where there is something published.
         nets: Which nets suit it, the default first.
         augment: Whether pictures are scaled, mirrored and cropped.
@@ -34,10 +35,11 @@ class Problem:
 
     name: str
     tasks: tuple[str, ...]
-    layouts: tuple[Layout, ...]
     make_tasks: Callable[[Source], Mapping[str, Task]]
+    layouts: tuple[Layout, ...] = ()
+    packaged: Callable[[], Source] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    nets: tuple[str, ...] = tuple(net for net in NETS if net != "mmoe")
+    nets: tuple[str, ...] = SCENES
     augment: bool = True
 
 
@@ -166,7 +168,8 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
     """What a trainer can be told."""
     several: dict[str, Any] = {"nargs": "+", "type": assignment, "metavar": "TASK=X", "default": []}
     group = parser.add_argument_group("data and net").add_argument
-    group("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    if problem.packaged is None:
+        group("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
     group("--tasks", nargs="+", default=list(problem.tasks), metavar="TASK", help="what to learn")
     group("--net", choices=list(problem.nets), default=problem.nets[0], help="which net")
     group("--width", type=positive_float, default=1.0, help="factor on the net's channels")
@@ -213,6 +216,16 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
         **several,
         help="of a task's loss in the total; unless given, as published",
     )
+    group(
+        "--distil",
+        type=positive_float,
+        nargs="?",
+        const=1.0,
+        metavar="W",
+        help="learn from a dense net's outputs, too: W (1 unless given) times that loss",
+    )
+    group("--teacher", type=Path, metavar="FILE", help="its model.pt; --pretrained unless given")
+    group("--temperature", type=positive_float, help="that softens its classes; 2 unless given")
     if problem.augment:
         group("--crop", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"), help="size")
         group("--scales", type=positive_float, nargs=2, default=[0.5, 1.5], help="range of zoom")
@@ -251,6 +264,13 @@ def settle(problem: Problem, options: Options) -> Options:
             )
     if options.rewind and options.pretrained is None:
         raise ValueError("--rewind needs --pretrained: the weights that say what to prune.")
+    if options.distil:
+        options.teacher = options.teacher or options.pretrained
+        options.temperature = options.temperature or 2.0
+        if options.teacher is None:
+            raise ValueError("--distil needs --pretrained or --teacher: the net to learn from.")
+    elif options.teacher or options.temperature:
+        raise ValueError("--teacher and --temperature are for --distil. Give it, too.")
     if options.when and METHODS[options.method][1] is None:
         raise ValueError(f"--when does not apply to --method {options.method}.")
     if options.dense_steps is None:
