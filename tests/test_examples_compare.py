@@ -130,6 +130,23 @@ def test_rates_are_chosen_on_validation_with_other_seeds(census, tmp_path, capsy
     assert [len(row.get("behind", {}).get("delta", ())) for row in told] == [0, 1]
 
 
+def test_both_routes_have_as_many_steps():
+    told = ["census", "--data", "x", "--steps", "8", "--tune-steps", "5", "--rounds", "2"]
+
+    def steps(spec, *more):
+        options = compare.read([*told, "--methods", spec, *more])
+        found = compare.jobs(compare.Entry(spec, 0.8), 0, options)
+        return [int(job.arguments[job.arguments.index("--steps") + 1]) for job in found]
+
+    for spec in ("best", "best:gradual", "vote:trained", "dense_tuned"):
+        assert steps(spec) == [5]
+    assert steps("imp") == [2, 3]
+    for spec in ("adapmtl", "rigl", "vote:init", "best:init"):
+        assert steps(spec) == [13]
+        assert steps(spec, "--scratch-steps", "7") == [7]
+    assert steps("lth") == [8, 8]
+
+
 def test_interval_is_student_s():
     assert judging.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
     assert judging.interval([1.0]) != judging.interval([1.0])  # nan

@@ -1,0 +1,64 @@
+"""The overview of comparisons: who leads, who is not behind, and how sure that is."""
+
+import json
+
+import overview
+import pytest
+from matplotlib.image import imread
+
+
+def row(method, sparsity, delta, scaled=False):
+    worst = [value - 1 for value in delta]
+    seeds = list(range(len(delta)))
+    about = {"method": method, "sparsity": sparsity, "scaled": scaled, "seeds": seeds}
+    return {**about, "delta": delta, "worst": worst}
+
+
+ROWS = [
+    row("best", 0.9, [-1.0, -1.2, -0.9]),
+    row("joint", 0.9, [-1.1, -1.0, -1.2]),
+    row("magnitude", 0.9, [-9.0, -9.1, -8.9]),
+    row("joint", 0.9, [5.0, 5.0, 5.0], scaled=True),
+    row("best", 0.95, [-4.0, -4.2, -3.9]),
+    row("imp", 0.95, [-2.0, -2.1, -2.0]),
+    row("dense_tuned", 0.0, [1.0, 1.0, 1.0]),
+]
+
+
+def test_the_leader_and_those_that_are_not_behind():
+    header, _, first, second = overview.table({"digits": ROWS}, "best").splitlines()
+    assert header.startswith("| data | zeros | seeds | leads | mean | worst task | not behind it |")
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells[:7] == ["digits", "90%", "3", "best", "-1.03", "-2.03", "joint"]
+    assert cells[7:9] == ["-1.03", "-2.03"]
+    assert cells[9].startswith("joint: +0.07 ± ")
+    assert not cells[9].endswith("*")
+    cells = [cell.strip() for cell in second.strip("|").split("|")]
+    assert cells[3:7] == ["imp", "-2.03", "-3.03", "none"]
+    assert cells[9].startswith("imp: -2.00 ± ")
+    assert cells[9].endswith("*")
+
+
+def test_pairs_are_of_seeds_that_both_have():
+    other = {"seeds": [2, 1], "delta": [10.0, 20.0]}
+    assert overview.pairs(ROWS[0], other, "delta") == [-21.2, -10.9]
+
+
+def test_the_command_draws_and_writes(tmp_path, capsys):
+    files = [tmp_path / f"{name}.json" for name in ("a", "b")]
+    for path in files:
+        path.write_text(json.dumps(ROWS))
+    of = [f"{path.stem}={path}" for path in files]
+    text = overview.main(["--of", *of, "--draw", "best", "joint", "--out", str(tmp_path / "out")])
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "out" / "overview.md").read_text() == text + "\n"
+    assert imread(tmp_path / "out" / "overview.png").std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("told", "message"), [("a.json", "must look like census="), ("a=none.json", "there is no none")]
+)
+def test_refuses(told, message, capsys):
+    with pytest.raises(SystemExit):
+        overview.main(["--of", told])
+    assert message in capsys.readouterr().err
