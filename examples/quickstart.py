@@ -308,7 +308,7 @@ def make_method(options: argparse.Namespace) -> Method:
     """How to prune: by vote in ten updates, or at once; or by thresholds that rise meanwhile."""
     end = max(2, options.tune_steps)
     if options.method != "vote":
-        learned = "learned" if options.method == "adapmtl-learned" else "uniform"
+        learned = "uniform" if options.method == "adapmtl-uniform" else "learned"
         return recipes.adapmtl(options.sparsity, steps=4 * end // 3, allocation=learned)
     vote = Vote(sparsity=options.sparsity, allocation=options.allocation)
     if options.one_shot:
@@ -513,7 +513,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--method", choices=["vote", "adapmtl", "adapmtl-learned"], default="vote", help="ours")
+    add("--method", choices=["vote", "adapmtl", "adapmtl-uniform"], default="vote", help="ours")
     add("--sparsity", type=float, default=0.9, help="share of zeros, in [0, 1)")
     add("--scale", type=float, default=30.0, help="what one loss is multiplied by in the scoring")
     add("--scaled-task", choices=list(CLASSES), default="left", help="the task it is done to")

@@ -1,10 +1,10 @@
 """Watch sparsity rise: thresholds that are asked for a number, and thresholds that are trained.
 
 The network of `quickstart.py` is trained from scratch while soft thresholds prune it, with three
-learning rates. `recipes.adapmtl` sets the common level of its thresholds by the schedule; in
-`recipes.adapmtl_published` the thresholds are trained like weights, as in the original code of
-AdapMTL. Both are asked for the same sparsity. The script prints where each ends, component by
-component, and writes a picture and a JSON.
+learning rates. `recipes.adapmtl` sets the common level of its thresholds by the schedule, here
+without learning how they differ; in `recipes.adapmtl_published` the thresholds are trained like
+weights, as in the original code of AdapMTL. Both are asked for the same sparsity. The script
+prints where each ends, component by component, and writes a picture and a JSON.
 
     pip install "mtprune[examples]"
     python thresholds.py
@@ -69,7 +69,7 @@ def run(method: Any, lr: float, options: argparse.Namespace) -> dict[str, Any]:
 def experiment(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The runs of each recipe, under the name they go by."""
     steps, found = options.steps, {}
-    ours = recipes.adapmtl(options.sparsity, steps)
+    ours = recipes.adapmtl(options.sparsity, steps, allocation="uniform")
     found["adapmtl"] = [run(ours, lr, options) for lr in RATES]
     for init in INITS:
         name = f"published, s0 = {init:g}"

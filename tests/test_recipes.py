@@ -74,7 +74,7 @@ def test_adapmtl_weighs_tasks_by_how_they_bear_pruning(allocation):
         weighting="pruning_sensitivity",
         debias=True,
     )
-    assert recipes.adapmtl(0.8, 1_000).allocation == "uniform"
+    assert recipes.adapmtl(0.8, 1_000).allocation == "learned"
     assert recipes.adapmtl(0.8, 1).schedule == Cubic(begin=0, end=1, every=1)
 
 

@@ -76,6 +76,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "flop": (lambda o: recipes.flop(o.sparsity, o.steps), None),
     "flop_saliency": (lambda o: recipes.flop(o.sparsity, o.steps, gates="saliency"), None),
     "adapmtl": (lambda o: _adapmtl(o), "init"),
+    "adapmtl_uniform": (lambda o: replace(_adapmtl(o), allocation="uniform"), "init"),
     "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
     "random": (lambda o: recipes.random(o.sparsity), "init"),
 }
