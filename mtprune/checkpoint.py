@@ -188,6 +188,11 @@ def _upgraded(state: Mapping[str, Any], method: str) -> dict[str, Any]:
     if _without_sparsity(state["method"]) == _without_sparsity(method):
         new["method"] = method
     new["led"] = None
+    later = {"single": None, "nobody": None}
+    new["facts"] = {
+        **state["facts"],
+        "counts": [{**later, **count} for count in state["facts"]["counts"]],
+    }
     new["version"] = VERSION
     return new
 

@@ -58,6 +58,8 @@ class Count:
         wanted: For each task that uses it, how many of the kept ones that task alone would keep.
         unanimous: How many of the kept ones each of these tasks alone would keep.
         tasks: The tasks that use it.
+        single: How many of the kept ones exactly one of them alone would keep, if that is known.
+        nobody: How many of the kept ones none of them alone would keep, if that is known.
         threshold: Its threshold, if it has one.
         cost: Multiply-adds of each of its weights, if that was measured.
         rank: How many singular directions it keeps, if ranks are pruned.
@@ -71,6 +73,8 @@ class Count:
     wanted: Mapping[str, int]
     unanimous: int
     tasks: tuple[str, ...] = ()
+    single: int | None = None
+    nobody: int | None = None
     threshold: float | None = None
     cost: float | None = None
     rank: int | None = None
@@ -197,7 +201,7 @@ class Facts:
 
 
 def _kept(count: Count, number: int) -> Count:
-    return replace(count, kept=number, unanimous=number)
+    return replace(count, kept=number, unanimous=number, single=None, nobody=None)
 
 
 def _whole(entry: Entry, keys: Collection[str]) -> dict[str, int]:
@@ -218,6 +222,8 @@ def _count(entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> Co
         wanted={voter: part.whole(most=kept) for voter, part in parts["wanted"].mapping().items()},
         unanimous=parts["unanimous"].whole(most=kept),
         tasks=tuple(part.text(tasks) for part in parts["tasks"].items()),
+        single=parts["single"].optional(lambda part: part.whole(most=kept)),
+        nobody=parts["nobody"].optional(lambda part: part.whole(most=kept)),
         threshold=parts["threshold"].optional(Entry.number),
         cost=parts["cost"].optional(lambda part: part.number(least=0.0)),
         rank=parts["rank"].optional(Entry.whole),
@@ -259,9 +265,14 @@ def count(
         alone: For each task that has a say, those that task alone would keep, flat bool.
         threshold: Its threshold, if it has one.
     """
-    every = mask
+    every, once = mask, mask.new_zeros(mask.shape)
+    twice = once
     for wish in alone.values():
         every = every & wish
+        twice = twice | (once & wish)
+        once = once | wish
+    nobody = int((mask & ~once).count_nonzero()) if alone else None
+    single = int((mask & once & ~twice).count_nonzero()) if alone else None
     return Count(
         name=subject.name,
         component=subject.component,
@@ -270,6 +281,8 @@ def count(
         wanted={task: int((mask & wish).count_nonzero()) for task, wish in alone.items()},
         unanimous=int(every.count_nonzero()),
         tasks=subject.tasks,
+        single=single,
+        nobody=nobody,
         threshold=threshold,
         cost=None if subject.cost is None else float(subject.cost),
     )
@@ -298,6 +311,8 @@ def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> C
         kept=size,
         wanted={task: part(number) for task, number in directions.wanted.items()},
         unanimous=part(directions.unanimous),
+        single=None if directions.single is None else part(directions.single),
+        nobody=None if directions.nobody is None else part(directions.nobody),
         rank=directions.kept,
         full_rank=directions.parameters,
     )

@@ -2,10 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from mtprune import files
 from mtprune.facts import Count, Facts, GroupRow, Moment, mean, share, total
 from mtprune.text import columns
+
+if TYPE_CHECKING:
+    from mtprune.affinity import Affinity
 
 __all__ = ["Count", "Facts", "GroupRow", "Moment", "Report", "Row", "make_report"]
 
@@ -23,6 +31,8 @@ class Row:
         want: For each of these, and each voter that is no task, the share of the kept weights that
             this one alone would keep.
         unanimity: The share of the kept weights that every one of these tasks alone would keep.
+        single: The share that exactly one of them alone would keep, if that is known.
+        nobody: The share that none of them alone would keep, if that is known.
         threshold: The mean of its weights' thresholds, if they have any.
         macs: Its multiply-adds, if they were measured.
         macs_kept: Those of the kept weights.
@@ -37,6 +47,8 @@ class Row:
     tasks: tuple[str, ...]
     want: Mapping[str, float]
     unanimity: float
+    single: float | None = None
+    nobody: float | None = None
     threshold: float | None = None
     macs: float | None = None
     macs_kept: float | None = None
@@ -131,6 +143,59 @@ class Report:
     def __str__(self) -> str:
         """The table of components."""
         return self.table()
+
+    def _repr_html_(self) -> str:
+        """The report as notebooks show it."""
+        from mtprune.showing.page import fragment
+
+        return fragment(self)
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        before: Mapping[str, Mapping[str, float]] | None = None,
+        after: Mapping[str, Mapping[str, float]] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        affinity: Mapping[str, "Affinity"] | None = None,
+        plan: object = "",
+    ) -> Path:
+        """Write the report as one HTML page that needs nothing beside itself.
+
+        Args:
+            path: The file, which is replaced. Its name ends in ``.html``.
+            before: ``{task: {metric: value}}`` of the dense model, to show what each task lost.
+            after: The same of the pruned model.
+            masks: Masks to draw, for instance ``{name: pruner.masks[name]}``.
+            affinity: What `mtprune.affinity.compare` found, by what it compared, for instance
+                ``{"all": compare(pruner.task_masks)}``.
+            plan: The plan of `mtprune.compress`, or any text.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: If ``path`` does not end in ``.html``, or only one of ``before`` and
+                ``after`` is given, or they tell of different tasks.
+        """
+        from mtprune.showing.page import Beside, page
+
+        target = Path(path)
+        if target.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"A report is saved as a page: its name ends in .html. Got '{path}'.")
+        if (before is None) != (after is None):
+            given = "before" if after is None else "after"
+            raise ValueError(
+                f"`before` and `after` go together, to tell what tasks lost. Got only `{given}`."
+            )
+        if set(before or {}) != set(after or {}):
+            raise ValueError(
+                "`before` and `after` must be of the same tasks. "
+                f"Got {sorted(before or {})} and {sorted(after or {})}."
+            )
+        beside = Beside(before or {}, after or {}, masks or {}, affinity or {}, str(plan))
+        files.write_text(target, page(self, beside))
+        return target
 
     def _notes(self) -> list[str]:
         notes = [f"{self.head_share:.1%} of the weights are private to one task."]
@@ -234,12 +299,19 @@ def _row(name: str, counts: Sequence[Count], tasks: Sequence[str]) -> Row:
         tasks=using,
         want=want,
         unanimity=share(sum(c.unanimous for c in counts), kept),
+        single=_part([c.single for c in counts], kept),
+        nobody=_part([c.nobody for c in counts], kept),
         threshold=mean([(c.threshold, c.parameters) for c in counts]),
         macs=total([(c.cost, c.parameters) for c in counts]),
         macs_kept=total([(c.cost, c.kept) for c in counts]),
         rank=_whole([c.rank for c in counts]),
         full_rank=_whole([c.full_rank for c in counts]),
     )
+
+
+def _part(numbers: Sequence[int | None], whole: int) -> float | None:
+    known = _whole(numbers)
+    return None if known is None else share(known, whole)
 
 
 def _whole(numbers: Sequence[int | None]) -> int | None:

@@ -21,6 +21,7 @@ ORDER = (
     "methods",
     "observing",
     "compression",
+    "showing",
     "integrations",
     "testing",
 )

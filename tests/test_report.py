@@ -39,8 +39,19 @@ def test_counting_a_layer(device):
     )
     subject = Subject("a", "trunk", (5,), ("x", "y"))
     assert count(subject, mask, {"x": one, "y": two}) == Count(
-        "a", "trunk", parameters=5, kept=3, wanted={"x": 2, "y": 2}, unanimous=1, tasks=("x", "y")
+        "a",
+        "trunk",
+        parameters=5,
+        kept=3,
+        wanted={"x": 2, "y": 2},
+        unanimous=1,
+        tasks=("x", "y"),
+        single=2,
+        nobody=0,
     )
+    empty = torch.zeros_like(mask)
+    found = count(subject, mask, {"x": one, "y": empty})
+    assert (found.single, found.nobody) == (2, 1)
     assert count(subject, ~mask, {}) == Count("a", "trunk", 5, 2, {}, 2, tasks=("x", "y"))
     assert mask.int().tolist() == [1, 1, 1, 0, 0]
 

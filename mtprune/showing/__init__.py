@@ -1,0 +1,1 @@
+"""Showing: a report as a page that needs nothing beside itself."""
