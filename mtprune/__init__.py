@@ -46,6 +46,7 @@ if _TYPE_CHECKING:
         refit,
         save,
     )
+    from mtprune.explaining import explained, priorities
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
 
 __all__ = [
@@ -78,10 +79,12 @@ __all__ = [
     "budget",
     "carry_optimizer",
     "compress",
+    "explained",
     "load",
     "measure",
     "metrics",
     "plan_of",
+    "priorities",
     "recalibrate_bn",
     "recipes",
     "refit",
@@ -96,6 +99,7 @@ __all__ = [
 
 _MODULES = ("affinity", "budget", "metrics", "recipes", "sampling", "testing", "weighting")
 _METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
+_EXPLAINING = ("explained", "priorities")
 _COMPRESSION = (
     "Plan",
     "Sizes",
@@ -116,6 +120,8 @@ def __getattr__(name: str) -> _Any:
         return _import_module(f"mtprune.{name}")
     if name in _METHODS:
         return getattr(_import_module("mtprune.methods"), name)
+    if name in _EXPLAINING:
+        return getattr(_import_module("mtprune.explaining"), name)
     if name in _COMPRESSION:
         return getattr(_import_module("mtprune.compression"), name)
     if name == "__version__":

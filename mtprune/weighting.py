@@ -5,8 +5,10 @@ A weighting is a function of the losses, ``{task: 0-dim tensor}`` without a grap
 With all weights 1 the total is the plain sum.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "PruningSensitivity",
     "Weigher",
     "Weighting",
+    "Worst",
     "noise_weights",
     "parse_weighting",
     "uniform",
@@ -163,6 +166,94 @@ class PruningSensitivity:
         return {task: self.least + (1 - self.least) * len(tasks) * s for task, s in share.items()}
 
 
+@dataclass(frozen=True)
+class Worst:
+    r"""The further a task lags behind, the more it counts: the worst task is what is trained for.
+
+    A task's lag is :math:`F_t = \log(L_t / r_t)`, :math:`r_t` its loss for reference, so losses in
+    other units lag as much. Training plays against weights that sum to 1,
+
+    .. math:: \min_\theta \max_p \; \sum_t p_t F_t - \tau \, \mathrm{KL}(p \,\|\, 1 / T),
+
+    which follow by exponentiated gradient, :math:`p_t \propto p_t^{1 - \eta \tau} e^{\eta F_t}` at
+    each step, and a task counts :math:`l + (1 - l) T p_t` for T tasks. Lags that stay as they are
+    lead to :math:`p_t \propto (L_t / r_t)^{1 / \tau}`; with :math:`\tau = 0` weight goes on moving
+    to the task that lags most, until it no longer does. What cannot be learned lags for ever:
+    :math:`\tau` and :math:`l` are what the other tasks then keep.
+
+    Sagawa et al., "Distributionally robust neural networks for group shifts", ICLR 2020, for groups
+    of samples and plain losses. A step's loss that is not positive and finite is left out; such a
+    task, and one that the batch lacks, has the lag that it had last.
+
+    Attributes:
+        rate: :math:`\eta`, how far weights move in a step.
+        temperature: :math:`\tau`, how evenly they stay spread.
+        least: :math:`l`, the least weight of a task, in [0, 1).
+        window: Of a task without a reference, how many first losses make it: their geometric mean.
+            Weights are 1 until then.
+        reference: Losses of tasks for reference, such as the dense network's.
+
+    Example:
+        >>> weights = Worst(temperature=0.0).weights({"a": 0.5, "b": -0.5})
+        >>> {task: round(weight, 2) for task, weight in weights.items()}
+        {'a': 1.42, 'b': 0.58}
+    """
+
+    rate: float = 0.02
+    temperature: float = 0.5
+    least: float = 0.1
+    window: int = 20
+    reference: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.inside("rate", self.rate, "(0, 1]")
+        checks.inside("temperature", self.temperature, "[0, inf)")
+        if self.rate * self.temperature > 1:
+            raise ValueError(
+                "`rate` times `temperature` must be at most 1, or weights swing. Got "
+                f"{self.rate!r} times {self.temperature!r}."
+            )
+        checks.inside("least", self.least, "[0, 1)")
+        checks.whole("window", self.window, least=1)
+        checks.mapping("reference", self.reference, "task -> loss")
+        for task, loss in self.reference.items():
+            of = f" of task '{task}'"
+            checks.number("reference", loss, of=of)
+            checks.inside("reference", loss, "(0, inf)", of=of, must="must be positive")
+
+    def next(self, losses: Mapping[str, Tensor], memory: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Rule`."""
+        starts = {task: list(logs) for task, logs in memory.get("starts", {}).items()}
+        lags = dict(memory.get("lags", {}))
+        found = {task: float(loss) for task, loss in losses.items()}
+        found = {task: math.log(loss) for task, loss in found.items() if 0 < loss < math.inf}
+        for task, log in found.items():
+            if task in self.reference:
+                lags[task] = log - math.log(self.reference[task])
+            elif len(starts.setdefault(task, [])) < self.window:
+                starts[task].append(log)
+            else:
+                lags[task] = log - fmean(starts[task])
+        scores = memory.get("scores", {})
+        if found and set(lags) >= set(starts):
+            middle, stays = fmean(lags.values()), 1 - self.rate * self.temperature
+            scores = {
+                task: stays * scores.get(task, 0.0) + self.rate * (lag - middle)
+                for task, lag in lags.items()
+            }
+        weights = self.weights(scores)
+        return {"starts": starts, "lags": lags, "scores": scores, "weights": weights}
+
+    def weights(self, scores: Mapping[str, float]) -> dict[str, float]:
+        r"""The weights that follow from :math:`\log p`, up to what all tasks have in common."""
+        highest = max(scores.values(), default=0.0)
+        parts = {task: math.exp(score - highest) for task, score in scores.items()}
+        rest = (1 - self.least) * len(parts)
+        total = sum(parts.values())
+        return {task: self.least + rest * part / total for task, part in parts.items()}
+
+
 def parse_weighting(weighting: object) -> Any:
     """A weighting from its name, or from itself.
 
@@ -170,11 +261,16 @@ def parse_weighting(weighting: object) -> Any:
         ValueError: If no weighting has the name.
         TypeError: If the argument is no weighting.
     """
-    named = {"uniform": uniform, "noise": Noise(), "pruning_sensitivity": PruningSensitivity()}
+    named = {
+        "uniform": uniform,
+        "noise": Noise(),
+        "pruning_sensitivity": PruningSensitivity(),
+        "worst": Worst(),
+    }
     if isinstance(weighting, str):
         checks.one_of("weighting", weighting, tuple(named))
         return named[weighting]
-    if isinstance(weighting, (Noise, PruningSensitivity)):
+    if isinstance(weighting, (Noise, PruningSensitivity, Worst)):
         return weighting
     if isinstance(weighting, type) or not callable(weighting):
         raise TypeError(
@@ -188,11 +284,17 @@ class Weigher:
     """Weighs losses, and holds the memory of its weighting.
 
     Args:
-        weighting: A `Weighting`, `Noise` or `PruningSensitivity`.
+        weighting: A `Weighting`, `Noise`, `PruningSensitivity` or `Worst`.
         tasks: All tasks.
+
+    Raises:
+        ValueError: If the weighting names tasks that there are not.
     """
 
     def __init__(self, weighting: Any, tasks: Sequence[str]) -> None:
+        named = weighting.reference if isinstance(weighting, Worst) else {}
+        if unknown := sorted(set(named) - set(tasks)):
+            raise ValueError(f"`reference` names {unknown}. Known here: {list(tasks)}.")
         self._weighting = weighting
         self._tasks = list(tasks)
         self._memory: dict[str, Any] = {}
@@ -213,7 +315,7 @@ class Weigher:
         if self._weighting is uniform:
             return torch.stack(list(losses.values())).sum()
         detached = {task: loss.detach() for task, loss in losses.items()}
-        if isinstance(self._weighting, Noise):
+        if isinstance(self._weighting, (Noise, Worst)):
             self._memory = dict(self._weighting.next(detached, self._memory))
             weights: Mapping[str, Any] = self._memory["weights"]
         elif isinstance(self._weighting, PruningSensitivity):
@@ -240,16 +342,18 @@ class Weigher:
         Raises:
             ValueError: If it is not that.
         """
-        parts, tasks = entry.mapping(["step", "jumps", "last", "averages", "weights"]), self._tasks
+        lists, numbers = {"jumps", "starts"}, {"last", "averages", "lags", "scores", "weights"}
+        parts, tasks = entry.mapping(["step", *lists, *numbers]), self._tasks
         found: dict[str, Any] = {name: part.plain() for name, part in parts.items()}
-        for name in {"last", "averages", "weights"} & set(parts):
+        for name in numbers & set(parts):
             for part in parts[name].mapping(tasks).values():
                 part.tensor(()) if isinstance(part.value, Tensor) else part.number()
         if "jumps" in parts:
             found["step"] = entry["step"].whole()
-            for history in parts["jumps"].mapping(tasks).values():
-                for jump in history.items():
-                    jump.number(least=0.0)
+        for name in lists & set(parts):
+            for history in parts[name].mapping(tasks).values():
+                for number in history.items():
+                    number.number(least=0.0 if name == "jumps" else -math.inf)
         return found
 
     def load(self, memory: Mapping[str, Any]) -> None:

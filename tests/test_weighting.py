@@ -12,6 +12,7 @@ from mtprune.weighting import (
     Noise,
     PruningSensitivity,
     Weigher,
+    Worst,
     noise_weights,
     parse_weighting,
     uniform,
@@ -121,6 +122,152 @@ def test_sensitivity_averages_over_updates_and_guards_every_task():
     assert weights == pytest.approx({"a": 0.2 + 0.8 * 1.5, "b": 0.2 + 0.8 * 0.5})
     assert rule.weights({"a": 0.0, "b": 0.0}, ["a", "b"]) == {}
     assert rule.weights({"a": 1.0}, ["a", "b"]) == pytest.approx({"a": 1.8, "b": 0.2})
+
+
+ONE = {"rate": 0.05, "least": 0.0, "reference": {"a": 2.0, "b": 1.0, "c": 8.0}}
+
+
+def softmax(scores):
+    return [len(scores) * math.exp(s) / sum(map(math.exp, scores)) for s in scores]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_worst_is_exponentiated_gradient_on_log_losses(temperature):
+    rule = Worst(temperature=temperature, **ONE)
+    losses = [[2.0 * math.e, 1.0, 8.0 / math.e]] * 40
+    found = run(rule, losses)
+    for step in (1, 2, 40):  # the lags are 1, 0 and -1
+        stays = 1 - rule.rate * temperature
+        score = rule.rate * sum(stays**i for i in range(step))
+        assert found[step - 1] == pytest.approx(softmax([score, 0.0, -score]), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_worst_rests_where_weights_are_powers_of_relative_losses(temperature):
+    rule = Worst(rate=0.5, temperature=temperature, least=0.25, reference=ONE["reference"])
+    relative = [3.0, 1.0, 0.5]
+    row = [factor * loss for factor, loss in zip(relative, ONE["reference"].values(), strict=True)]
+    found = run(rule, [row] * 400)[-1]
+    powers = [factor ** (1 / temperature) for factor in relative]
+    expected = [0.25 + 0.75 * 3 * power / sum(powers) for power in powers]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert sum(found) == pytest.approx(3)
+
+
+def test_worst_holds_losses_against_their_first_ones():
+    losses = torch.tensor([[4.0, 1.0], [1.0, 1.0], [1.0, 1.0], [2.0, 0.25]])
+    found = run(Worst(window=2, rate=0.1, temperature=0.0, least=0.0), losses.tolist(), ("a", "b"))
+    assert found[:2] == [[1.0, 1.0]] * 2  # their geometric means are 2 and 1
+    first = 0.1 * math.log(0.5) / 2
+    assert found[2] == pytest.approx(softmax([first, -first]))
+    second = first - 0.1 * math.log(0.25) / 2
+    assert found[3] == pytest.approx(softmax([second, -second]))
+
+
+def test_worst_does_not_see_the_scale_of_a_loss():
+    losses = 1 + torch.rand(60, 3)
+    plain = run(Worst(window=5), losses.tolist())
+    scaled = run(Worst(window=5), (losses * torch.tensor([1.0, 1e3, 1e-3])).tolist())
+    assert plain[-1] != [1.0] * 3
+    for one, two in zip(plain, scaled, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
+def test_worst_leaves_out_losses_without_a_logarithm(bad):
+    losses = [[2.0, 2.0, 8.0]] * 20
+    known = [[2.0, bad, 8.0] if i == 10 else row for i, row in enumerate(losses)]
+    rule = Worst(**ONE)
+    assert run(rule, known) == run(rule, losses)  # as if the task had lagged as before
+    everything = [*losses, [bad] * 3]
+    assert run(rule, everything)[-1] == run(rule, losses)[-1]
+
+
+def test_worst_minds_how_a_task_lags_not_how_often_it_comes():
+    both = Weigher(Worst(window=1), ["a", "b"])
+    seldom = Weigher(Worst(window=1), ["a", "b"])
+    for i in range(40):
+        now = {"a": torch.tensor(1.0 if i == 0 else 0.5), "b": torch.tensor(1.0)}
+        both.weigh(now)
+        seldom.weigh(now if i % 4 in (0, 1) else {"a": now["a"]})
+    assert seldom.weights == pytest.approx(both.weights)
+    assert both.weights["b"] > 1 > both.weights["a"]
+
+
+def test_a_task_that_comes_late_begins_in_the_middle():
+    weigher = Weigher(Worst(reference={"a": 1.0, "b": 1.0, "c": 1.0}, least=0.0), ["a", "b", "c"])
+    for _ in range(30):
+        weigher.weigh({"a": torch.tensor(2.0), "b": torch.tensor(0.5)})
+    assert weigher.weights["c"] == 1.0
+    weigher.weigh({"c": torch.tensor(1.0)})
+    assert weigher.weights["a"] > weigher.weights["c"] > weigher.weights["b"]
+
+
+class Between(nn.Module):
+    """A point that one task wants here, the other there."""
+
+    def __init__(self):
+        super().__init__()
+        self.point = nn.Linear(2, 1, bias=False)
+        nn.init.zeros_(self.point.weight)
+
+    def losses(self):
+        x, y = self.point.weight[0]
+        return {"a": (x - 1) ** 2 + y**2, "b": 0.05 * (x**2 + (y - 1) ** 2)}
+
+
+@pytest.mark.slow
+def test_training_for_the_worst_task_makes_both_as_bad():
+    """From (0, 0) the tasks want (1, 0) and (0, 1); b is in units that make it count little."""
+
+    def trained(weighting):
+        model, weigher = Between(), Weigher(parse_weighting(weighting), ["a", "b"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        for _ in range(800):
+            optimizer.zero_grad()
+            weigher.weigh(model.losses()).backward()
+            optimizer.step()
+        return model.point.weight[0].detach(), weigher.weights
+
+    plain, _ = trained("uniform")
+    assert plain.tolist() == pytest.approx([1 / 1.05, 0.05 / 1.05], abs=1e-4)
+    point, weights = trained(Worst(rate=0.05, temperature=0.0, least=0.0, window=1))
+    assert point.tolist() == pytest.approx([0.5, 0.5], abs=1e-2)
+    assert weights["b"] / weights["a"] == pytest.approx(20, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_task_that_lags_while_it_is_pruned_is_worth_more_and_catches_up():
+    torch.manual_seed(0)
+    x = torch.randn(64, 12)
+    targets = {t: x @ torch.randn(12, 12) for t in "ab"}
+    scale = {"a": 1.0, "b": 0.02}
+
+    def worst(weighting):
+        torch.manual_seed(1)
+        model = nn.ModuleDict({"trunk": nn.Linear(12, 12, bias=False)})
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        schedule = Cubic(begin=0, end=60, every=5)
+        method = SoftThreshold(0.5, weighting=weighting, schedule=schedule)
+        pruner = MultitaskPruner(model, ["a", "b"], "trunk", method=method, optimizer=optimizer)
+        for step in range(150):
+            optimizer.zero_grad()
+            y = model["trunk"](x)
+            losses = {t: scale[t] * (y - targets[t]).square().mean() for t in "ab"}
+            if step == 0:
+                first = {t: float(loss.detach()) for t, loss in losses.items()}
+            pruner.weigh(pruner.observe_losses(losses)).backward()
+            optimizer.step()
+            pruner.step()
+        assert pruner.sparsity == 0.5
+        relative = {t: float(loss.detach()) / first[t] for t, loss in losses.items()}
+        return max(relative, key=relative.get), max(relative.values()), pruner.report().weights
+
+    task, before, _ = worst("uniform")
+    assert task == "b"
+    _, after, weights = worst(Worst(rate=0.1, temperature=0.1, window=1))
+    assert weights["b"] > 1 > weights["a"]
+    assert after < 0.7 * before
 
 
 class Toy(nn.Module):
@@ -246,14 +393,16 @@ def test_uniform_is_the_plain_sum():
     assert pruner.report().weights == {}
 
 
-def test_weights_travel_in_the_checkpoint():
+@pytest.mark.parametrize("stop", [3, 15])
+@pytest.mark.parametrize("rule", [Noise(begin=0, window=5), Worst(window=5)])
+def test_weights_travel_in_the_checkpoint(rule, stop):
     losses = (1 + torch.rand(30, 2)).tolist()
-    straight = Weigher(Noise(begin=0, window=5), ["a", "b"])
-    for row in losses[:15]:
+    straight = Weigher(rule, ["a", "b"])
+    for row in losses[:stop]:
         straight.weigh(dict(zip("ab", map(torch.tensor, row), strict=True)))
-    resumed = Weigher(Noise(begin=0, window=5), ["a", "b"])
+    resumed = Weigher(rule, ["a", "b"])
     resumed.load(resumed.read(Entry(straight.state_dict(), "This checkpoint", "")))
-    for row in losses[15:]:
+    for row in losses[stop:]:
         for weigher in (straight, resumed):
             weigher.weigh(dict(zip("ab", map(torch.tensor, row), strict=True)))
     assert straight.weights == resumed.weights != {"a": 1.0, "b": 1.0}
@@ -267,8 +416,44 @@ def test_weights_travel_in_the_checkpoint():
         (lambda: Noise(window=0), "`window` must be a whole number, at least 1"),
         (lambda: PruningSensitivity(decay=1.0), r"`decay` must be in \[0, 1\)"),
         (lambda: PruningSensitivity(least=-0.1), r"`least` must be in \[0, 1\)"),
+        (lambda: Worst(rate=0.0), r"`rate` must be in \(0, 1\]"),
+        (lambda: Worst(temperature=-1.0), r"`temperature` must be in \[0, inf\)"),
+        (lambda: Worst(rate=0.5, temperature=3.0), "`rate` times `temperature` must be at most 1"),
+        (lambda: Worst(least=1.0), r"`least` must be in \[0, 1\)"),
+        (lambda: Worst(window=0), "`window` must be a whole number, at least 1"),
+        (lambda: Worst(reference={"a": 0.0}), "`reference` of task 'a' must be positive"),
+        (
+            lambda: Weigher(Worst(reference={"x": 1.0}), ["a", "b"]),
+            r"`reference` names \['x'\]\. Known here: \['a', 'b'\]",
+        ),
     ],
 )
 def test_bad_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reference_is_a_mapping_of_numbers():
+    with pytest.raises(TypeError, match=r"`reference` must be a mapping task -> loss\. Got 1\.0"):
+        Worst(reference=1.0)
+    with pytest.raises(TypeError, match=r"`reference` of task 'a' must be a number\. Got 'x'"):
+        Worst(reference={"a": "x"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": {"x": 1.0}}, r"'scores' must have keys among .*'a', 'b'.*, not .*'x'"),
+        ({"lags": {"a": "far"}}, r"'lags\.a' must be a finite number|'lags\.a' must be a number"),
+        ({"starts": {"a": [None]}}, r"'starts\.a\.0' must be a"),
+        ({"starts": 1.0}, "'starts' must be a mapping"),
+    ],
+)
+def test_memory_that_is_no_memory_is_refused(change, message):
+    weigher = Weigher(Worst(window=1), ["a", "b"])
+    for _ in range(3):
+        weigher.weigh({"a": torch.tensor(2.0), "b": torch.tensor(3.0)})
+    state = weigher.state_dict()
+    with pytest.raises(ValueError, match=message):
+        weigher.read(Entry({**state, **change}, "This checkpoint", ""))
+    assert weigher.state_dict() == state

@@ -77,6 +77,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "flop_saliency": (lambda o: recipes.flop(o.sparsity, o.steps, gates="saliency"), None),
     "adapmtl": (lambda o: _adapmtl(o), "init"),
     "adapmtl_uniform": (lambda o: replace(_adapmtl(o), allocation="uniform"), "init"),
+    "adapmtl_worst": (lambda o: replace(_adapmtl(o), weighting="worst"), "init"),
     "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
     "random": (lambda o: recipes.random(o.sparsity), "init"),
 }

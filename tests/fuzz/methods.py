@@ -60,6 +60,7 @@ WEIGHTINGS: dict[str, Any] = {
     "uniform": "uniform",
     "noise": weighting.Noise(begin=1, window=3),
     "pruning_sensitivity": "pruning_sensitivity",
+    "worst": weighting.Worst(window=2),
     "by_size": by_size,
 }
 
