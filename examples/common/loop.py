@@ -21,6 +21,10 @@ from mtprune.reading import Entry
 Results = dict[str, Any]
 
 
+class UnfitError(ValueError):
+    """A method that cannot prune the net."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run is made of.
@@ -75,21 +79,31 @@ def open_data(problem: Problem, options: Options) -> data.Source:
 
 
 def build(problem: Problem, options: Options, source: data.Source) -> Run:
-    """Net, optimizer and pruner, as they are before the first step."""
+    """Net, optimizer and pruner, as they are before the first step.
+
+    Raises:
+        UnfitError: If the method cannot prune the net.
+    """
     every = problem.make_tasks(source)
     tasks = {name: every[name] for name in options.tasks}
     model = make_net(options, source)
     optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.decay)
     scales = options.loss_scale
-    pruner = MultitaskPruner(  # mtprune
-        model,
-        {name: losses.task_loss(name, task, scales.get(name, 1)) for name, task in tasks.items()},
-        shared_modules=model.shared_modules(),
-        method=make_method(options),
-        optimizer=optimizer,
-        backend=options.backend,
-        seed=options.seed,
-    )
+    scored = {n: losses.task_loss(n, task, scales.get(n, 1)) for n, task in tasks.items()}
+    try:
+        pruner = MultitaskPruner(  # mtprune
+            model,
+            scored,
+            shared_modules=model.shared_modules(),
+            method=make_method(options),
+            optimizer=optimizer,
+            backend=options.backend,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise UnfitError(
+            f"--method {options.method} does not fit --net {options.net}: {error}"
+        ) from error
     on_gpu = options.device.startswith("cuda")
     scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=options.amp and on_gpu)
     return Run(options, source, tasks, model, optimizer, pruner, scaler)
@@ -405,7 +419,7 @@ def main(problem: Problem, arguments: Sequence[str] | None = None) -> Results:
     source = open_or_exit(problem, options)
     try:
         return train(problem, options, source)
-    except (OSError, checkpoints.UnusableError) as error:
+    except (OSError, checkpoints.UnusableError, UnfitError) as error:
         raise SystemExit(f"{problem.name}: {error}") from None
 
 
