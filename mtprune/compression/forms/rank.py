@@ -70,6 +70,9 @@ class Rank(Form):
 
     @override
     def _store(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
+        for name in ("down.weight", "up.weight"):
+            if parts[name].dim() != layer.weight.dim():
+                raise ValueError(f"its {name} has shape {tuple(parts[name].shape)}")
         held = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
         down, up, bias = held["down.weight"], held["up.weight"], held.get("up.bias")
         self.down: Dense
