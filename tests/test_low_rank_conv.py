@@ -174,8 +174,9 @@ def test_two_convolutions_are_the_projected_one():
 # Budgets.
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9])
-@pytest.mark.parametrize("method", ["static", "gradual", "learned"])
+@pytest.mark.parametrize(
+    ("sparsity", "method", "backend"), pairs([0.0, 0.3, 0.6, 0.9], METHODS, ["prune", "inplace"])
+)
 def test_the_budget_is_met_to_less_than_a_direction(method, sparsity, backend):
     loop = Loop(replace(METHODS[method](), sparsity=sparsity), backend).train(10)
     report = loop.pruner.report()
@@ -326,6 +327,38 @@ def test_a_resumed_run_is_the_uninterrupted_run(method, at, backend):
     state = through_a_file(whole.at(at).checkpoint)
     resumed = load(by(method, backend), state, ORDERS[at % len(ORDERS)]).train(12 - at)
     assert_ends_like(resumed, whole.at(12))
+
+
+def only_linear(method, layer):
+    return "" if type(layer.places[0][0]) is nn.Linear else "only nn.Linear can become two layers"
+
+
+class Mixed(Pixels):
+    """The same with heads that are linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleDict({task: nn.Linear(10, 8) for task in "ab"})
+
+    def forward(self, x):
+        hidden = self.trunk(x).flatten(2).mT
+        return {task: head(hidden).mT[..., None] for task, head in self.heads.items()}
+
+
+def test_a_run_in_which_convolutions_stayed_dense_goes_on_without_them(monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(LowRank, "fits", only_linear)
+        whole = Loop(METHODS["gradual"](), model=Mixed()).train(5)
+        parts = {
+            part: getattr(whole, part).state_dict() for part in ("model", "optimizer", "pruner")
+        }
+        state = through_a_file({**parts, "at": whole.at})
+        whole.train(5)
+    with pytest.raises(ValueError, match=r"trunk\.0\.weight"):
+        load(Loop(METHODS["gradual"](), model=Mixed()), state)
+    convs = ["trunk.0", "trunk.4", "trunk.6"]
+    again = load(Loop(METHODS["gradual"](), model=Mixed(), exclude=convs), state).train(5)
+    assert all(map(torch.equal, again.model.parameters(), whole.model.parameters()))
 
 
 @pytest.mark.parametrize(
