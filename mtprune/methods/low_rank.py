@@ -55,12 +55,12 @@ class LowRank(Method[LowRanks]):
     """Prune the rank of linear layers and convolutions by a vote of the tasks, to a budget.
 
     A layer of rank r counts as ``min(r (in + out), in * out)`` parameters, those of the two layers
-    it can become (`mtprune.compress`); above break-even it stays whole. The matrix of a convolution
-    has in a row all that an output reads, so that ``in`` is its inputs times its kernel: of rank r
-    it can become a convolution with that kernel to r channels, and one with a kernel of size 1.
-    ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d`` without groups are pruned. Weights of any other
-    kind are left dense, and the report names them. The masks stay all True: a matrix of low rank
-    has no zeros.
+    it can become; above break-even it stays whole. The matrix of a convolution has in a row all
+    that an output reads, so that ``in`` is its inputs times its kernel: of rank r it can become a
+    convolution with that kernel to r channels, and one with a kernel of size 1. ``nn.Linear`` and
+    ``nn.Conv1d`` to ``nn.Conv3d`` without groups are pruned (`mtprune.compress` makes two layers of
+    ``nn.Linear`` and ``nn.Conv2d``). Weights of any other kind are left dense, and the report names
+    them. The masks stay all True: a matrix of low rank has no zeros.
 
     Attributes:
         sparsity: Share of parameters saved, in [0, 1). The budget is met up to less than what one
