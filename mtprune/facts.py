@@ -1,5 +1,6 @@
 """Facts: the numbers of an update, kept for the report when scores and masks are gone."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -291,15 +292,18 @@ def count(
 def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> Count:
     """Count one layer whose rank is pruned.
 
-    Its weights count as kept as far as its factors have parameters. For one row of input a
-    parameter is a multiply-add, before and after.
+    Its weights count as kept as far as its factors have parameters, each of which takes part in as
+    many multiply-adds as a weight did. Where these were not measured, they are those of one row of
+    input of a linear layer, and not known of a convolution, which has as many rows as positions.
 
     Args:
         subject: The layer.
         kept: The singular directions of the weight that are kept, bool ``[m]``.
         alone: For each task that has a say, those that task alone would keep, bool ``[m]``.
     """
-    directions = count(replace(subject, cost=Fraction(1)), kept, alone)
+    if subject.cost is None and len(subject.shape) == 2:
+        subject = replace(subject, cost=Fraction(1))
+    directions = count(subject, kept, alone)
     size = factors.parameters(subject.shape, directions.kept)
 
     def part(number: int) -> int:
@@ -307,7 +311,7 @@ def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> C
 
     return replace(
         directions,
-        parameters=subject.shape[0] * subject.shape[1],
+        parameters=math.prod(subject.shape),
         kept=size,
         wanted={task: part(number) for task, number in directions.wanted.items()},
         unanimous=part(directions.unanimous),

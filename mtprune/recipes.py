@@ -341,7 +341,8 @@ def flop(
     update ranks stay, and the network recovers.
 
     Args:
-        sparsity: Share of the parameters of ``nn.Linear`` layers that is saved in the end.
+        sparsity: Share of the parameters of linear layers and convolutions that is saved in the
+            end; `LowRank` says which take part.
         steps: Length of the run, in optimizer steps.
         gates: ``"saliency"`` prunes ever more components by the derivatives in their gates, and
             trains no gate: better in runs of few steps.

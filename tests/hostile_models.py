@@ -19,6 +19,7 @@ FORMS = {
     "up": "csr",
     "down": "sparse",
     "low": "rank",
+    "narrow": "rank",
 }
 
 
@@ -30,11 +31,13 @@ class Mixed(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
         self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+        self.narrow = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
         self.up, self.down, self.low = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.second(self.first(self.norm(self.conv(x)).relu()).relu())
+        h = self.narrow(self.first(self.norm(self.conv(x)).relu()).relu())
+        h = self.second(h)
         h = h.flatten(2).mT
         h = self.down(self.up(h).relu())
         h = h + self.attention(h, h, h)[0]
@@ -54,6 +57,7 @@ def dense(seed: int = 0) -> Mixed:
         model.first.weight[:, 3] = 0.0
         model.up.weight[[1, 5]] = 0.0
         model.low.weight.copy_(torch.randn(8, 1) @ torch.randn(1, 8))
+        model.narrow.weight.copy_((torch.randn(8, 1) @ torch.randn(1, 72)).view(8, 8, 3, 3))
     return model.to(memory_format=torch.channels_last)
 
 

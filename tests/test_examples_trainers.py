@@ -21,7 +21,7 @@ from common import checkpoints, fixture, loop, options, results
 from matplotlib.figure import Figure
 from torch.utils._pytree import tree_leaves
 
-from mtprune import recipes
+from mtprune import LowRank, recipes
 
 pytestmark = pytest.mark.slow
 
@@ -111,9 +111,30 @@ def test_rounds_need_a_trained_net(train, capsys):
     for told in (["--method", "vote", "--when", "rounds"], ["--method", "best_joint"]):
         with pytest.raises(SystemExit):
             train("census", *told)
-        assert (
-            "--when rounds needs --pretrained: a trained net to prune." in capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert "--when rounds needs --pretrained: a trained net to prune." in said
+
+
+@pytest.mark.parametrize("method", ["flop", "flop_saliency"])
+def test_ranks_of_nets_without_linear_layers(train, method):
+    found = train("nyuv2", "--method", method, "--net", "unet", "--steps", "6", "--width", "0.1")
+    report = found["report"]
+    dearest = max(row["parameters"] // row["full_rank"] for row in report["layers"])
+    assert 0 <= found["zeros"] - round(0.9 * found["weights"]) < 2 * dearest
+    assert found["zeros"] == report["parameters"] - report["kept"]
+    rows = report["layers"]
+    assert sum(row["rank"] for row in rows) < 0.5 * sum(row["full_rank"] for row in rows)
+
+
+def test_a_method_that_cannot_prune_the_net_is_told_without_a_traceback(train, monkeypatch):
+    monkeypatch.setattr(LowRank, "fits", lambda method, layer: "nothing here has a rank")
+    message = (
+        r"^census: --method flop does not fit --net mmoe: LowRank can prune none of these layers:"
+        r" 'experts\.0\.0\.weight', .* and \d+ more \(Linear: nothing here has a rank\)\. Take "
+    )
+    with pytest.raises(SystemExit, match=message) as caught:
+        train("census", "--method", "flop")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_recipe_is_a_method():

@@ -1,6 +1,7 @@
 """Ranks: literals, closed forms, and a budget that is spent to the last component."""
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -120,6 +121,41 @@ def test_least_is_sure_if_the_budget_allows():
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], [2]]
     kept = select_directions(worths, shapes, 25, least=[1, 1])
     assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], []]
+
+
+def test_a_budget_of_what_parameters_cost():
+    worths = [torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([0.8, 0.2, 0.7, 0.3])]
+    kept = select_directions(worths, [(9, 4), (9, 2, 2)], 39, rates=[1, 2])
+    assert [mask.nonzero().flatten().tolist() for mask in kept] == [[0], [0]]
+    kept = select_directions(worths, [(9, 4), (9, 2, 2)], 39, rates=[Fraction(1, 2), 3])
+    assert [mask.tolist() for mask in kept] == [[True] * 4, [False] * 4]  # 18, and not 39 more
+    least = [0, 1]
+    kept = select_directions(worths, [(9, 4), (9, 2, 2)], 39, rates=[1, 3], least=least)
+    assert [mask.nonzero().flatten().tolist() for mask in kept] == [[], [0]]
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3), (30, 2, 3, 3), (4, 2, 2, 1, 2), (8, 8, 1, 1)])
+def test_of_a_convolution_what_an_output_reads_is_a_row(shape):
+    weight = random(*shape)
+    flat = weight.flatten(1)
+    assert factors.matrix(shape) == tuple(flat.shape)
+    assert (factors.full(shape), factors.price(shape)) == (min(flat.shape), sum(flat.shape))
+    assert factors.most(shape) == factors.most(tuple(flat.shape))
+    for rank in range(factors.full(shape) + 1):
+        assert factors.parameters(shape, rank) == factors.parameters(tuple(flat.shape), rank)
+    for one, other in zip(factors.directions(weight), factors.directions(flat), strict=True):
+        assert torch.equal(one, other)
+    _, vectors = factors.directions(weight)
+    rotated = factors.rotate(weight.double(), vectors)
+    assert torch.equal(rotated, factors.rotate(flat.double(), vectors))
+    assert torch.equal(factors.along(rotated.view(shape)), factors.along(rotated))
+    assert torch.allclose(factors.spread(rotated, vectors, shape), weight.double(), atol=1e-12)
+    left, right = factors.factors(weight.double(), 2)
+    low = (left @ right).view(shape)
+    assert factors.numerical_rank(low) == 2
+    strided = low.transpose(0, 1).contiguous().transpose(0, 1)  # as channels_last has it
+    assert factors.numerical_rank(strided) == 2
+    assert torch.allclose(factors.directions(strided)[0], factors.directions(low)[0], atol=1e-6)
 
 
 def test_what_is_gone_is_not_kept():

@@ -37,8 +37,10 @@ METHODS = {
     "learned": lambda: LowRank(0.6, "learned", schedule=Cubic(begin=1, end=8, every=1)),
 }
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
-LINEAR_NETS = (
+FACTORED_NETS = (
     "plain",
+    "conv_bn",
+    "channels_last",
     "skipped_layer",
     "called_twice",
     "frozen_trunk",
@@ -397,7 +399,7 @@ def test_ranks_hold_after_every_step(method, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "backend"), pairs(LINEAR_NETS, METHODS, ["prune", "inplace"])
+    ("name", "method", "backend"), pairs(FACTORED_NETS, METHODS, ["prune", "inplace"])
 )
 def test_nets_of_the_shelf(name, method, backend, device):
     run = Run(build(name, device), METHODS[method](), backend)
@@ -405,7 +407,7 @@ def test_nets_of_the_shelf(name, method, backend, device):
     run.train(10)
     total = run.pruner.report().parameters
     saved = total - run.pruner.report().kept
-    dearest = max(map(sum, checkpoints.shapes(run.pruner).values()))
+    dearest = max(map(factors.price, checkpoints.shapes(run.pruner).values()))
     assert saved >= round(0.6 * total) or min(ranks_of(run)) == 1
     assert saved - round(0.6 * total) < dearest
     assert before == [(n, id(p)) for n, p in run.model.named_parameters(remove_duplicate=False)]
@@ -427,7 +429,8 @@ def test_other_layers_are_left_dense_and_named():
     run = Run(net, LowRank(0.5)).train(2)
     left = run.pruner.report().left_alone
     assert left
-    assert all(reason == "only nn.Linear can become two layers" for reason in left.values())
+    why = "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
+    assert all(reason == why for reason in left.values())
     assert any(name.endswith("in_proj_weight") for name in left)
     rows = run.pruner.report().layers
     owners = [run.model.get_submodule(row.name.removesuffix(".weight")) for row in rows]
@@ -664,6 +667,8 @@ def test_the_step_of_the_gates_goes_down_the_lagrangian():
         ({"min_rank": -1}, ValueError, "`min_rank` must be a whole number, at least 0. Got -1"),
         ({"observations": "auto"}, ValueError, "`observations` must be a whole number, at least 1"),
         ({"rate": 0.0}, ValueError, "`rate` must be positive"),
+        ({"budget_unit": "flops"}, ValueError, "`budget_unit` must be 'params' or 'macs'. Got 'fl"),
+        ({"budget_unit": "macs"}, ValueError, "budget_unit='macs' needs `example_inputs`"),
     ],
 )
 def test_mistakes(arguments, error, match):
@@ -671,12 +676,22 @@ def test_mistakes(arguments, error, match):
         LowRank(**{"sparsity": 0.5, **arguments})
 
 
-def test_a_model_without_linear_layers():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(
-        ValueError, match=r"LowRank can prune none of these layers: '0\.weight' .*only nn"
-    ):
-        MultitaskPruner(model, ["a"], method=LowRank(0.5))
+@pytest.mark.parametrize("method", [LowRank(0.5), recipes.flop(0.5, 100)])
+def test_a_model_with_nothing_to_factor(method):
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, 3),
+        *(nn.Conv2d(4, 4, 3, groups=4) for _ in range(5)),
+        nn.LSTM(4, 4),
+    )
+    message = (
+        r"LowRank can prune none of these layers: '0\.weight' \(ConvTranspose2d: only nn\.Linear "
+        r"and nn\.Conv1d to nn\.Conv3d can become two layers\); '1\.weight', '2\.weight', "
+        r"'3\.weight' and 2 more \(Conv2d: a convolution with groups is no single matrix\); "
+        r"'6\.weight_ih_l0', .* \(LSTM: only .*\)\. Take another method for this model: "
+        r"mtprune\.Vote\(sparsity\) prunes single weights of Linear, Bilinear, "
+    )
+    with pytest.raises(ValueError, match=message):
+        MultitaskPruner(model, ["a"], method=method)
 
 
 def test_weights_that_are_not_finite():

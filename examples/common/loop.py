@@ -21,6 +21,10 @@ from mtprune.reading import Entry
 Results = dict[str, Any]
 
 
+class UnfitError(ValueError):
+    """A method that cannot prune the net."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run is made of.
@@ -88,21 +92,30 @@ def open_data(problem: Problem, options: Options) -> data.Source:
 
 
 def build(problem: Problem, options: Options, source: data.Source) -> Run:
-    """Net, optimizer and pruner, as they are before the first step."""
+    """Net, optimizer and pruner, as they are before the first step.
+
+    Raises:
+        UnfitError: If the method cannot prune the net.
+    """
     every = problem.make_tasks(source)
     tasks = {name: every[name] for name in options.tasks}
     teacher = make_teacher(options, source) if options.distil else None
     model = make_net(options, source)
     optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.decay)
-    pruner = MultitaskPruner(  # mtprune
-        model,
-        to_learn(options, tasks, teacher),
-        shared_modules=model.shared_modules(),
-        method=make_method(options),
-        optimizer=optimizer,
-        backend=options.backend,
-        seed=options.seed,
-    )
+    try:
+        pruner = MultitaskPruner(  # mtprune
+            model,
+            to_learn(options, tasks, teacher),
+            shared_modules=model.shared_modules(),
+            method=make_method(options),
+            optimizer=optimizer,
+            backend=options.backend,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise UnfitError(
+            f"--method {options.method} does not fit --net {options.net}: {error}"
+        ) from error
     on_gpu = options.device.startswith("cuda")
     scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=options.amp and on_gpu)
     return Run(options, source, tasks, model, optimizer, pruner, scaler, teacher)
@@ -437,7 +450,7 @@ def main(problem: Problem, arguments: Sequence[str] | None = None) -> Results:
     source = open_or_exit(problem, options)
     try:
         return train(problem, options, source)
-    except (OSError, checkpoints.UnusableError) as error:
+    except (OSError, checkpoints.UnusableError, UnfitError) as error:
         raise SystemExit(f"{problem.name}: {error}") from None
 
 

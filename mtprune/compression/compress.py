@@ -57,15 +57,15 @@ def compress(
     First, units whose outputs no layer reads, or are constant, are removed with all their entries:
     ``groups`` says which units a model has.
 
-    Then every Linear and Conv2d with zeros in its weight is timed in each form it can take, on the
-    inputs that it receives in the model, and takes the fastest: ``"dense"``, ``"rows"`` (without
-    its dead outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a sparse product of
-    our own, on a CPU in float32; a C compiler makes it at first use), ``"csr"`` (torch's sparse
-    product, on a CPU) or ``"2:4"`` (CUDA, float16 and bfloat16). The projections of a
-    ``MultiheadAttention`` that attends to itself are timed too, and every Linear of low rank, which
-    can be ``"rank"``: two layers, where these are smaller. A form that is not faster than the dense
-    one by 5 % is not taken, of forms within 5 % of each other the smallest is, and if the model as
-    a whole is no faster, all layers stay dense.
+    Then every Linear and Conv2d with zeros in its weight, or of low rank, is timed in each form it
+    can take, on the inputs that it receives in the model, and takes the fastest: ``"dense"``,
+    ``"rows"`` (without its dead outputs), ``"thin"`` (without its dead inputs too), ``"sparse"`` (a
+    sparse product of our own, on a CPU in float32; a C compiler makes it at first use), ``"csr"``
+    (torch's sparse product, on a CPU), ``"2:4"`` (CUDA, float16 and bfloat16) or ``"rank"`` (two
+    layers, where these are smaller). The projections of a ``MultiheadAttention`` that attends to
+    itself are timed too. A form that is not faster than the dense one by 5 % is not taken, of forms
+    within 5 % of each other the smallest is, and if the model as a whole is no faster, all layers
+    stay dense.
 
     The copy is in eval mode and meant for inference; the model is left as it is.
 

@@ -115,9 +115,10 @@ class View:
     """A layer's weight as statistics see it.
 
     Attributes:
-        weight: The weight, of the layer's shape or in the basis.
+        weight: The weight, of the layer's shape.
         mask: Where it counts as zero; None for nowhere.
-        basis: Columns ``[m, m]`` in which the gradient is to be seen too; None for the usual ones.
+        basis: Columns ``[m, m]`` in which its matrix and that of the gradient are seen
+            (`mtprune.model.factors`); None for the usual ones.
     """
 
     weight: Tensor

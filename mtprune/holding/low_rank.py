@@ -78,7 +78,7 @@ class HeldRanks(Held):
     @property
     @override
     def kept(self) -> Mapping[str, int]:
-        ranks = {x.name: self.ranks.get(x.name, min(x.shape)) for x in self.layers}
+        ranks = {x.name: self.ranks.get(x.name, factors.full(x.shape)) for x in self.layers}
         return {x.name: factors.parameters(x.shape, ranks[x.name]) for x in self.layers}
 
 
@@ -143,13 +143,13 @@ class LowRankHold(Hold[LowRanks]):
     @override
     @torch.no_grad()
     def view(self, layer: Layer) -> View:
-        """The weight, each of its directions a column, or a row of a wide one.
+        """The weight, each of its directions a column of the matrix, or a row of a wide one.
 
         The directions are found when they are first asked for after an update.
         """
         vectors = self._basis(layer)
         weight = layer.parameter.detach().to(vectors.dtype)
-        return View(factors.rotate(weight, vectors), basis=vectors)
+        return View(factors.rotate(weight, vectors).view(layer.shape), basis=vectors)
 
     @override
     def trained(self, layer: Layer) -> Tensor:
@@ -172,7 +172,7 @@ class LowRankHold(Hold[LowRanks]):
     @override
     def read(self, entry: Entry, layers: Sequence[Layer]) -> HeldRanks:
         parts = entry.fields(["masks", "vectors", "gates", "ranks", "spans"], optional=["open"])
-        full = {layer.name: min(layer.shape) for layer in layers}
+        full = {layer.name: factors.full(layer.shape) for layer in layers}
         parts["masks"].mapping(among=())
         ranks = {n: part.whole(most=full[n]) for n, part in parts["ranks"].mapping(full).items()}
         spans = {}
@@ -203,7 +203,7 @@ class LowRankHold(Hold[LowRanks]):
 
     def _rank(self, layer: Layer) -> int:
         """How many directions a layer has left."""
-        return self._ranks.get(layer.name, min(layer.shape))
+        return self._ranks.get(layer.name, factors.full(layer.shape))
 
     def _basis(self, layer: Layer) -> Tensor:
         """The directions that are scored until the next update, columns ``[m, m]``."""

@@ -1,6 +1,6 @@
 """Taking stock: what a method can prune of a model, and what it must be shown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,10 @@ def take_inventory(
     )
     unfit = {name: reason for name, reason in reasons.items() if reason}
     if len(unfit) == len(prunable):
-        name, reason = next(iter(unfit.items()))
         raise ValueError(
-            f"{type(method).__name__} can prune none of these layers: '{name}' and "
-            f"{len(prunable) - 1} more are left dense ({reason})."
+            f"{type(method).__name__} can prune none of these layers: {_listed(prunable, unfit)}. "
+            "Take another method for this model: mtprune.Vote(sparsity) prunes single weights of "
+            f"{KINDS}."
         )
     covered = cover(method.granularity, model, [x for x in prunable if x.name not in unfit])
     inventory = Inventory(
@@ -94,6 +94,20 @@ def take_inventory(
         inventory = inventory.measured(model, prunable, needs.example_inputs)
     method.check(inventory)
     return inventory, needs
+
+
+def _listed(layers: Sequence[Layer], reasons: Mapping[str, str]) -> str:
+    """Layers by what they are and why they are left dense, a few names of each."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for layer in layers:
+        module = type(layer.places[0][0]).__name__
+        kinds.setdefault((module, reasons[layer.name]), []).append(f"'{layer.name}'")
+    return "; ".join(
+        ", ".join(names[:3])
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        + f" ({module}: {reason})"
+        for (module, reason), names in kinds.items()
+    )
 
 
 def _is_looked_up(layer: Layer) -> bool:

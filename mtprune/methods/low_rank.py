@@ -11,8 +11,9 @@ it uses by it, for each parameter they cost, and a vote merges the ranks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ from mtprune.statistics import PerWeight
 
 __all__ = ["LowRank"]
 
+_FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _START = 3.0  # log alpha of a gate at first: open with probability 0.995, 0.92 on average
 _FARTHEST = 6.0  # log alpha stays this close to 0, so that no gate is beyond recovery
 _TRAVEL = 20.0  # how far log alpha could go in a run, if a gate was at the top all the time
@@ -50,12 +52,15 @@ def _along(layer: Layer, score: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LowRank(Method[LowRanks]):
-    """Prune the rank of ``nn.Linear`` layers by a vote of the tasks, to a budget of parameters.
+    """Prune the rank of linear layers and convolutions by a vote of the tasks, to a budget.
 
     A layer of rank r counts as ``min(r (in + out), in * out)`` parameters, those of the two layers
-    it can become (`mtprune.compress`); above break-even it stays whole. Weights of any other kind
-    are left dense, and the report names them. The masks stay all True: a matrix of low rank has no
-    zeros.
+    it can become; above break-even it stays whole. The matrix of a convolution has in a row all
+    that an output reads, so that ``in`` is its inputs times its kernel: of rank r it can become a
+    convolution with that kernel to r channels, and one with a kernel of size 1. ``nn.Linear`` and
+    ``nn.Conv1d`` to ``nn.Conv3d`` without groups are pruned (`mtprune.compress` makes two layers of
+    ``nn.Linear`` and ``nn.Conv2d``). Weights of any other kind are left dense, and the report names
+    them. The masks stay all True: a matrix of low rank has no zeros.
 
     Attributes:
         sparsity: Share of parameters saved, in [0, 1). The budget is met up to less than what one
@@ -73,6 +78,11 @@ class LowRank(Method[LowRanks]):
         disentangled: Score every loss on its own. False scores their sum.
         rate: How far learned gates move in an update; so that all updates together could take them
             from one end to the other and half the way back, unless given.
+        budget_unit: What ``sparsity`` is a share of: ``"params"``, or ``"macs"``, multiply-adds on
+            ``example_inputs``. Every parameter of a convolution, and of both that it can become,
+            is multiplied once for each position of its output.
+        example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
+            arguments, or a dict of keyword arguments.
 
     Example:
         >>> LowRank(0.5, vote=votes.mean).gates
@@ -88,6 +98,8 @@ class LowRank(Method[LowRanks]):
     observations: int = 1
     disentangled: bool = True
     rate: float | None = None
+    budget_unit: Literal["params", "macs"] = field(default="params", metadata={"later": True})
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -111,6 +123,11 @@ class LowRank(Method[LowRanks]):
         checks.inside("floor", self.floor, "[0, 1]", must="is a share, in [0, 1]")
         if self.rate is not None:
             checks.inside("rate", self.rate, "(0, inf]", must="must be positive")
+        checks.either("budget_unit", self.budget_unit, ("params", "macs"))
+        if self.budget_unit == "macs" and self.example_inputs is None:
+            raise ValueError(
+                "budget_unit='macs' needs `example_inputs`: what the model is called with."
+            )
 
     @override
     def needs(self, inventory: Inventory) -> Needs:
@@ -119,19 +136,24 @@ class LowRank(Method[LowRanks]):
             statistics={"saliency": PerWeight(movement, _along)},
             apart=self.disentangled,
             observations=self.observations,
+            macs=self.budget_unit == "macs",
+            example_inputs=self.example_inputs,
         )
 
     @override
     def fits(self, layer: Layer) -> str:
         modules = {module for module, _ in layer.places}
-        if any(type(module) is not nn.Linear for module in modules):
-            return "only nn.Linear can become two layers"
-        return "its weight is tied to another" if len(modules) > 1 else ""
+        if any(type(module) not in _FACTORED for module in modules):
+            return "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
+        if len(modules) > 1:
+            return "its weight is tied to another"
+        # Each group is a matrix of its own, and those of a depthwise convolution have one row.
+        return "a convolution with groups is no single matrix" if _groups(modules) > 1 else ""
 
     @override
     def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
         """See `Method`."""
-        full = {layer.name: min(layer.shape) for layer in layers}
+        full = {layer.name: factors.full(layer.shape) for layer in layers}
         if not memory.mapping():
             return {}
         if self.gates == "saliency":
@@ -160,7 +182,10 @@ class LowRank(Method[LowRanks]):
         if self.gates == "learned":
             return self._learn(ballot, step)
         known = ballot.memory.get("ranks", {})
-        alive = [known.get(n, min(s)) for n, s in zip(ballot.names, ballot.shapes, strict=True)]
+        alive = [
+            known.get(name, factors.full(shape))
+            for name, shape in zip(ballot.names, ballot.shapes, strict=True)
+        ]
         share = self.sparsity * due(self.schedule, step, self.sparsity)
         percentiles = _percentiles(ballot)
         kept = self._select(ballot, self._vote(percentiles), share, alive)
@@ -187,14 +212,16 @@ class LowRank(Method[LowRanks]):
         layers: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """What a budget pays for that saves this share of some layers, or of all."""
-        shapes = [ballot.shapes[i] for i in layers or range(len(ballot.shapes))]
-        total = sum(map(math.prod, shapes))
+        every = list(zip(ballot.shapes, _rates(ballot), strict=True))
+        some = every if layers is None else [every[i] for i in layers]
+        shapes, rates = [shape for shape, _ in some], [rate for _, rate in some]
+        total = sum(rate * math.prod(shape) for shape, rate in some)
         budget, least = total - round(share * total), self._least(shapes, share)
-        return select_directions(worths, shapes, budget, least=least, alive=alive)
+        return select_directions(worths, shapes, budget, rates=rates, least=least, alive=alive)
 
     def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
         """How many of its own best directions each layer is sure of."""
-        uniform = [(1 - share) * math.prod(shape) / sum(shape) for shape in shapes]
+        uniform = [(1 - share) * math.prod(shape) / factors.price(shape) for shape in shapes]
         return [max(self.min_rank, math.floor(self.floor * rank)) for rank in uniform]
 
     def _learn(self, ballot: Ballot, step: int) -> LowRanks:
@@ -206,8 +233,8 @@ class LowRank(Method[LowRanks]):
         .. math:: -\frac1C \sum_k c_k w_k p_k + \lambda_1 (s - t) + \lambda_2 (s - t)^2, \quad
             s = 1 - \frac1C \sum_k c_k p_k ,
 
-        where a direction costs :math:`c_k` parameters, C in all, is open with probability
-        :math:`p_k`, and is worth :math:`w_k` per parameter: the vote on how fast the losses change
+        where a direction costs :math:`c_k` of the budget, C in all, is open with probability
+        :math:`p_k`, and is worth :math:`w_k` for its price: the vote on how fast the losses change
         with its gate. Early that is what the noise of the gradient tells of the curvature, and once
         a direction that matters has faded, how much it is missed. Of s, the share saved, t is due.
         It is a step of mirror descent,
@@ -216,9 +243,9 @@ class LowRank(Method[LowRanks]):
             + \eta\, (w_k + \lambda_1 + 2 \lambda_2 (s - t)),
 
         so that a gate that is almost shut moves as fast as any other. The multipliers go up their
-        gradients; :math:`-\lambda_1` ends as the price of a parameter.
+        gradients; :math:`-\lambda_1` ends as the price of one unit of the budget.
         """
-        names, sizes = ballot.names, [min(shape) for shape in ballot.shapes]
+        names, sizes = ballot.names, [factors.full(shape) for shape in ballot.shapes]
         settled = self.schedule.next_update(step) is None
         memory: Mapping[str, Any] = ballot.memory
         if settled and not memory:
@@ -258,13 +285,15 @@ class LowRank(Method[LowRanks]):
         )
 
     def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:
-        """The share of the directions' parameters that shut gates are expected to save."""
+        """The share of what the directions cost that shut gates are expected to save."""
         costs = _costs(ballot)
         return 1.0 - float((costs * gates.open_probability(log_alpha)).sum() / costs.sum())
 
     def _due(self, ballot: Ballot) -> float:
         """The same share in the end: factors of full rank are larger than the matrix."""
-        budget = (1 - self.sparsity) * sum(map(math.prod, ballot.shapes))
+        sizes = map(math.prod, ballot.shapes)
+        total = sum(rate * size for rate, size in zip(_rates(ballot), sizes, strict=True))
+        budget = (1 - self.sparsity) * float(total)
         return 1.0 - min(1.0, budget / float(_costs(ballot).sum()))
 
     def _pace(self) -> float:
@@ -285,15 +314,16 @@ def _let(log_alpha: Tensor) -> Tensor:
 def _percentiles(
     ballot: Ballot, through: Sequence[Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """For each layer and voter the percentile of its directions, per parameter, float64 ``[m]``.
+    """For each layer and voter the percentile of its directions, by their price, float64 ``[m]``.
 
     Args:
         ballot: The scores.
         through: What the gates let through when they were scored; all unless given.
     """
     scores = []
-    for place, (shape, voters) in enumerate(zip(ballot.shapes, ballot.scores, strict=True)):
-        unit = float(sum(shape))
+    each = zip(ballot.shapes, _rates(ballot), ballot.scores, strict=True)
+    for place, (shape, rate, voters) in enumerate(each):
+        unit = float(factors.price(shape) * rate)
         scale = unit if through is None else unit * through[place]
         scores.append({voter: (s.cpu() / scale).float() for voter, s in voters.items()})
     rankings = rank(scores)
@@ -301,5 +331,19 @@ def _percentiles(
 
 
 def _costs(ballot: Ballot) -> Tensor:
-    """How many parameters each direction costs, layer by layer, float64."""
-    return torch.tensor([sum(shape) for shape in ballot.shapes for _ in range(min(shape))]).double()
+    """How much each direction costs of the budget, layer by layer, float64."""
+    costs = [
+        torch.full((factors.full(shape),), float(factors.price(shape) * rate), dtype=torch.float64)
+        for shape, rate in zip(ballot.shapes, _rates(ballot), strict=True)
+    ]
+    return torch.cat(costs)
+
+
+def _rates(ballot: Ballot) -> Sequence[Fraction | int]:
+    """How much a parameter of each layer costs of the budget: itself, or its multiply-adds."""
+    return ballot.costs or [1] * len(ballot.shapes)
+
+
+def _groups(modules: Iterable[nn.Module]) -> int:
+    """In how many groups some layers convolve, at most."""
+    return max(getattr(module, "groups", 1) for module in modules)

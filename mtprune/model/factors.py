@@ -7,7 +7,14 @@ A weight ``[out, in]`` is a sum of rank-one directions, its singular triples,
 With r of them it can be stored as two matrices of ``r (in + out)`` parameters together, which is
 less than ``in * out`` below the break-even rank ``in * out / (in + out)``. Above it the matrix
 stays one, and keeps all its directions.
+
+The matrix of a convolution is its weight ``[out, in, *kernel]`` with all that an output reads in
+one row, ``[out, in * prod(kernel)]``. Of rank r it is a convolution with that kernel to r channels,
+and after it one with a kernel of size 1. Below, ``in`` is the number of columns of the matrix, and
+weights and their shapes may be those of convolutions.
 """
+
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,10 +23,13 @@ __all__ = [
     "along",
     "directions",
     "factors",
+    "full",
+    "matrix",
     "most",
     "numerical_rank",
     "parameters",
     "per_direction",
+    "price",
     "rotate",
     "rounding",
     "spread",
@@ -28,14 +38,36 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
+def matrix(shape: Shape) -> tuple[int, int]:
+    """The shape ``(out, in)`` of a weight's matrix.
+
+    Example:
+        >>> matrix((8, 4)), matrix((8, 4, 3, 3))
+        ((8, 4), (8, 36))
+    """
+    return shape[0], prod(shape[1:])
+
+
+def full(shape: Shape) -> int:
+    """How many directions a weight of that shape has, ``min(out, in)``."""
+    return min(matrix(shape))
+
+
+def price(shape: Shape) -> int:
+    """How many parameters each direction takes in two factors, ``out + in``."""
+    return sum(matrix(shape))
+
+
 def parameters(shape: Shape, rank: int) -> int:
-    """How many parameters a matrix of that rank needs, ``min(r (in + out), in * out)``.
+    """How many parameters a weight of that rank needs, ``min(r (in + out), in * out)``.
 
     Example:
         >>> [parameters((8, 4), rank) for rank in (0, 1, 2, 3, 4)]
         [0, 12, 24, 32, 32]
+        >>> parameters((8, 4, 3, 3), 2)
+        88
     """
-    return min(rank * sum(shape), shape[0] * shape[1])
+    return min(rank * price(shape), prod(shape))
 
 
 def most(shape: Shape) -> int:
@@ -45,11 +77,11 @@ def most(shape: Shape) -> int:
         >>> most((384, 384)), most((8, 4)), most((1, 4))
         (191, 2, 0)
     """
-    return (shape[0] * shape[1] - 1) // sum(shape)
+    return (prod(shape) - 1) // price(shape)
 
 
 def directions(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The singular values of a matrix, and its singular vectors on the smaller side.
+    """The singular values of a weight, and its singular vectors on the smaller side.
 
     From the eigenvalues of the smaller Gram matrix in float64, which takes a fraction of the time
     of a singular value decomposition. What is below 1e-8 of the largest value is noise in both.
@@ -71,18 +103,18 @@ def directions(weight: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([4., 3.], dtype=torch.float64), tensor([[0., 1.],
                 [1., 0.]], dtype=torch.float64))
     """
-    tall = _tall(weight.detach().to(torch.float64))
+    tall = _tall(weight.detach().flatten(1).to(torch.float64))
     if not bool(tall.isfinite().all()):
         raise ValueError("The matrix is not finite.")
     values, vectors = torch.linalg.eigh(tall.t() @ tall)
     return values.flip(0).clamp(min=0.0).sqrt(), vectors.flip(1)
 
 
-def rotate(matrix: Tensor, vectors: Tensor) -> Tensor:
+def rotate(weight: Tensor, vectors: Tensor) -> Tensor:
     """A matrix in the basis of `directions`: each direction is a column, or a row of a wide one.
 
     Args:
-        matrix: ``[out, in]``, a weight or its gradient.
+        weight: ``[out, in]``, a weight or its gradient.
         vectors: Orthonormal columns ``[m, k]``.
 
     Returns:
@@ -92,21 +124,23 @@ def rotate(matrix: Tensor, vectors: Tensor) -> Tensor:
         >>> rotate(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]]))
         tensor([[1., 2.]])
     """
-    return matrix @ vectors if _is_tall(matrix.shape) else vectors.t() @ matrix
+    flat = weight.flatten(1)
+    return flat @ vectors if _is_tall(flat.shape) else vectors.t() @ flat
 
 
 def spread(rotated: Tensor, vectors: Tensor, shape: Shape) -> Tensor:
-    """The inverse of `rotate`, for a matrix of that shape."""
-    return rotated @ vectors.t() if _is_tall(shape) else vectors @ rotated
+    """The inverse of `rotate`, for a weight of that shape."""
+    flat = rotated @ vectors.t() if _is_tall(shape) else vectors @ rotated
+    return flat.view(shape)
 
 
 def along(rotated: Tensor) -> Tensor:
     """The sum over each direction's column or row of what `rotate` has given, ``[m]``."""
-    return rotated.sum(0 if _is_tall(rotated.shape) else 1)
+    return rotated.flatten(1).sum(0 if _is_tall(rotated.shape) else 1)
 
 
 def per_direction(values: Tensor, shape: Shape) -> Tensor:
-    """Values ``[m]`` shaped to multiply a rotated matrix of that shape."""
+    """Values ``[m]`` shaped to multiply a rotated weight of that shape."""
     return values if _is_tall(shape) else values.unsqueeze(1)
 
 
@@ -121,7 +155,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def numerical_rank(weight: Tensor) -> int:
-    """The lowest rank of a matrix that differs from this one by no more than `rounding`.
+    """The lowest rank of a weight that differs from this one by no more than `rounding`.
 
     From the singular values left out, of a decomposition in float64: the norm of these is the
     difference in Frobenius norm.
@@ -133,7 +167,7 @@ def numerical_rank(weight: Tensor) -> int:
         >>> numerical_rank(torch.ones(3, 4)), numerical_rank(torch.zeros(3, 4))
         (1, 0)
     """
-    values = torch.linalg.svdvals(weight.detach().to(torch.float64))
+    values = torch.linalg.svdvals(weight.detach().flatten(1).to(torch.float64))
     left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()
     return int((left_out > rounding(weight.dtype) * values.norm()).sum())
 
@@ -157,7 +191,8 @@ def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         >>> left.shape, right.shape, torch.allclose(left @ right, torch.tensor(4.0))
         (torch.Size([3, 1]), torch.Size([1, 2]), True)
     """
-    left, values, right = torch.linalg.svd(weight.detach().to(torch.float64), full_matrices=False)
+    flat = weight.detach().flatten(1).to(torch.float64)
+    left, values, right = torch.linalg.svd(flat, full_matrices=False)
     root = values[:rank].sqrt()
     return (
         (left[:, :rank] * root).to(weight.dtype).contiguous(),
@@ -166,7 +201,8 @@ def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_tall(shape: Shape) -> bool:
-    return shape[0] >= shape[1]
+    rows, columns = matrix(shape)
+    return rows >= columns
 
 
 def _tall(matrix: Tensor) -> Tensor:

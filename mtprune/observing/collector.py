@@ -264,7 +264,7 @@ class Collector:
         layer = self._layers[index]
         view = self._hold.view(layer)
         if view.basis is not None:
-            grad = factors.rotate(grad.to(view.basis.dtype), view.basis)
+            grad = factors.rotate(grad.to(view.basis.dtype), view.basis).view(layer.shape)
         for name, statistic in self._swept.items():
             seen = Seen(
                 layer,

@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ Shape = tuple[int, ...]
 def select_directions(
     worths: Sequence[Tensor],
     shapes: Sequence[Shape],
-    budget: int,
+    budget: Fraction | int,
     *,
+    rates: Sequence[Fraction | int] | None = None,
     least: Sequence[int] | None = None,
     alive: Sequence[int] | None = None,
 ) -> list[Tensor]:
@@ -32,9 +35,10 @@ def select_directions(
 
     Args:
         worths: For each layer ``[m]``, the worth of its directions: comparable between layers, per
-            parameter.
+            parameter, or by their cost.
         shapes: The layers' shapes.
-        budget: How many parameters all layers may have together.
+        budget: How many parameters all layers may have together, or what they may cost.
+        rates: What a parameter of each layer costs; 1 unless given.
         least: How many of its own best directions each layer is sure of, if that is within the
             budget.
         alive: How many of its first directions each layer still has; all of them unless given.
@@ -51,10 +55,13 @@ def select_directions(
     ranks = [0] * len(kept)
     counts = [len(worth) for worth in worths] if alive is None else alive
     remaining = budget
+    rate = [1] * len(kept) if rates is None else rates
 
-    def price(layer: int) -> int:
-        shape, rank = shapes[layer], ranks[layer]
-        return factors.parameters(shape, rank + 1) - factors.parameters(shape, rank)
+    def cost(layer: int, rank: int) -> Fraction | int:
+        return rate[layer] * factors.parameters(shapes[layer], rank)
+
+    def price(layer: int) -> Fraction | int:
+        return cost(layer, ranks[layer] + 1) - cost(layer, ranks[layer])
 
     def take(layer: int, direction: int) -> None:
         nonlocal remaining
@@ -67,7 +74,7 @@ def select_directions(
         for worth, count in zip(worths, counts, strict=True)
     ]
     sure = [min(n, len(order)) for n, order in zip(least or [0] * len(kept), orders, strict=True)]
-    if sum(factors.parameters(shape, n) for shape, n in zip(shapes, sure, strict=True)) <= budget:
+    if sum(cost(layer, count) for layer, count in enumerate(sure)) <= budget:
         for layer, (order, count) in enumerate(zip(orders, sure, strict=True)):
             for direction in order[:count]:
                 take(layer, direction)
@@ -78,6 +85,6 @@ def select_directions(
         if not kept[layer][direction] and price(layer) <= remaining:
             take(layer, direction)
     for mask, rank, shape, count in zip(kept, ranks, shapes, counts, strict=True):
-        if factors.parameters(shape, rank) == shape[0] * shape[1]:
+        if factors.parameters(shape, rank) == prod(shape):
             mask[:count] = True  # at break-even the directions passed over cost nothing
     return kept

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtprune.methods.base import Method
 from mtprune.methods.inventory import Selection, take_inventory
+from mtprune.model import factors
 from mtprune.pruner import MultitaskPruner
 from mtprune.testing.functions import check
 from mtprune.testing.nets import NETS, Nets
@@ -70,11 +71,11 @@ def check_exact_count(method: Made, *, nets: Nets = NETS, sparsity: float | None
             check(zero, f"{run}: masked weights of '{row.name}' are not zero.")
             kept = int(mask.sum())
             if row.rank is not None:
-                rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
+                rank = int(torch.linalg.matrix_rank(weight.flatten(1).double(), rtol=1e-5))
                 told = f"{run}: '{row.name}' has rank {rank}; the report says {row.rank}."
                 check(rank <= row.rank, told)
-                unit = max(unit, sum(weight.shape))
-                kept = min(row.rank * sum(weight.shape), row.parameters)
+                unit = max(unit, factors.price(weight.shape))
+                kept = factors.parameters(weight.shape, row.rank)
             told = f"{run}: '{row.name}' keeps {kept} parameters; the report says {row.kept}."
             check(kept == row.kept, told)
             pruned += row.parameters - kept

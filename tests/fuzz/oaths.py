@@ -47,7 +47,7 @@ def at_the_end(
         _nothing_emptied(case, report)
     for row in report.layers if case.kind in ("rank", "flop") else ():
         weight = read(model, row.name)
-        rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-4))
+        rank = int(torch.linalg.matrix_rank(weight.flatten(1).double(), rtol=1e-4))
         check(rank <= (row.rank or 0), f"'{row.name}' has rank {rank}, and not {row.rank}")
     if case.options.get("granularity", ("",))[0] == "nm":
         n, m = case.options["granularity"][1:]
@@ -96,7 +96,7 @@ def _numbers(report: Report, masks: dict[str, Tensor]) -> None:
         mask = masks[row.name]
         kept = int(mask.sum())
         if row.rank is not None:
-            kept = min(row.rank * sum(mask.shape), mask.numel())
+            kept = min(row.rank * sum(mask.flatten(1).shape), mask.numel())
         found, told = (mask.numel(), kept), (row.parameters, row.kept)
         check(found == told, f"'{row.name}' has {found} weights, kept; the report says {told}")
     for rows in (report.layers, report.components):

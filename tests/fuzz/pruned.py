@@ -143,9 +143,9 @@ def _sparse(case: Case) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
             if parameter.dim() == 1 and case.bias != "small":
                 values = torch.randn(parameter.shape, generator=random)
                 parameter.copy_(values if case.bias == "random" else torch.ones_like(values))
-            elif case.zeros == "rank" and parameter.dim() == 2 and "embed" not in name:
-                first, second = parameter[:, :1].clone(), parameter[:1].clone()
-                parameter.copy_(first @ second)
+            elif case.zeros == "rank" and parameter.dim() > 1 and "embed" not in name:
+                flat = parameter.flatten(1)
+                parameter.copy_((flat[:, :1] @ flat[:1]).view_as(parameter))
             elif parameter.dim() > 1 and case.zeros not in ("rank", "vote", "channels"):
                 parameter.mul_(_mask(case, parameter, random))
         for i in range(2):  # running statistics of their own

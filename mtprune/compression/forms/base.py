@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-__all__ = ["EXPORTERS", "Dense", "Form", "Parts", "bias_part", "check_bias", "linear_of"]
+__all__ = [
+    "EXPORTERS",
+    "Dense",
+    "Form",
+    "Parts",
+    "bias_part",
+    "check_bias",
+    "conv_of",
+    "linear_of",
+    "pointwise_of",
+]
 
 Dense = nn.Linear | nn.Conv2d
 """The layers that can take another form."""
@@ -176,6 +186,49 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     if bias is not None:
         layer.bias = bias
     return layer
+
+
+def conv_of(layer: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
+    """A convolution with the settings of a layer that holds these very parameters.
+
+    Args:
+        layer: Whose kernel, stride, padding and dilation it has; not its groups.
+        weight: ``[outputs, inputs, height, width]`` with the layer's kernel; outputs may be none.
+        bias: ``[outputs]`` or None.
+    """
+    outputs, inputs, *_ = weight.shape
+    conv = nn.Conv2d(
+        inputs,
+        max(1, outputs),
+        (layer.kernel_size[0], layer.kernel_size[1]),
+        (layer.stride[0], layer.stride[1]),
+        layer.padding if isinstance(layer.padding, str) else layer.padding[:2],  # type: ignore[arg-type]
+        (layer.dilation[0], layer.dilation[1]),
+        bias=bias is not None,
+        padding_mode=layer.padding_mode,
+        device="meta",  # without memory: the parameters are given
+    )
+    conv.out_channels = outputs
+    conv.weight = weight
+    if bias is not None:
+        conv.bias = bias
+    return conv
+
+
+def pointwise_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
+    """A convolution with a kernel of size 1 that holds these very parameters.
+
+    Args:
+        weight: ``[outputs, inputs, 1, 1]``; inputs may be none.
+        bias: ``[outputs]`` or None.
+    """
+    outputs, inputs, *_ = weight.shape
+    conv = nn.Conv2d(max(1, inputs), outputs, 1, bias=bias is not None, device="meta")
+    conv.in_channels = inputs
+    conv.weight = weight
+    if bias is not None:
+        conv.bias = bias
+    return conv
 
 
 def _check_exporting(form: nn.Module, args: Any) -> None:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms.base import EXPORTERS, Dense, Form, Parts, check_bias, linear_of
+from mtprune.compression.forms.base import (
+    EXPORTERS,
+    Dense,
+    Form,
+    Parts,
+    check_bias,
+    conv_of,
+    linear_of,
+)
 
 __all__ = ["Thin"]
 
@@ -69,7 +77,7 @@ class Thin(Form):
             bias = nn.Parameter(parts["inner.bias"], requires_grad=False)
         self.inner: Dense
         if isinstance(layer, nn.Conv2d):
-            self.inner = _conv_of(layer, weight, bias)
+            self.inner = conv_of(layer, weight, bias)
         else:
             self.inner = linear_of(weight, bias)
         self.dim = -3 if self.is_conv else -1
@@ -136,22 +144,3 @@ def _count(places: Tensor, size: int) -> int:
         if not rising or int(places[0]) < 0 or int(places[-1]) >= size:
             raise ValueError(f"its indices do not rise from 0 to at most {size - 1}")
     return len(places)
-
-
-def _conv_of(layer: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
-    """A convolution with the settings of a layer that holds these very parameters."""
-    conv = nn.Conv2d(
-        weight.shape[1],
-        weight.shape[0],
-        (layer.kernel_size[0], layer.kernel_size[1]),
-        (layer.stride[0], layer.stride[1]),
-        layer.padding if isinstance(layer.padding, str) else layer.padding[:2],  # type: ignore[arg-type]
-        (layer.dilation[0], layer.dilation[1]),
-        bias=bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",  # without memory: the parameters are given
-    )
-    conv.weight = weight
-    if bias is not None:
-        conv.bias = bias
-    return conv
