@@ -3,7 +3,8 @@ r"""Choosing: which method is right for a model, by short trials on validation d
 It depends on where the weights come from: they were trained on these tasks, on others, or not at
 all, and nothing in a checkpoint says so. `choose` prunes and trains copies of the model with each
 candidate and halves the field: in every round the better half goes on, from the start again and
-with twice the steps, until two have met.
+with more steps, until two have met. Methods that prune before training and methods that prune in
+the loop are halved apart, because short trials flatter the former, and meet in the last round.
 
 The score of a candidate is the mean over tasks of the relative change of what `evaluate` measures
 (`mtprune.metrics.delta_t`), against a copy that was trained as long as the longest trial and not
@@ -13,6 +14,7 @@ pruned. It is the price of the zeros. The task that loses most stands beside it.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from operator import mul
 from statistics import stdev
 from typing import Any
 
@@ -140,12 +142,14 @@ def usual(sparsity: float) -> dict[str, Candidate]:
 def halving(candidates: int, trials: int, steps: int, seeds: int = 1) -> list[tuple[int, int]]:
     """How many candidates train for how many steps, round by round.
 
-    The longest trial is as long as ``trials`` allow, and no longer than ``steps``.
+    The field is halved until there are two. Each round is two, three or four times as long as the
+    one before, whichever makes the last round longest: short trials flatter methods that prune
+    before they train, and the last round should be as long as the run to come.
 
     Args:
         candidates: How many there are.
         trials: The steps of all trials together, at most. The model that is not pruned, which
-            trains as long as the longest, is among them.
+            trains as long as the last round, is among them.
         steps: Length of the run to come.
         seeds: How often each trial is made.
 
@@ -153,26 +157,35 @@ def halving(candidates: int, trials: int, steps: int, seeds: int = 1) -> list[tu
         ValueError: If there are too few steps.
 
     Example:
-        >>> halving(8, trials=700, steps=150)
-        [(8, 25), (4, 50), (2, 100)]
-        >>> halving(8, trials=10_000, steps=150)
+        >>> halving(8, trials=750, steps=150)
+        [(8, 9), (4, 37), (2, 150)]
+        >>> halving(8, trials=1_050, steps=150)
         [(8, 37), (4, 75), (2, 150)]
+        >>> halving(8, trials=450, steps=150)
+        [(8, 6), (4, 25), (2, 100)]
     """
     sizes = [candidates]
     while sizes[-1] > 2:
         sizes.append((sizes[-1] + 1) // 2)
-    shares = [2**number for number in range(len(sizes))]
-    longest = shares[-1]
-    least = seeds * (sum(n * k for n, k in zip(sizes, shares, strict=True)) + longest)
-    for name, value, needed in (("trials", trials, least), ("steps", steps, longest)):
-        if value < needed:
-            raise ValueError(
-                f"`{name}` must be at least {needed} for {candidates} candidates and {seeds} "
-                f"seed{'s' * (seeds > 1)}: they meet in {len(sizes)} rounds, each twice as long "
-                f"as the one before. Got {value}."
-            )
-    last = min(steps, trials * longest // least)
-    return [(n, last * k // longest) for n, k in zip(sizes, shares, strict=True)]
+    ladders = [[times**number for number in range(len(sizes))] for times in (2, 3, 4)]
+    plans = [_plan(sizes, ladder, trials // seeds, steps) for ladder in ladders]
+    best = max(plans, key=lambda lengths: lengths[-1] if lengths[0] else 0)
+    if not best[0]:
+        shortest = ladders[0]
+        least = seeds * (sum(map(mul, sizes, shortest)) + shortest[-1])
+        raise ValueError(
+            f"For {candidates} candidates and {seeds} seed{'s' * (seeds > 1)} `trials` must be at "
+            f"least {least} and `steps` at least {shortest[-1]}: they meet in {len(sizes)} rounds, "
+            f"each at least twice as long as the one before. Got {trials} and {steps}."
+        )
+    return list(zip(sizes, best, strict=True))
+
+
+def _plan(sizes: Sequence[int], ladder: Sequence[int], trials: int, steps: int) -> list[int]:
+    """The steps of each round, which grow as the ladder does; 0 where there are too few."""
+    cost = sum(map(mul, sizes, ladder)) + ladder[-1]
+    last = min(steps, trials * ladder[-1] // cost)
+    return [last * rung // ladder[-1] for rung in ladder]
 
 
 def choose(
@@ -200,9 +213,10 @@ def choose(
     `evaluate` hold, such as an iterator, a generator or a module of learned weights, is theirs to
     begin anew.
 
-    Who goes on is decided by the mean. Of the last two, the better mean is chosen; but if they are
-    within one standard error of each other, of their paired differences over seeds, the one whose
-    worst task loses less. With one seed that error is unknown, and the mean decides alone.
+    In each round the better half by the mean goes on: of the methods that prune before training,
+    and of those that prune in the loop. Of the last two the one with the better mean is chosen. If
+    they are within one standard error of each other, of their paired differences over seeds, it is
+    the one whose worst task loses less. With one seed that error is unknown, and the mean decides.
 
     A candidate whose trial fails is out, and the table says why. What no candidate can help is
     raised: a `train` that does not step, an `evaluate` that returns other tasks.
@@ -227,7 +241,7 @@ def choose(
             ``{name: function of steps -> method}``. `usual` unless given. Methods that prune at
             once or in `Rounds` do so by ``pruner.prune(batches)``, before they train.
         trials: How many optimizer steps all trials may take together; `halving` shares them out.
-            Three times ``steps`` unless given.
+            Five times ``steps`` unless given.
         seeds: How often each trial is made, each time from another random state.
         forward: As for `pruner.prune`.
         progress: Show a progress bar, if tqdm is installed.
@@ -242,7 +256,7 @@ def choose(
     _check(sparsity, steps, seeds, batches, options)
     for name, function in (("train", train), ("evaluate", evaluate)):
         checks.function(name, function)
-    trials = 3 * steps if trials is None else trials
+    trials = 5 * steps if trials is None else trials
     checks.whole("trials", trials, least=1)
     plan = halving(len(found), trials, steps, seeds)
     tasks = tuple(parse(task_losses))
@@ -265,7 +279,7 @@ def choose(
         judge = Judge(tasks, lower, dense)
         given = judge.trial("not pruned, as given", 0, 0, [as_given] * seeds)
         for number, (size, length) in enumerate(plan, start=1):
-            going = _best(rounds[-1], size) if rounds else list(found)
+            going = _better(rounds[-1], size, found) if rounds else list(found)
             trying = bar(going, progress, f"choosing, round {number} of {len(plan)}")
             tried = []
             for name in trying:
@@ -274,20 +288,38 @@ def choose(
             rounds.append(tried)
             if all(trial.error for trial in tried):
                 raise RuntimeError(_all_out([trial for row in rounds for trial in row]))
-    winner, why = _decide([trial for trial in rounds[-1] if not trial.error])
+    winner, why = _decide(rounds[-1])
     method = made(found[winner.name], steps)
     return Choice(winner.name, method, tuple(trial for row in rounds for trial in row), given, why)
 
 
-def _best(trials: Sequence[Trial], count: int) -> list[str]:
-    """The candidates with the best means, as many as are to go on, the best first."""
-    passed = sorted((t for t in trials if not t.error), key=lambda t: (-t.mean, -t.worst))
-    return [trial.name for trial in passed[:count]]
+def _better(trials: Sequence[Trial], count: int, candidates: Mapping[str, Candidate]) -> list[str]:
+    """The candidates that go on, the best first: the better half of either kind.
+
+    Args:
+        trials: Those of the round before.
+        count: How many may go on; as long as there are two, both kinds do.
+        candidates: The candidates.
+    """
+    kinds: dict[bool, list[Trial]] = {False: [], True: []}
+    for trial in _ranked(trials):
+        kinds[in_loop(made(candidates[trial.name], trial.steps))].append(trial)
+    first = [kind[0] for kind in kinds.values() if kind][:count]
+    halves = [trial for kind in kinds.values() for trial in kind[: (len(kind) + 1) // 2]]
+    order = [*first, *_ranked(halves), *_ranked(trials)]
+    names = list(dict.fromkeys(trial.name for trial in order))[:count]
+    return [trial.name for trial in _ranked(trials) if trial.name in names]
+
+
+def _ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that are not out, the best mean first."""
+    passed = [trial for trial in trials if not trial.error]
+    return sorted(passed, key=lambda trial: (-trial.mean, -trial.worst))
 
 
 def _decide(finalists: Sequence[Trial]) -> tuple[Trial, str]:
     """The one to choose, and why."""
-    first, *others = sorted(finalists, key=lambda t: (-t.mean, -t.worst))
+    first, *others = _ranked(finalists)
     if not others:
         return first, f"{first.name} is the only one that came so far."
     second = others[0]

@@ -3,6 +3,7 @@
 import copy
 import random
 from dataclasses import replace
+from itertools import pairwise
 from math import inf, nan
 
 import numpy as np
@@ -171,15 +172,21 @@ def test_the_table_tells_why():
     [
         (1, 20, 100, 1, [(1, 10)]),
         (2, 20, 100, 1, [(2, 6)]),
-        (3, 90, 100, 1, [(3, 10), (2, 20)]),
-        (5, 190, 100, 1, [(5, 8), (3, 16), (2, 33)]),
-        (8, 280, 100, 1, [(8, 10), (4, 20), (2, 40)]),
+        (3, 28, 4, 1, [(3, 2), (2, 4)]),
+        (3, 90, 100, 1, [(3, 6), (2, 24)]),
         (8, 28, 100, 1, [(8, 1), (4, 2), (2, 4)]),
-        (8, 280, 8, 1, [(8, 2), (4, 4), (2, 8)]),
-        (8, 840, 100, 3, [(8, 10), (4, 20), (2, 40)]),
+        (8, 72, 100, 1, [(8, 1), (4, 4), (2, 16)]),
+        (8, 720, 100, 1, [(8, 25), (4, 50), (2, 100)]),
+        (8, 600, 100, 1, [(8, 11), (4, 33), (2, 100)]),
+        (8, 500, 100, 1, [(8, 6), (4, 25), (2, 100)]),
+        (8, 216, 100, 1, [(8, 3), (4, 12), (2, 48)]),
+        (8, 648, 100, 3, [(8, 3), (4, 12), (2, 48)]),
+        (5, 10_000, 100, 1, [(5, 25), (3, 50), (2, 100)]),
     ],
 )
-def test_each_round_halves_the_field_and_doubles_the_steps(candidates, trials, steps, seeds, plan):
+def test_each_round_halves_the_field_and_the_last_is_as_long_as_can_be(
+    candidates, trials, steps, seeds, plan
+):
     assert halving(candidates, trials, steps, seeds) == plan
 
 
@@ -193,6 +200,8 @@ def test_trials_are_never_more_than_allowed_nor_longer_than_the_run():
                 assert plan[0][0] == candidates
                 assert plan[0][1] >= 1
                 assert plan[-1][0] == min(2, candidates)
+                assert all(2 * a[1] <= b[1] for a, b in pairwise(plan))
+                assert all(b[0] == (a[0] + 1) // 2 for a, b in pairwise(plan))
 
 
 def ranked(count):
@@ -227,7 +236,7 @@ LADDER = [[float(10 - i) for i in range(10)]]
 
 
 def test_the_better_half_goes_on_and_nothing_else_is_trained():
-    ladder = setting(LADDER, torch.eye(10), sparsity=0.9, steps=100, trials=280)
+    ladder = setting(LADDER, torch.eye(10), sparsity=0.9, steps=16, trials=72)
     candidates = dict(reversed(ranked(8).items()))
     choice, calls = recorded(ladder | {"candidates": candidates})
     assert choice.name == "keeps 0"
@@ -235,9 +244,32 @@ def test_the_better_half_goes_on_and_nothing_else_is_trained():
     assert [len(names) for names in rounds] == [8, 4, 2]
     assert set(rounds[1]) == {f"keeps {i}" for i in range(4)}
     assert set(rounds[2]) == {"keeps 0", "keeps 1"}
-    assert [steps for steps, *_ in calls] == [40] + [10] * 8 + [20] * 4 + [40] * 2
-    assert sum(steps for steps, *_ in calls) == 280
-    assert [t.steps for t in choice.trials] == [10] * 8 + [20] * 4 + [40] * 2
+    assert [steps for steps, *_ in calls] == [16] + [1] * 8 + [4] * 4 + [16] * 2
+    assert sum(steps for steps, *_ in calls) == 72
+    assert [t.steps for t in choice.trials] == [1] * 8 + [4] * 4 + [16] * 2
+
+
+def went_on(before, loop, **options):
+    """Who is in which round, of the best `before` training and the worst in the `loop`."""
+    names = ranked(before + loop)
+    for i in range(before, before + loop):
+        names[f"keeps {i}"] = replace(names[f"keeps {i}"], schedule=OneShot(1))
+    batch = data_of(Rows(*LADDER), torch.eye(10))
+    ladder = setting(LADDER, torch.eye(10), sparsity=0.9, candidates=names)
+    ladder["train"] = lambda model, pruner, steps: watch(model, pruner, steps, batch)
+    choice = choose(**ladder | options)
+    last = max(trial.round for trial in choice.trials)
+    rounds = [[t for t in choice.trials if t.round == i] for i in range(1, last + 1)]
+    return [[int(t.name.split()[1]) for t in tried] for tried in rounds]
+
+
+def test_short_trials_do_not_drop_all_methods_of_one_kind():
+    """Methods in the loop are given too little time in short trials, so they compete apart."""
+    assert went_on(4, 4, trials=100) == [[*range(8)], [0, 1, 4, 5], [0, 4]]
+    assert went_on(5, 1, trials=100) == [[*range(6)], [0, 1, 5], [0, 5]]
+    assert went_on(1, 5, trials=100) == [[*range(6)], [0, 1, 2], [0, 1]]
+    assert went_on(3, 0, trials=100) == [[*range(3)], [0, 1]]
+    assert went_on(0, 5, trials=100) == [[*range(5)], [0, 1, 2], [0, 1]]
 
 
 def test_all_trials_start_from_the_same_random_state():
@@ -397,7 +429,7 @@ def test_a_function_is_asked_for_each_trial_and_for_the_run_to_come():
         return Vote(0.6, schedule=Cubic(1, steps, 1))
 
     choice = choose(**real(candidates={"gradual": gradual}, trials=8))
-    assert asked == [4, 8]
+    assert asked == [4, 8]  # in the trial, and for the run
     assert choice.method == Vote(0.6, schedule=Cubic(1, 8, 1))
 
 
@@ -419,10 +451,20 @@ def test_the_usual_candidates_are_those_that_win_somewhere():
         usual(90)
 
 
+def method_of(trial, sparsity):
+    candidate = usual(sparsity)[trial.name]
+    return candidate if isinstance(candidate, Vote) else candidate(trial.steps)
+
+
 def test_the_usual_candidates_are_tried_unless_others_are_given():
     choice = choose(**real(candidates=None, trials=28))
     assert [t.name for t in choice.trials if t.round == 1] == list(usual(0.6))
     assert [t.steps for t in choice.trials] == [1] * 8 + [2] * 4 + [4] * 2
+    kinds = [
+        [replace(choice, method=method_of(t, 0.6)).in_loop for t in choice.trials if t.round == i]
+        for i in (1, 2, 3)
+    ]
+    assert [sorted(kind) for kind in kinds] == [[False] * n + [True] * n for n in (4, 2, 1)]
     assert not any(t.error for t in choice.trials)
 
 
@@ -656,18 +698,15 @@ WRONG = [
     (
         {"trials": 27},
         ValueError,
-        r"`trials` must be at least 28 for 8 candidates and 1 seed: they meet in 3 rounds, each",
+        r"For 8 candidates and 1 seed `trials` must be at least 28 and `steps` at least 4: they "
+        r"meet in 3 rounds, each at least twice as long as the one before\. Got 27 and 8\.",
     ),
     (
-        {"trials": 60, "seeds": 3},
+        {"trials": 83, "seeds": 3},
         ValueError,
-        r"`trials` must be at least 84 for 8 candidates and 3 seeds",
+        r"8 candidates and 3 seeds `trials` must be at least 84",
     ),
-    (
-        {"steps": 3, "trials": 100},
-        ValueError,
-        r"`steps` must be at least 4 for 8 candidates and 1 seed.*Got 3",
-    ),
+    ({"steps": 3, "trials": 100}, ValueError, r"and `steps` at least 4.*Got 100 and 3\."),
     ({"train": None}, TypeError, r"`train` must be a function\. Got None"),
     ({"evaluate": 3}, TypeError, r"`evaluate` must be a function\. Got 3"),
     ({"batches": iter([])}, TypeError, r"`batches` is an iterator, which the first trial would"),
@@ -734,8 +773,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("change", "kind", "message"), WRONG)
 def test_mistakes_are_named_before_anything_is_tried(change, kind, message):
-    defaults = {"trials": 28} if change.keys() & {"steps"} else {"trials": 224}
-    options = setting([[1.0, 2.0, 0.5, 9.0]] * 2, torch.eye(4)) | defaults | change
+    options = setting([[1.0, 2.0, 0.5, 9.0]] * 2, torch.eye(4), trials=56) | change
     with pytest.raises(kind, match=message):
         choose(**options)
 
