@@ -11,7 +11,7 @@ The score of a candidate is the mean over tasks of the relative change of what `
 pruned. It is the price of the zeros. The task that loses most stands beside it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from operator import mul
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from mtprune import checks, recipes, saliency
+from mtprune import checks, distributed, recipes, saliency
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import describe
 from mtprune.model.names import unwrap
@@ -250,47 +250,62 @@ def choose(
     Raises:
         ValueError: If an argument is wrong, or `evaluate` returns something other than numbers
             for these tasks, finite where nothing is pruned.
-        RuntimeError: If `train` does not step as it must, or all candidates are out.
+        RuntimeError: If `train` does not step as it must, all candidates are out, or there are
+            several processes.
     """
-    found = usual(sparsity) if candidates is None else _checked(candidates)
     _check(sparsity, steps, seeds, batches, options)
     for name, function in (("train", train), ("evaluate", evaluate)):
         checks.function(name, function)
+    found = usual(sparsity) if candidates is None else _checked(candidates)
     trials = 5 * steps if trials is None else trials
     checks.whole("trials", trials, least=1)
     plan = halving(len(found), trials, steps, seeds)
     tasks = tuple(parse(task_losses))
-    if not isinstance(model, nn.Module):
-        raise TypeError(checks.message("model", model, "must be a torch.nn.Module"))
-    inner = unwrap(model)
-    check_free(inner)
     bench = Bench(
-        (inner, shared_modules, options), task_losses, batches, sparsity, train, evaluate, forward
+        (_inner(model), shared_modules, options),
+        task_losses,
+        batches,
+        sparsity,
+        train,
+        evaluate,
+        forward,
     )
-    rounds: list[list[Trial]] = []
     with random_state_kept():
-        as_given = read_dense(bench.untrained(), tasks, "as it was given")
-        lower = directions(as_given, lower_is_better)
-        longest = plan[-1][1]
+        given = read_dense(bench.untrained(), tasks, "as it was given")
+        lower = directions(given, lower_is_better)
         dense = [
-            read_dense(bench.dense(longest, seed), tasks, "trained and not pruned")
+            read_dense(bench.dense(plan[-1][1], seed), tasks, "trained and not pruned")
             for seed in range(seeds)
         ]
         judge = Judge(tasks, lower, dense)
-        given = judge.trial("not pruned, as given", 0, 0, [as_given] * seeds)
-        for number, (size, length) in enumerate(plan, start=1):
-            going = _better(rounds[-1], size, found) if rounds else list(found)
-            trying = bar(going, progress, f"choosing, round {number} of {len(plan)}")
-            tried = []
-            for name in trying:
-                results = (bench.pruned(found[name], length, seed) for seed in range(seeds))
-                tried.append(judge.trial(name, number, length, results))
-            rounds.append(tried)
-            if all(trial.error for trial in tried):
-                raise RuntimeError(_all_out([trial for row in rounds for trial in row]))
+        before = judge.trial("not pruned, as given", 0, 0, [given] * seeds)
+        rounds = _play(bench, judge, found, plan, progress)
     winner, why = _decide(rounds[-1])
     method = made(found[winner.name], steps)
-    return Choice(winner.name, method, tuple(trial for row in rounds for trial in row), given, why)
+    trials_made = tuple(trial for tried in rounds for trial in tried)
+    return Choice(winner.name, method, trials_made, before, why)
+
+
+def _play(
+    bench: Bench,
+    judge: Judge,
+    candidates: Mapping[str, Candidate],
+    plan: Sequence[tuple[int, int]],
+    progress: bool,
+) -> list[list[Trial]]:
+    """The trials of each round."""
+    rounds: list[list[Trial]] = []
+    for number, (size, steps) in enumerate(plan, start=1):
+        going = _better(rounds[-1], size, candidates) if rounds else list(candidates)
+        tried = []
+        for name in bar(going, progress, f"choosing, round {number} of {len(plan)}"):
+            results = (bench.pruned(candidates[name], steps, seed) for seed in judge.seeds)
+            tried.append(judge.trial(name, number, steps, results))
+        rounds.append(tried)
+        if all(trial.error for trial in tried):
+            outs = [f"{t.name}: {t.error}" for played in rounds for t in played if t.error]
+            raise RuntimeError("All candidates are out:\n" + "\n".join(outs))
+    return rounds
 
 
 def _better(trials: Sequence[Trial], count: int, candidates: Mapping[str, Candidate]) -> list[str]:
@@ -344,11 +359,6 @@ def _standard_error(values: Sequence[float]) -> float:
     return stdev(values) / sqrt(len(values))
 
 
-def _all_out(trials: Sequence[Trial]) -> str:
-    outs = [f"{trial.name}: {trial.error}" for trial in trials if trial.error]
-    return "All candidates are out:\n" + "\n".join(outs)
-
-
 # Checks and words.
 
 
@@ -362,12 +372,27 @@ def _checked(candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
     return dict(candidates)
 
 
+def _inner(model: Any) -> nn.Module:
+    """The model without wrappers, if trials can be made on copies of it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(checks.message("model", model, "must be a torch.nn.Module"))
+    if distributed.world() > 1:
+        raise RuntimeError(
+            "choose() makes its trials in one process, and there are "
+            f"{distributed.world()}. Call it before the process group is there."
+        )
+    inner = unwrap(model)
+    check_free(inner)
+    return inner
+
+
 def _check(sparsity: Any, steps: Any, seeds: Any, batches: Any, options: Mapping[str, Any]) -> None:
+    checks.sparsity("sparsity", sparsity)
     checks.whole("steps", steps, least=1)
     checks.whole("seeds", seeds, least=1)
-    if not isinstance(batches, Iterable):
+    if not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
         raise TypeError(checks.message("batches", batches, "must be a list or a loader"))
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TypeError(
             "`batches` is an iterator, which the first trial would use up. Pass a list or a loader."
         )

@@ -216,6 +216,11 @@ class Judge:
     lower: Mapping[str, set[str]]
     dense: Sequence[Results]
 
+    @property
+    def seeds(self) -> range:
+        """The seeds of each trial."""
+        return range(len(self.dense))
+
     def trial(self, name: str, number: int, steps: int, results: Iterable[Any]) -> Trial:
         """What came of a candidate, from what came of it with each seed."""
         try:

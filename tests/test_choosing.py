@@ -823,6 +823,29 @@ def test_a_model_with_a_live_pruner_is_refused():
     pruner.finalize()
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("mtprune.distributed.world", lambda: 2)
+    with pytest.raises(
+        RuntimeError, match=r"choose\(\) makes its trials in one process, and there"
+    ):
+        choose(**real())
+
+
+def test_loaders_are_not_begun_by_looking_at_them():
+    begun, batches = [], real()["batches"]
+
+    class Loader:
+        def __iter__(self):
+            begun.append(float(torch.rand(1)))
+            return iter(2 * batches)
+
+    with pytest.raises(RuntimeError, match="`train` called pruner"):
+        choose(**real(batches=Loader(), train=never_steps))
+    assert not begun
+    choose(**real(batches=Loader(), progress=True))
+    assert len(set(begun)) <= 2 < len(begun)
+
+
 def test_a_model_that_cannot_be_copied_is_named():
     options = real()
     options["model"].held = options["model"].trunk[0].weight * 2
