@@ -33,7 +33,8 @@ from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, metrics, recipes, sampling, testing, weighting
+    from mtprune import affinity, budget, choosing, metrics, recipes, sampling, testing, weighting
+    from mtprune.choosing import Choice, choose
     from mtprune.compression import (
         Plan,
         Sizes,
@@ -53,6 +54,7 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
+    "Choice",
     "Cubic",
     "Element",
     "Erk",
@@ -78,6 +80,8 @@ __all__ = [
     "affinity",
     "budget",
     "carry_optimizer",
+    "choose",
+    "choosing",
     "compress",
     "explained",
     "load",
@@ -97,7 +101,17 @@ __all__ = [
 ]
 
 
-_MODULES = ("affinity", "budget", "metrics", "recipes", "sampling", "testing", "weighting")
+_CHOOSING = ("Choice", "choose")
+_MODULES = (
+    "affinity",
+    "budget",
+    "choosing",
+    "metrics",
+    "recipes",
+    "sampling",
+    "testing",
+    "weighting",
+)
 _METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
 _EXPLAINING = ("explained", "priorities")
 _COMPRESSION = (
@@ -118,6 +132,8 @@ def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in _MODULES:
         return _import_module(f"mtprune.{name}")
+    if name in _CHOOSING:
+        return getattr(_import_module("mtprune.choosing"), name)
     if name in _METHODS:
         return getattr(_import_module("mtprune.methods"), name)
     if name in _EXPLAINING:

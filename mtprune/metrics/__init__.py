@@ -47,6 +47,7 @@ from mtprune.metrics.depth import Depth
 from mtprune.metrics.normals import Normals, decode_normals
 
 __all__ = [
+    "HIGHER_IS_BETTER",
     "LOWER_IS_BETTER",
     "Accuracy",
     "Binary",
@@ -65,6 +66,14 @@ __all__ = [
 
 LOWER_IS_BETTER = frozenset({"absolute", "error", "loss", "mean", "median", "relative", "rmse"})
 """What is an error rather than a score, among the names that the metrics here give, and losses."""
+
+HIGHER_IS_BETTER = frozenset(
+    {
+        *("accuracy", "balanced_accuracy", "f1", "miou", "pixel_accuracy", "roc_auc"),
+        *("delta1", "delta2", "delta3", "within_11.25", "within_22.5", "within_30"),
+    }
+)
+"""What is a score."""
 
 
 def lower_is_better(results: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:

@@ -248,6 +248,7 @@ def test_directions_are_known(name):
     results = {"task": better}
     directions = metrics.lower_is_better(results)
     assert metrics.delta_t(results, {"task": result}, directions).overall == pytest.approx(10)
+    assert set(result) <= metrics.LOWER_IS_BETTER | metrics.HIGHER_IS_BETTER
 
 
 LOWER = ["absolute", "relative", "rmse", "mean", "median", "error"]

@@ -1,0 +1,341 @@
+"""Trials: copies of a model that are pruned, trained and evaluated, and what is read from them."""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtprune import checks, metrics, saliency
+from mtprune.methods import Method, Vote
+from mtprune.methods.base import check_method
+from mtprune.metrics import DeltaT, delta_t
+from mtprune.model.selectors import Spec
+from mtprune.observing.losses import LossFunction
+from mtprune.pruner import MultitaskPruner
+from mtprune.schedule import OneShot, Rounds
+
+__all__ = [
+    "Bench",
+    "Candidate",
+    "Judge",
+    "OutError",
+    "Results",
+    "Trial",
+    "directions",
+    "in_loop",
+    "made",
+    "random_state_kept",
+    "read_dense",
+]
+
+Candidate = Method[Any] | Callable[[int], Method[Any]]
+"""A method, or what makes one for a run of so many steps."""
+
+Results = dict[str, dict[str, float]]
+"""``{task: {metric: value}}``."""
+
+_NAMELESS = "value"
+"""The metric of a task for which there is a number and no name."""
+
+_NEVER = 2**62
+
+_SLACK = 1.1
+"""A candidate may keep so many times the weights it should: units are not always divisible."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one candidate in one round.
+
+    Attributes:
+        name: The candidate.
+        round: The round, from 1.
+        steps: For how many steps it trained.
+        mean: The mean change over tasks and seeds, in percent; below 0 is worse than not pruned.
+        tasks: Each task's change, the mean over seeds.
+        means: The mean change over tasks, for each seed.
+        error: Why the candidate is out; empty if it is not. Then there are no changes.
+    """
+
+    name: str
+    round: int
+    steps: int
+    mean: float = nan
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    means: tuple[float, ...] = ()
+    error: str = ""
+
+    @property
+    def worst_task(self) -> str:
+        """The task that loses most; empty if the candidate is out."""
+        return min(self.tasks, key=lambda task: self.tasks[task], default="")
+
+    @property
+    def worst(self) -> float:
+        """The change of the task that loses most."""
+        return self.tasks.get(self.worst_task, nan)
+
+
+class _Counted(MultitaskPruner):
+    """A pruner that counts the calls of `step`."""
+
+    stepped = 0
+
+    def step(self) -> bool:
+        self.stepped += 1
+        return super().step()
+
+
+class OutError(Exception):
+    """Why a candidate is out."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where copies of a model are pruned and trained.
+
+    Attributes:
+        subject: The model, what its tasks share, and the options of pruners. They are copied
+            together, so that modules that are named in the others are those of the copy.
+        task_losses: See `choose`, as for all that follow.
+    """
+
+    subject: tuple[nn.Module, Spec, Mapping[str, Any]]
+    task_losses: Mapping[str, LossFunction] | Sequence[str]
+    batches: Iterable[Any]
+    sparsity: float
+    train: Callable[[nn.Module, MultitaskPruner, int], object]
+    evaluate: Callable[[nn.Module], Mapping[str, Any]]
+    forward: Callable[[nn.Module, Any], Any] | None
+
+    def untrained(self) -> Any:
+        """What `evaluate` says of the model as it is."""
+        _seed(0)
+        return self.evaluate(self._copy()[0])
+
+    def dense(self, steps: int, seed: int) -> Any:
+        """What it says after training without pruning."""
+        never = Vote(0.0, saliency=saliency.random, schedule=OneShot(at=_NEVER))
+        model, pruner = self._begin(never, seed)
+        self.train(model, pruner, steps)
+        _check_steps(pruner, steps)
+        pruner.finalize()
+        return self.evaluate(model)
+
+    def pruned(self, candidate: Candidate, steps: int, seed: int) -> Any:
+        """What it says after pruning and training.
+
+        Raises:
+            OutError: If the candidate cannot be tried, or does not become sparse enough.
+        """
+        with _told():
+            method = made(candidate, steps)
+            model, pruner = self._begin(method, seed)
+            if not in_loop(method):
+                pruner.prune(self.batches, forward=self.forward, progress=False)
+            _seed(seed)
+            self.train(model, pruner, steps)
+        _check_steps(pruner, steps)
+        kept, due = 1 - pruner.sparsity, 1 - self.sparsity
+        if kept > _SLACK * due:
+            raise OutError(
+                f"It keeps {kept:.1%} of the weights after {steps} steps, where {due:.1%} are due. "
+                "If its schedule spans the run, name a function of steps -> method."
+            )
+        with _told():
+            pruner.finalize()
+            return self.evaluate(model)
+
+    def _begin(self, method: Method[Any], seed: int) -> tuple[nn.Module, _Counted]:
+        model, shared, options = self._copy()
+        _seed(seed)
+        return model, _Counted(model, self.task_losses, shared, method=method, seed=seed, **options)
+
+    def _copy(self) -> tuple[nn.Module, Spec, Mapping[str, Any]]:
+        try:
+            return copy.deepcopy(self.subject)
+        except Exception as error:
+            raise TypeError(
+                f"`model` cannot be copied, and trials are made on copies: {error}"
+            ) from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Whatever goes wrong inside, it is the candidate that is out."""
+    try:
+        yield
+    except Exception as error:
+        raise OutError(f"{type(error).__name__}: {error}") from error
+
+
+def in_loop(method: Method[Any]) -> bool:
+    """Whether masks change while the model trains."""
+    schedule = method.schedule
+    at_once = schedule.next_update(-1) == 0 and schedule.next_update(0) is None
+    return method.regrows or not (at_once or isinstance(schedule, Rounds))
+
+
+def made(candidate: Candidate, steps: int) -> Method[Any]:
+    """The method of a candidate, for a run of so many steps."""
+    method: Any = candidate if hasattr(candidate, "decide") else candidate(steps)
+    check_method(method)
+    return method  # type: ignore[no-any-return]
+
+
+def _check_steps(pruner: _Counted, steps: int) -> None:
+    if pruner.stepped != steps:
+        raise RuntimeError(
+            f"`train` called pruner.step() {pruner.stepped} times, and should have made {steps} "
+            "optimizer steps with a call after each: trials are compared at equal steps."
+        )
+
+
+# Judging.
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What results are held against.
+
+    Attributes:
+        tasks: The tasks.
+        lower: Which metrics are errors.
+        dense: The results without pruning, for each seed.
+    """
+
+    tasks: tuple[str, ...]
+    lower: Mapping[str, set[str]]
+    dense: Sequence[Results]
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of each trial."""
+        return range(len(self.dense))
+
+    def trial(self, name: str, number: int, steps: int, results: Iterable[Any]) -> Trial:
+        """What came of a candidate, from what came of it with each seed."""
+        try:
+            changes = [self._change(*pair) for pair in zip(results, self.dense, strict=True)]
+        except OutError as error:
+            return Trial(name, number, steps, error=str(error))
+        means = tuple(change.overall for change in changes)
+        tasks = {task: fmean(change.tasks[task] for change in changes) for task in self.tasks}
+        return Trial(name, number, steps, fmean(means), tasks, means)
+
+    def _change(self, found: Any, dense: Results) -> DeltaT:
+        pruned = _read(found, self.tasks)
+        if problem := _not_finite(pruned):
+            raise OutError(f"{problem}.")
+        for task in self.tasks:
+            if pruned[task].keys() != dense[task].keys():
+                raise ValueError(
+                    f"`evaluate` returned {list(pruned[task])} for task '{task}' of a pruned "
+                    f"model, and {list(dense[task])} without pruning. Both must be the same."
+                )
+        return delta_t(pruned, dense, self.lower)
+
+
+# What `evaluate` returns.
+
+
+def _read(found: Any, tasks: Sequence[str]) -> Results:
+    """What `evaluate` returned, with a name for each metric."""
+    must = "must return a mapping task -> value or task -> {metric: value}"
+    if not isinstance(found, Mapping):
+        raise TypeError(checks.message("evaluate", found, must))
+    if set(found) != set(tasks):
+        raise ValueError(
+            f"`evaluate` must return a result for each task {list(tasks)}, and no others. "
+            f"Got {list(found)}."
+        )
+    named = {t: found[t] if isinstance(found[t], Mapping) else {_NAMELESS: found[t]} for t in tasks}
+    results: Results = {}
+    for task, values in named.items():
+        try:
+            results[task] = {metric: float(value) for metric, value in values.items()}
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                checks.message("evaluate", found[task], must, f" for '{task}'")
+            ) from None
+    return results
+
+
+def read_dense(found: Any, tasks: Sequence[str], which: str) -> Results:
+    """The same of a model that is not pruned, whose results must be finite.
+
+    Args:
+        found: What `evaluate` returned.
+        tasks: The tasks.
+        which: How the model came about.
+    """
+    results = _read(found, tasks)
+    if problem := _not_finite(results):
+        raise ValueError(f"{problem}, of the model {which}. Nothing can be compared with that.")
+    return results
+
+
+def _not_finite(results: Results) -> str:
+    """Which result is NaN or infinite, in words; empty if none is."""
+    for task, found in results.items():
+        for metric, value in found.items():
+            if not isfinite(value):
+                return f"`evaluate` returned {value} for {_metric(task, metric)}"
+    return ""
+
+
+def _metric(task: str, metric: str) -> str:
+    return f"task '{task}'" if metric == _NAMELESS else f"'{metric}' of task '{task}'"
+
+
+def directions(
+    results: Results, lower: bool | Mapping[str, Iterable[str]] | None
+) -> Mapping[str, set[str]]:
+    """Which metrics are errors, as `delta_t` wants to be told."""
+    if isinstance(lower, bool):
+        return {task: set(found) if lower else set() for task, found in results.items()}
+    if lower is not None:
+        checks.mapping("lower_is_better", lower, "task -> metrics, True or False")
+        told = {task: set(names) for task, names in lower.items()}
+        ones = {task: dict.fromkeys(found, 1.0) for task, found in results.items()}
+        delta_t(ones, ones, told)  # which refuses names that are not there
+        return told
+    known = metrics.LOWER_IS_BETTER | metrics.HIGHER_IS_BETTER
+    for task, found in results.items():
+        for name in found:
+            if name not in known:
+                raise ValueError(
+                    f"Is {_metric(task, name)} better when it is lower? Say it by "
+                    "`lower_is_better`: True for losses and errors, False for scores, or "
+                    "{task: {metric, ...}}, those that are errors."
+                )
+    return metrics.lower_is_better(results)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random state of torch, numpy and Python as it was."""
+    ours = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(ours[0])
+        np.random.set_state(ours[1])
+        random.setstate(ours[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
