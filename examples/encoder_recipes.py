@@ -45,7 +45,7 @@ from encoder_multitask import (
 from tqdm import tqdm
 
 from mtprune import Cubic, MultitaskPruner, Rounds, Vote, recipes, saliency
-from mtprune.files import write_text
+from mtprune.files import write_text, write_torch
 
 Options = argparse.Namespace
 TUNED = "tuned"
@@ -137,7 +137,7 @@ class Study:
         steps = self.options.dense_steps
         self.tune(net, None, self.batches(seed), steps, self.options.lr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.save(net.state_dict(), path)
+        write_torch(path, net.state_dict())
         return net
 
     def tune(

@@ -19,39 +19,20 @@ from matplotlib.figure import Figure  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from mtprune import budget  # noqa: E402
+from tests import sentences  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 
-KINDS = {
-    "mood": {"kind": "classification", "labels": ["bad", "good"], "metric": "accuracy"},
-    "topic": {"kind": "classification", "labels": ["a", "b", "c"], "metric": "mcc"},
-    "alike": {"kind": "regression", "labels": None, "metric": "pearson", "pair": True},
-}
-SIZES = {"train": 40, "val": 12, "test": 70}
 FEW = ["--steps", "8", "--updates", "4", "--batch", "4", "--random"]
 WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 64)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Words whose number tells the label, more or less."""
-    root = tmp_path_factory.mktemp("text")
-    (root / "tasks.json").write_text(json.dumps(KINDS))
-    generator = torch.Generator().manual_seed(0)
-    for task, kind in KINDS.items():
-        (root / task).mkdir()
-        for split, size in SIZES.items():
-            lines = ["label\ttext_a" + "\ttext_b" * kind.get("pair", False)]
-            for _ in range(size):
-                a, b = torch.randint(1, 9, (2,), generator=generator).tolist()
-                label = b / 2 if task == "alike" else b % len(kind["labels"])
-                texts = [f"w{a} w{b} " * (1 + a % 3)] + [f"w{b}"] * kind.get("pair", False)
-                lines.append("\t".join([str(label), *texts]))
-            (root / task / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    return root
+    return sentences.write(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
@@ -404,7 +385,7 @@ def test_reads_what_is_there(data):
     assert (tasks["alike"].outputs, tasks["alike"].regression) == (1, True)
     sizes = {split: len(rows) for split, rows in tasks["topic"].splits.items()}
     assert sizes == {"train": 7, "val": 9, "test": 9}
-    assert len(tasks["alike"].splits["train"]) == SIZES["train"]
+    assert len(tasks["alike"].splits["train"]) == sentences.SIZES["train"]
     labels = tasks["alike"].splits["train"].labels
     assert labels.mean().item() == pytest.approx(0, abs=1e-6)
     assert labels.std().item() == pytest.approx(1)
@@ -504,7 +485,7 @@ def test_missing_and_broken_files_are_named(run, data, tmp_path):
     with pytest.raises(SystemExit, match=rf"{root}/tasks\.json is missing"):
         run("--data", str(root))
     root.mkdir()
-    (root / "tasks.json").write_text(json.dumps(KINDS))
+    (root / "tasks.json").write_text(json.dumps(sentences.KINDS))
     with pytest.raises(SystemExit, match=rf"{root}/mood/train\.tsv is missing"):
         run("--data", str(root))
     (root / "mood").mkdir()
@@ -517,7 +498,9 @@ def test_missing_and_broken_files_are_named(run, data, tmp_path):
         path.write_text(content)
         with pytest.raises(SystemExit, match=message):
             run("--data", str(root))
-    (root / "tasks.json").write_text(json.dumps({"mood": {**KINDS["mood"], "metric": "f1"}}))
+    (root / "tasks.json").write_text(
+        json.dumps({"mood": {**sentences.KINDS["mood"], "metric": "f1"}})
+    )
     with pytest.raises(SystemExit, match=r"kind 'classification' and metric 'f1'\. Known are"):
         run("--data", str(root), tasks=("mood",))
 
