@@ -11,7 +11,7 @@ import torch
 from common.data import Layout, Source
 from common.losses import Task
 from common.nets import SCENES
-from mtprune import Cubic, OneShot, Refit, Rounds, SoftThreshold, Vote, recipes, votes
+from mtprune import Cubic, OneShot, Refit, Rounds, SoftThreshold, Vote, recipes, saliency, votes
 
 Options = argparse.Namespace
 ROUNDS = 4
@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
     "best": (lambda o: _best(o), "rounds"),
     "best_without_voters": (lambda o: replace(_trained(o), voters=()), "rounds"),
     "best_with_refit": (lambda o: replace(_trained(o), refit=Refit()), "rounds"),
+    "best_lamp_voter": (lambda o: replace(_trained(o), voters=(saliency.lamp,)), "rounds"),
     "best_joint": (lambda o: replace(_trained(o), disentangled=False), "rounds"),
     "best_elsewhere": (lambda o: recipes.best(o.sparsity, trained="elsewhere"), "rounds"),
     "vote": (lambda o: Vote(o.sparsity), "gradual"),
