@@ -157,8 +157,8 @@ def halving(candidates: int, trials: int, steps: int, seeds: int = 1) -> list[tu
         ValueError: If there are too few steps.
 
     Example:
-        >>> halving(8, trials=750, steps=150)
-        [(8, 9), (4, 37), (2, 150)]
+        >>> halving(8, trials=900, steps=150)
+        [(8, 16), (4, 50), (2, 150)]
         >>> halving(8, trials=1_050, steps=150)
         [(8, 37), (4, 75), (2, 150)]
         >>> halving(8, trials=450, steps=150)
@@ -241,7 +241,7 @@ def choose(
             ``{name: function of steps -> method}``. `usual` unless given. Methods that prune at
             once or in `Rounds` do so by ``pruner.prune(batches)``, before they train.
         trials: How many optimizer steps all trials may take together; `halving` shares them out.
-            Five times ``steps`` unless given.
+            Six times ``steps`` unless given.
         seeds: How often each trial is made, each time from another random state.
         forward: As for `pruner.prune`.
         progress: Show a progress bar, if tqdm is installed.
@@ -257,7 +257,7 @@ def choose(
     for name, function in (("train", train), ("evaluate", evaluate)):
         checks.function(name, function)
     found = usual(sparsity) if candidates is None else _checked(candidates)
-    trials = 5 * steps if trials is None else trials
+    trials = 6 * steps if trials is None else trials
     checks.whole("trials", trials, least=1)
     plan = halving(len(found), trials, steps, seeds)
     tasks = tuple(parse(task_losses))
