@@ -16,6 +16,7 @@ from common import checkpoints, data, losses, nets, results
 from common.options import Options, Problem, make_method, parse, prunes_at_once
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
+from mtprune.methods import Method
 from mtprune.reading import Entry
 
 Results = dict[str, Any]
@@ -74,8 +75,13 @@ def open_data(problem: Problem, options: Options) -> data.Source:
     return source
 
 
-def build(problem: Problem, options: Options, source: data.Source) -> Run:
-    """Net, optimizer and pruner, as they are before the first step."""
+def build(
+    problem: Problem, options: Options, source: data.Source, method: Method[Any] | None = None
+) -> Run:
+    """Net, optimizer and pruner, as they are before the first step.
+
+    The method is the one that the options describe unless given.
+    """
     every = problem.make_tasks(source)
     tasks = {name: every[name] for name in options.tasks}
     model = make_net(options, source)
@@ -85,7 +91,7 @@ def build(problem: Problem, options: Options, source: data.Source) -> Run:
         model,
         {name: losses.task_loss(name, task, scales.get(name, 1)) for name, task in tasks.items()},
         shared_modules=model.shared_modules(),
-        method=make_method(options),
+        method=method or make_method(options),
         optimizer=optimizer,
         backend=options.backend,
         seed=options.seed,
