@@ -24,6 +24,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> Found:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / study.name
     results = {
-        "command": " ".join(["python analysis.py", *(arguments or sys.argv[1:])]),
+        "command": command(sys.argv[1:] if arguments is None else arguments),
         "options": _plain({**vars(options), "seeds": list(bench.seeds)}),
         "trainer": _plain(comparable(trainer)),
         "versions": {"mtprune": mtprune.__version__, "torch": torch.__version__},
@@ -139,18 +140,30 @@ def main(arguments: Sequence[str] | None = None) -> Found:
     return results
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command line, without the places of files."""
+    told = ["python analysis.py"]
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "--out" in (before, argument):
+            continue
+        told.append("DIR" if before == "--data" else argument)
+    return " ".join(told)
+
+
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as JSON has them, without the places of files."""
     return {name: x for name, x in options.items() if not isinstance(x, Path) and name != "rest"}
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five digits: the JSON is for looking up and drawing."""
+    """Numbers to five digits, for looking up and drawing; null for what is no number."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_rounded(inner) for inner in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if isfinite(value) else None
+    return value
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from common.loop import Run
 from matplotlib.figure import Figure
 
 from analyses.bench import Bench, Found, Study, change, share_of_zeros
-from analyses.drawing import COLORS, Row, changes, names, picture
+from analyses.drawing import COLORS, Row, changes, names, picture, symmetric
 from mtprune import Cubic, Vote, recipes
 from mtprune.methods import Method
 
@@ -110,6 +110,7 @@ def draw(found: Found) -> Figure:
                 panel.plot(sum(means) / len(means), at, "|", color=color, ms=14, mew=2)
         panel.set_yticks(range(len(order)), order if panel is axes[0] else [""] * len(order))
         panel.invert_yaxis()
+        symmetric(panel, "x")
         panel.set(xlabel="change from dense with equal weights, %", title=title)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", frameon=False, ncols=3)

@@ -91,16 +91,15 @@ def draw(found: Found) -> Figure:
     """Sparsity of each component over steps; every seed a line."""
     rows = found["rows"]
     figure, axes = picture(len(KINDS))
-    parts = ["overall", *rows[0]["components"]]
-    colors = dict(zip(parts, ("0.6", "black", *COLORS), strict=False))
+    parts = [*rows[0]["components"], "overall"]
+    colors = {**dict(zip(parts, ("black", *COLORS), strict=False)), "overall": "0.6"}
     for one, kind in zip(axes, KINDS, strict=True):
         for name in parts:
-            for row in rows:
-                if row["kind"] == kind:
-                    steps = [moment["step"] for moment in row["history"]]
-                    curve = [100 * moment[name] for moment in row["history"]]
-                    style = "--" if name == "overall" else "-"
-                    one.plot(steps, curve, style, color=colors[name], lw=1.2, label=name)
+            for row in (row for row in rows if row["kind"] == kind):
+                steps = [moment["step"] for moment in row["history"]]
+                curve = [100 * moment[name] for moment in row["history"]]
+                style = "--" if name == "overall" else "-"
+                one.plot(steps, curve, style, color=colors[name], lw=1.2, label=name)
         one.set(xlabel="step", ylim=(-2, 102), title=f"{kind} thresholds")
     axes[0].set_ylabel("zeros, %")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -51,19 +51,22 @@ def percents(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xticks([100 * value for value in values], [f"{100 * value:g}" for value in values])
 
 
-def symmetric(axes: Axes, linear: float = 10.0) -> None:
-    """A y axis that is logarithmic both ways, outside of what is near 0."""
-    axes.set_yscale("symlog", linthresh=linear)
-    low, high = axes.get_ylim()
+def symmetric(axes: Axes, along: str = "y", linear: float = 10.0) -> None:
+    """An axis that is logarithmic both ways outside of what is near 0, if it goes far."""
+    low, high = getattr(axes, f"get_{along}lim")()
+    if max(-low, high) <= 4 * linear:
+        return
+    getattr(axes, f"set_{along}scale")("symlog", linthresh=linear)
     ticks = (-1000, -300, -100, -30, -10, -5, 0, 5, 10, 30, 100)
     chosen = [tick for tick in ticks if low <= tick <= high]
-    axes.set_yticks(chosen, [str(tick) for tick in chosen])
+    getattr(axes, f"set_{along}ticks")(chosen, [str(tick) for tick in chosen])
     axes.minorticks_off()
 
 
 def changes(rows: Sequence[Row], *values: str, line: str = "line", x: str = "sparsity") -> str:
     """Markdown: mean and standard deviation over seeds."""
-    head = ["zeros", line, "seeds", *values, *(task for task in rows[0]["tasks"])]
+    called = {"delta": "Delta_T, %", "worst": "worst task, %"}
+    head = ["zeros", "", "seeds", *(called[value] for value in values), *rows[0]["tasks"]]
     told = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for at in sorted(names(rows, x)):
         for name in names(rows, line):

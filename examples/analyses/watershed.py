@@ -101,7 +101,10 @@ def _told(curve: dict[str, Any], which: str) -> str:
 
 
 def draw(found: Found) -> Figure:
-    """Overlap over depth; the range of the nulls behind it."""
+    """Overlap over depth, and the range of the nulls behind it.
+
+    A vertical line is at the largest drop: dotted of the overlap, solid of what exceeds the null.
+    """
     figure, axes = picture(len(KINDS))
     for one, kind in zip(axes, names(found["rows"], "kind"), strict=True):
         _draw(one, found["curves"][kind])
@@ -118,6 +121,9 @@ def _draw(one: Axes, curve: dict[str, Any]) -> None:
     one.plot(places, curve["null"], color="0.45", lw=1.2, label="labels shuffled, mean")
     one.plot(places, curve["chance"], ":", color="#d94801", lw=1.4, label="independent masks")
     one.plot(places, curve["iou"], ".-", color="#08519c", lw=1, ms=5, label="tasks")
+    for which, style in (("raw", ":"), ("beyond", "-")):
+        if drop := curve["drops"][which]:
+            one.axvline(drop["before"] + 0.5, color="black", lw=0.9, ls=style)
 
 
 STUDY = Study("watershed", "mask IoU of all tasks over depth", add, measure, table, draw)
