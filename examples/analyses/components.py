@@ -41,9 +41,10 @@ def history(report: Report) -> list[Row]:
 
 def measure(bench: Bench) -> Found:
     """A row for each kind of threshold and seed; trained from scratch."""
-    rows = []
+    rows, base = [], []
     for seed in bench.seeds:
         _, dense = bench.dense(seed)
+        base.append({"seed": seed, "test": dense["test"]})
         for kind in KINDS:
             method = recipes.adapmtl(bench.options.target, bench.trainer.steps, allocation=kind)
             run = bench.run(seed, method)
@@ -62,7 +63,7 @@ def measure(bench: Bench) -> Found:
                     "history": history(report),
                 }
             )
-    return {"rows": rows}
+    return {"rows": rows, "dense": base}
 
 
 def _spread(values: list[float]) -> float:

@@ -82,13 +82,14 @@ def prune(bench: Bench, cut: Cut, seed: int, dense: tuple[State, Found]) -> Row:
 
 def measure(bench: Bench) -> Found:
     """A row for each score, component, sparsity and seed."""
-    sizes, rows = sizes_of(bench), []
+    sizes, rows, base = sizes_of(bench), [], []
     for seed in bench.seeds:
         dense = bench.dense(seed)
+        base.append({"seed": seed, "test": dense[1]["test"]})
         for score, component in product(SCORES, sizes):
             for sparsity in bench.options.sparsities:
                 rows.append(prune(bench, Cut(score, component, sparsity, sizes), seed, dense))
-    return {"rows": rows, "weights": sizes}
+    return {"rows": rows, "dense": base, "weights": sizes}
 
 
 def table(found: Found) -> str:

@@ -37,9 +37,10 @@ def methods(sparsity: float, steps: int) -> dict[str, Method[Any]]:
 
 def measure(bench: Bench) -> Found:
     """A row for each line, sparsity and seed."""
-    rows = []
+    rows, base = [], []
     for seed in bench.seeds:
         _, dense = bench.dense(seed)
+        base.append({"seed": seed, "test": dense["test"]})
         for sparsity in bench.options.sparsities:
             for name, method in methods(sparsity, bench.trainer.steps).items():
                 run = bench.run(seed, method)
@@ -48,7 +49,7 @@ def measure(bench: Bench) -> Found:
                 about = {"line": name, "sparsity": sparsity, "seed": seed}
                 zeros = {"zeros": run.pruner.sparsity}
                 rows.append({**about, **zeros, **change(bench.test(run), dense)})
-    return {"rows": rows}
+    return {"rows": rows, "dense": base}
 
 
 def table(found: Found) -> str:
