@@ -5,6 +5,10 @@ nothing in common: independent masks of densities p and q have :math:`pq / (p + 
 architecture and layer density alone give a curve that falls with depth. So every overlap here comes
 with its null, and sharing stops paying at a layer (a "watershed") where the *excess* over the null
 drops.
+
+Independent masks are a weak null: tasks that have nothing to do with each other still share the
+weights and the pictures that their scores are made of. A stronger one scores the same tasks on
+labels that were shuffled among the samples; `contrast` puts an overlap beside those of such nulls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +18,18 @@ from math import isnan, nan, prod
 
 from torch import Tensor
 
-__all__ = ["Affinity", "LayerAffinity", "Watershed", "chance", "compare", "iou", "watershed"]
+__all__ = [
+    "Affinity",
+    "Contrast",
+    "Contrasts",
+    "LayerAffinity",
+    "Watershed",
+    "chance",
+    "compare",
+    "contrast",
+    "iou",
+    "watershed",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,55 @@ class Affinity:
     layers: tuple[LayerAffinity, ...]
     iou: float
     chance: float
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An overlap beside those of nulls.
+
+    Attributes:
+        iou: The overlap; NaN if there is none.
+        null: The overlap of each null.
+
+    Example:
+        >>> found = Contrast(0.75, null=(0.5, 0.25, 0.75))
+        >>> found.expected, found.excess, found.p
+        (0.5, 0.25, 0.5)
+    """
+
+    iou: float
+    null: tuple[float, ...]
+
+    @property
+    def expected(self) -> float:
+        """The mean overlap of the nulls that have one."""
+        known = [value for value in self.null if not isnan(value)]
+        return sum(known) / len(known) if known else nan
+
+    @property
+    def excess(self) -> float:
+        """The overlap beyond that."""
+        return self.iou - self.expected
+
+    @property
+    def p(self) -> float:
+        """How often a null overlaps as much: (1 + those that do) / (1 + all nulls)."""
+        if isnan(self.iou):
+            return nan
+        return (1 + sum(value >= self.iou for value in self.null)) / (1 + len(self.null))
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """An affinity beside its nulls.
+
+    Attributes:
+        overall: Of all layers together.
+        layers: ``{layer: contrast}``, in order of position.
+    """
+
+    overall: Contrast
+    layers: Mapping[str, Contrast]
 
 
 @dataclass(frozen=True)
@@ -130,6 +194,38 @@ def compare(task_masks: Mapping[str, Mapping[str, Tensor]]) -> Affinity:
     )
 
 
+def contrast(affinity: Affinity, nulls: Sequence[Affinity]) -> Contrasts:
+    """Put an affinity beside those of nulls of your own, such as tasks with shuffled labels.
+
+    Args:
+        affinity: What `compare` found.
+        nulls: What it found under each null, on the same layers.
+
+    Example:
+        >>> import torch
+        >>> both, one = (torch.tensor([True, False]), torch.tensor([True, True]))
+        >>> tasks = compare({"seg": {"trunk": both}, "depth": {"trunk": both}})
+        >>> null = compare({"seg": {"trunk": both}, "depth": {"trunk": one}})
+        >>> contrast(tasks, [null]).overall.excess
+        0.5
+    """
+    if not nulls:
+        raise ValueError("`nulls` must hold at least one affinity. Got none.")
+    names = [layer.name for layer in affinity.layers]
+    for null in nulls:
+        if [layer.name for layer in null.layers] != names:
+            raise ValueError(
+                f"`nulls` must be of the layers {names}. Got {[x.name for x in null.layers]}."
+            )
+    return Contrasts(
+        overall=Contrast(affinity.iou, tuple(null.iou for null in nulls)),
+        layers={
+            layer.name: Contrast(layer.iou, tuple(null.layers[i].iou for null in nulls))
+            for i, layer in enumerate(affinity.layers)
+        },
+    )
+
+
 def watershed(
     curve: Sequence[float], null: Sequence[float] | None = None, *, least: float = 0.1
 ) -> Watershed | None:
@@ -137,8 +233,8 @@ def watershed(
 
     Args:
         curve: Overlap of each layer, in order of depth. Layers without one (NaN) are passed over.
-        null: The curve of unrelated tasks: `LayerAffinity.chance`, or that of permuted labels.
-            Without it the drop may be the architecture's own.
+        null: The curve of unrelated tasks: `LayerAffinity.chance`, or `Contrast.expected` of
+            permuted labels. Without it the drop may be the architecture's own.
         least: Drops smaller than this are noise.
 
     Returns:

@@ -3,7 +3,7 @@ from math import isfinite, isnan, nan
 import pytest
 import torch
 
-from mtprune.affinity import chance, compare, iou, watershed
+from mtprune.affinity import Contrast, chance, compare, contrast, iou, watershed
 
 
 def curve(text):
@@ -193,3 +193,50 @@ def test_tasks_without_a_common_layer_are_refused():
     mask = torch.ones(2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"No layer is used by all of the tasks \['x', 'y'\]"):
         compare({"x": {"a": mask}, "y": {"b": mask}})
+
+
+# --- Beside nulls of one's own -------------------------------------------------------------------
+
+
+def pair(first, second):
+    """The affinity of two tasks with these masks, layer by layer."""
+    masks = {
+        task: {f"l{i}": torch.tensor(row, dtype=torch.bool) for i, row in enumerate(rows)}
+        for task, rows in (("x", first), ("y", second))
+    }
+    return compare(masks)
+
+
+def test_an_affinity_is_held_against_its_nulls_layer_by_layer():
+    tasks = pair([[1, 1, 0, 0], [1, 1]], [[1, 0, 0, 0], [1, 0]])
+    nulls = [
+        pair([[1, 1, 0, 0], [1, 1]], [[0, 0, 1, 0], [1, 0]]),
+        pair([[1, 1, 0, 0], [1, 1]], [[1, 1, 0, 0], [1, 1]]),
+    ]
+    found = contrast(tasks, nulls)
+    assert list(found.layers) == ["l0", "l1"]
+    assert found.layers["l0"] == Contrast(0.5, null=(0.0, 1.0))
+    assert found.layers["l1"] == Contrast(0.5, null=(0.5, 1.0))
+    assert found.overall == Contrast(0.5, null=(0.2, 1.0))
+    assert found.layers["l1"].excess == -0.25
+    assert (found.layers["l0"].p, found.layers["l1"].p) == (2 / 3, 1.0)
+
+
+def test_what_no_null_reaches_has_the_smallest_p():
+    assert Contrast(0.6, null=(0.5,) * 19).p == 1 / 20
+    assert Contrast(0.4, null=(0.5,) * 19).p == 1.0
+
+
+def test_layers_without_an_overlap_count_nowhere():
+    assert isnan(Contrast(nan, null=(0.5,)).p)
+    assert isnan(Contrast(nan, null=(0.5,)).excess)
+    assert isnan(Contrast(0.5, null=(nan,)).expected)
+    assert Contrast(0.5, null=(nan, 0.25)).excess == 0.25
+
+
+def test_nulls_of_other_layers_are_refused():
+    tasks = pair([[1, 0], [1, 1]], [[1, 0], [1, 1]])
+    with pytest.raises(ValueError, match=r"be of the layers \['l0', 'l1'\]\. Got \['l0'\]"):
+        contrast(tasks, [tasks, pair([[1, 0]], [[1, 0]])])
+    with pytest.raises(ValueError, match=r"`nulls` must hold at least one affinity\. Got none"):
+        contrast(tasks, [])

@@ -16,6 +16,7 @@ from common import checkpoints, data, distilling, losses, nets, results
 from common.options import Options, Problem, make_method, parse, scoring_batches
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
+from mtprune.methods import Method
 from mtprune.reading import Entry
 
 Results = dict[str, Any]
@@ -91,8 +92,12 @@ def open_data(problem: Problem, options: Options) -> data.Source:
     return source
 
 
-def build(problem: Problem, options: Options, source: data.Source) -> Run:
+def build(
+    problem: Problem, options: Options, source: data.Source, method: Method[Any] | None = None
+) -> Run:
     """Net, optimizer and pruner, as they are before the first step.
+
+    The method is the one that the options describe unless given.
 
     Raises:
         UnfitError: If the method cannot prune the net.
@@ -107,7 +112,7 @@ def build(problem: Problem, options: Options, source: data.Source) -> Run:
             model,
             to_learn(options, tasks, teacher),
             shared_modules=model.shared_modules(),
-            method=make_method(options),
+            method=method or make_method(options),
             optimizer=optimizer,
             backend=options.backend,
             seed=options.seed,
