@@ -45,6 +45,10 @@ from mtprune.trials import (
 
 __all__ = ["Candidate", "Choice", "Trial", "choose", "halving", "usual"]
 
+_USUAL = 100
+"""Steps of a run, if nobody says how many."""
+_RUNS = 6
+"""How many such runs all trials may take together."""
 _ROUNDING = 1e-9
 """Means that are closer, in points, are equal."""
 
@@ -195,7 +199,7 @@ def choose(
     shared_modules: Spec = "auto",
     *,
     sparsity: float,
-    steps: int,
+    steps: int | None = None,
     train: Callable[[nn.Module, MultitaskPruner, int], object],
     evaluate: Callable[[nn.Module], Mapping[str, Any]],
     lower_is_better: bool | Mapping[str, Iterable[str]] | None = None,
@@ -227,7 +231,8 @@ def choose(
         batches: As for `pruner.prune`. A list or a loader, because they are begun again.
         shared_modules: As for `MultitaskPruner`.
         sparsity: Share of zeros in the end.
-        steps: Length of the run to come, in optimizer steps. The chosen method is made for it.
+        steps: Length of the run to come, in optimizer steps. The chosen method is made for it. A
+            sixth of ``trials`` unless given.
         train: ``train(model, pruner, steps)``: your loop, on the model that it is given. It makes
             that many optimizer steps, calls `pruner.observe` in each and ``pruner.step()`` after
             each, and leaves `pruner.finalize` to `choose`. A learning rate that decays should do so
@@ -241,7 +246,7 @@ def choose(
             ``{name: function of steps -> method}``. `usual` unless given. Methods that prune at
             once or in `Rounds` do so by ``pruner.prune(batches)``, before they train.
         trials: How many optimizer steps all trials may take together; `halving` shares them out.
-            Six times ``steps`` unless given.
+            Six times ``steps`` unless given; without both, 600.
         seeds: How often each trial is made, each time from another random state.
         forward: As for `pruner.prune`.
         progress: Show a progress bar, if tqdm is installed.
@@ -253,12 +258,15 @@ def choose(
         RuntimeError: If `train` does not step as it must, all candidates are out, or there are
             several processes.
     """
+    if trials is not None:
+        checks.whole("trials", trials, least=1)
+    if steps is None:
+        steps = _USUAL if trials is None else max(1, trials // _RUNS)
     _check(sparsity, steps, seeds, batches, options)
+    trials = _RUNS * steps if trials is None else trials
     for name, function in (("train", train), ("evaluate", evaluate)):
         checks.function(name, function)
     found = usual(sparsity) if candidates is None else _checked(candidates)
-    trials = 6 * steps if trials is None else trials
-    checks.whole("trials", trials, least=1)
     plan = halving(len(found), trials, steps, seeds)
     tasks = tuple(parse(task_losses))
     bench = Bench(

@@ -249,6 +249,16 @@ def test_the_better_half_goes_on_and_nothing_else_is_trained():
     assert [t.steps for t in choice.trials] == [1] * 8 + [4] * 4 + [16] * 2
 
 
+def test_without_steps_the_trials_say_how_long_the_run_is():
+    ladder = setting(LADDER, torch.eye(10), sparsity=0.9, trials=96)
+    del ladder["steps"]
+    candidates = dict(reversed(ranked(8).items()))
+    _, calls = recorded(ladder | {"candidates": candidates})
+    assert calls[0][0] == 16
+    _, calls = recorded({**ladder, "candidates": ranked(1), "trials": None})
+    assert [steps for steps, *_ in calls] == [100, 100]
+
+
 def went_on(before, loop, **options):
     """Who is in which round, of the best `before` training and the worst in the `loop`."""
     names = ranked(before + loop)
