@@ -48,13 +48,14 @@ def best(
     the first half of them, in your training loop. Without, they are for ``pruner.prune(batches)``
     before fine-tuning: four rounds, each scored anew.
 
-    It rests on trials with networks for several tasks on tables and images, and one encoder of
-    text. Where it loses: rounds fall behind the gradual vote where nearly all weights go. On a
-    pretrained encoder the score for trained networks was clearly worse than ``|w * g|``, and joint
-    saliency (``disentangled=False``) in the same rounds was as good or better. In one trial
-    `adapmtl` from scratch beat all that started from a trained network, at equal steps. Where
-    losses are well scaled a voter for each task is hardly better than one for their sum. Earlier
-    methods are compared in docs/results/census.md and docs/results/camvid.md.
+    For a trained network it rests on the comparisons of docs/results/recipe.md, where rounds were
+    ahead of the gradual vote, and both of joint saliency, ``|w * g|`` by vote, LAMP and magnitude.
+    The score does that more than the vote: where losses are well scaled, a voter for each task is
+    hardly better than one for their sum. For a pretrained encoder it rests on pilots: there the
+    score for trained networks was clearly worse than ``|w * g|``, and joint saliency
+    (``disentangled=False``) in the same rounds as good or better. Where it loses: at 98 % gradual
+    pruning was ahead of rounds in pilots; and a small network that overfits may do far better from
+    scratch than pruned and fine-tuned for a short time.
 
     Args:
         sparsity: Share of zeros in the end.
