@@ -653,7 +653,7 @@ def test_an_evaluate_that_fails_on_it_puts_the_candidate_out():
     assert choice.name == "size"
     assert choice.trials[0].error.endswith("!\nin all rows.")
     out = next(line for line in str(choice).split("\n") if ": out." in line)
-    assert out == f"joint: out. ValueError: Predictions are NaN{127 * '!'}..."
+    assert out == f"joint: out. ValueError: Predictions are NaN{126 * '!'}..."
 
 
 def test_if_all_are_out_each_says_why():
