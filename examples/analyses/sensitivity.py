@@ -105,11 +105,14 @@ def draw(found: Found) -> Figure:
     """Delta_T over the sparsity of one component; a panel for each score."""
     figure, axes = picture(len(SCORES))
     total = sum(found["weights"].values())
+    values = [row["delta"] for row in found["rows"]]
+    low, high = min(-1.0, *values), max(1.0, *values)
     for one, score in zip(axes, SCORES, strict=True):
         rows = [row for row in found["rows"] if row["score"] == score]
         one.axhline(0, color="0.6", lw=0.8)
         lines(one, rows, "delta")
         percents(one, sorted({row["sparsity"] for row in rows}))
+        one.set_ylim(1.1 * low, 1.1 * high)
         symmetric(one)
         one.set(xlabel="zeros in the one component, %", title=f"by {score}, nothing tuned")
     axes[0].set_ylabel("Delta_T, % (0 = dense)")

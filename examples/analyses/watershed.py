@@ -20,6 +20,7 @@ from analyses.drawing import GREY, Row, names, picture
 from mtprune import PerTaskKeep, Vote, saliency
 from mtprune.affinity import watershed
 
+SHORTCUT = ".downsample."
 KINDS = {"init": "one net, before training", "alone": "a net for each task, trained"}
 
 
@@ -63,8 +64,9 @@ def measure(bench: Bench) -> Found:
 
 
 def curve(rows: list[Row]) -> dict[str, Any]:
-    """Means over seeds, layer by layer, and where they drop."""
-    places = range(len(rows[0]["layers"]))
+    """Means over seeds, layer by layer, and where they drop; ways around a block have no depth."""
+    names = [layer["name"] for layer in rows[0]["layers"]]
+    places = [i for i, name in enumerate(names) if SHORTCUT not in name]
     seen = [[row["layers"][i] for row in rows] for i in places]
     null = [statistics.fmean(x for layer in at for x in layer["null"]) for at in seen]
     found = [statistics.fmean(layer["iou"] for layer in at) for at in seen]
