@@ -96,6 +96,22 @@ def test_what_can_be_begun_again_is():
     assert loader.taken == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_loader_is_begun_once_if_it_lasts(rounds):
+    """To begin one starts its workers, and draws its order."""
+    begun = []
+
+    class Once(Loader):
+        def __iter__(self):
+            begun.append(len(begun))
+            return iter(self.batches)
+
+    net = nets.build("plain")
+    method = Vote(0.8, schedule=Rounds(rounds) if rounds > 1 else OneShot(), observations=2)
+    pruner_of(net, method).prune(Once(net, 4), forward=forward, progress=False)
+    assert begun == [0]
+
+
 def test_an_iterator_must_hold_enough_and_nothing_is_changed_if_it_does_not():
     net = nets.build("plain")
     pruner = pruner_of(net, Vote(0.8, schedule=Rounds(3), observations=2))

@@ -24,8 +24,8 @@ class Supply:
     def __init__(self, batches: Iterable[Any], rounds: int, each: int | None) -> None:
         self._batches = batches
         self._rounds = rounds
-        self._again = iter(batches) is not batches and rounds > 1
         self._rest: Iterator[Any] = iter(batches)
+        self._again = self._rest is not batches and rounds > 1
         if rounds == 1 or self._again:
             return
         if each is not None:
