@@ -259,7 +259,8 @@ def test_options_shape_the_method():
             options.parse(census.PROBLEM, ["--data", "x", "--steps", "400", *arguments])
         )
 
-    assert method("--method", "best") == recipes.adapmtl(0.9, 400)
+    uniform = recipes.adapmtl(0.9, 400, allocation="uniform")
+    assert method("--method", "best") == uniform
     assert method("--method", "best", "--pretrained", "x") == recipes.best(0.9, 400)
     assert method("--method", "magnitude").schedule.at == 200
     assert method("--method", "magnitude", "--dense-steps", "7").schedule.at == 7
