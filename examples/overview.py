@@ -104,12 +104,18 @@ def draw(studies: Mapping[str, Rows], methods: Sequence[str]) -> Figure:
             means = [statistics.fmean(row["delta"]) for row in mine.values()]
             widths = [judging.interval(row["delta"]) for row in mine.values()]
             color, thick = colors[i % 10], 2.4 if i == 0 else 1.4
+            if len(places) == 1:  # no line to put a band around
+                xs = [0.1 * (i - (len(methods) - 1) / 2)]
+                axes.errorbar(xs, means, widths, color=color, lw=1.4, capsize=3)
             [handles[method]] = axes.plot(xs, means, color=color, marker="o", ms=4, lw=thick)
+            if len(places) == 1:
+                continue
             low = [mean - width for mean, width in zip(means, widths, strict=True)]
             high = [mean + width for mean, width in zip(means, widths, strict=True)]
             axes.fill_between(xs, low, high, color=color, alpha=0.12, lw=0)
         axes.axhline(0, color="black", lw=0.8)
         axes.set_yscale("symlog", linthresh=10)
+        axes.margins(x=0.15)
         axes.set_xticks(range(len(places)), [f"{100 * sparsity:g}" for sparsity in places])
         ticks = [-300, -100, -30, -10, -5, 0, 5, 10]
         low, high = axes.get_ylim()
