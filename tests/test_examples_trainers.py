@@ -6,6 +6,9 @@ import io
 import json
 import os
 import re
+import struct
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import camvid
@@ -21,7 +24,7 @@ from common import checkpoints, fixture, loop, options, results
 from matplotlib.figure import Figure
 from torch.utils._pytree import tree_leaves
 
-from mtprune import LowRank, recipes
+from mtprune import Cubic, LowRank, recipes
 
 pytestmark = pytest.mark.slow
 
@@ -261,7 +264,10 @@ def test_options_shape_the_method():
 
     uniform = recipes.adapmtl(0.9, 400, allocation="uniform")
     assert method("--method", "best") == uniform
-    assert method("--method", "best", "--pretrained", "x") == recipes.best(0.9, 400)
+    assert method("--method", "best", "--pretrained", "x") == recipes.best(0.9)
+    trained = ("--method", "best", "--pretrained", "x", "--when", "gradual")
+    gradual = replace(recipes.best(0.9), schedule=Cubic(begin=1, end=200, every=19))
+    assert method(*trained) == gradual
     assert method("--method", "magnitude").schedule.at == 200
     assert method("--method", "magnitude", "--dense-steps", "7").schedule.at == 7
     assert method("--method", "magnitude", "--pretrained", "x").schedule.at == 0
@@ -288,6 +294,7 @@ def test_options_shape_the_method():
         (["--dense-steps", "5000"], r"--dense-steps must be less than --steps 2000\. Got 5000"),
         (["--steps", "0"], "must be at least 1"),
         (["--method", "adapmtl", "--when", "trained"], "leaves adapmtl no time"),
+        (["--method", "adapmtl", "--when", "rounds"], "--when rounds leaves adapmtl no time"),
         (["--lr", "0"], "must be positive"),
         (["--net", "mtan_segnet"], "invalid choice"),
     ],
@@ -309,8 +316,10 @@ def test_refuses_at_run_time(train, tmp_path):
 
 
 def flip(data):
-    """The same bytes, but one bit in the largest run of numbers."""
-    place = 2 * len(data) // 3
+    """The same bytes, but one bit in the middle of the largest tensor."""
+    largest = max(zipfile.ZipFile(io.BytesIO(data)).infolist(), key=lambda part: part.file_size)
+    name, extra = struct.unpack("<HH", data[largest.header_offset + 26 :][:4])
+    place = largest.header_offset + 30 + name + extra + largest.file_size // 2
     return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 

@@ -136,8 +136,10 @@ def _adapmtl(options: Options) -> SoftThreshold:
     method = recipes.adapmtl(options.sparsity, options.steps)
     if options.when in (None, "init"):
         return method
-    if options.when == "trained":
-        raise ValueError("--when trained leaves adapmtl no time in which thresholds could rise.")
+    if options.when in ("trained", "rounds"):
+        raise ValueError(
+            f"--when {options.when} leaves adapmtl no time in which thresholds could rise."
+        )
     rise = _cubic(options)
     every = max(1, (rise.end - rise.begin) // 50)
     return replace(method, schedule=replace(rise, every=every))

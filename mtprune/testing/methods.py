@@ -134,7 +134,11 @@ def check_resume(method: Made, *, nets: Nets = NETS) -> None:
             state = torch.load(io.BytesIO(files[at]), weights_only=True)
             resumed = straight.again(seed=9)
             for part in order:
-                getattr(resumed, part).load_state_dict(state[part])
+                try:
+                    getattr(resumed, part).load_state_dict(state[part])
+                except ValueError as error:
+                    told = f"the {part}'s own state of step {at} is refused"
+                    raise AssertionError(f"{straight}: {told}. {error}") from error
             resumed.at = at
             for part, value in resumed.train(length - at).state().items():
                 told = f"resumed at step {at}, where {', '.join(order)} are loaded in this order"
