@@ -54,9 +54,8 @@ def best(
     The score does that more than the vote: where losses are well scaled, a voter for each task is
     hardly better than one for their sum. For a pretrained encoder it rests on pilots: there the
     score for trained networks was clearly worse than ``|w * g|``, and joint saliency
-    (``disentangled=False``) in the same rounds as good or better. Where it loses: at 98 % gradual
-    pruning was ahead of rounds in pilots; and a small network that overfits may do far better from
-    scratch than pruned and fine-tuned for a short time.
+    (``disentangled=False``) in the same rounds as good or better. Where it loses: a small network
+    that overfits may do far better from scratch than pruned and fine-tuned for a short time.
 
     Args:
         sparsity: Share of zeros in the end.
