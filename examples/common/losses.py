@@ -252,20 +252,18 @@ def depth(weight: float = 1.0) -> Task:
 
 def keypoints(weight: float = 1.0) -> Task:
     """Keypoint responses."""
-    return Task(
-        loss=response_loss,
-        metric=lambda: Fitted(metrics.Keypoints(IGNORE)),
-        imitate=distilling.numbers,
-        weight=weight,
-        padding=IGNORE,
-    )
+    return _responses(metrics.Keypoints, weight)
 
 
 def edges(weight: float = 1.0) -> Task:
     """Edge responses."""
+    return _responses(metrics.Edges, weight)
+
+
+def _responses(metric: Callable[[int], metrics.Metric], weight: float) -> Task:
     return Task(
         loss=response_loss,
-        metric=lambda: Fitted(metrics.Edges(IGNORE)),
+        metric=lambda: Fitted(metric(IGNORE)),
         imitate=distilling.numbers,
         weight=weight,
         padding=IGNORE,
