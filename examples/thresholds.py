@@ -94,7 +94,7 @@ def draw_picture(found: dict[str, list[dict[str, Any]]], options: argparse.Names
     """Sparsity of each component over training: a row for each recipe, a column for each rate."""
     figure = Figure(figsize=(11, 2.4 * len(found) + 0.6))
     figure.set_layout_engine("constrained")
-    axes = figure.subplots(len(found), len(RATES), sharex=True, sharey=True)
+    axes = figure.subplots(len(found), len(RATES), sharex=True, sharey=True, squeeze=False)
     for row, (name, runs) in zip(axes, found.items(), strict=True):
         for place, one in zip(row, runs, strict=True):
             draw_run(place, one, options)

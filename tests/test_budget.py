@@ -164,6 +164,7 @@ def test_rounding_decides_nothing():
     assert best_ensemble(curves, 4).sizes == {"a": 1, "b": 2}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_many_tasks_are_no_matter():
     curves = {f"t{k}": {s * (k + 1): (s / (s + k + 1)) for s in range(1, 21)} for k in range(30)}

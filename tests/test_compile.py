@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mtprune import Cubic, MultitaskPruner, SoftThreshold, recipes
+from tests.long import few
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -78,7 +79,7 @@ def train(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", few(["eager", "aot_eager"], "aot_eager"))
 def test_compiled_training_takes_the_same_path_as_plain(
     method: str, backend: str, device: torch.device, compiler: str
 ) -> None:

@@ -9,6 +9,8 @@ from itertools import islice
 import pytest
 import torch
 
+from tests.long import few
+
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 for _package in ("matplotlib", "safetensors", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(_package)
@@ -130,12 +132,14 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["--method", "movement"],
-        ["--method", "taylor", "--vote", "joint", "--sampling", "temperature", "--steps", "24"],
-        ["--method", "heads", "--distil"],
-        ["--method", "rank"],
-    ],
+    few(
+        [
+            ["--method", "movement"],
+            ["--method", "taylor", "--vote", "joint", "--sampling", "temperature", "--steps", "24"],
+            ["--method", "heads", "--distil"],
+            ["--method", "rank"],
+        ]
+    ),
 )
 def test_killed_and_resumed_is_bitwise_the_same(run, tmp_path, monkeypatch, arguments):
     arguments = [*arguments, "--save-every", "3"]

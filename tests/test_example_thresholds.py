@@ -26,7 +26,10 @@ def thresholds(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_ours_ends_on_the_number_and_the_published_rule_does_not(thresholds, tmp_path, capsys):
+def test_ours_ends_on_the_number_and_the_published_rule_does_not(
+    thresholds, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(thresholds, "RATES", (1e-3,))
     results = thresholds.main(["--steps", "8", "--sparsity", "0.8", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "thresholds.json").read_text())["runs"].keys() == {
         *("adapmtl", "published, s0 = -20", "published, s0 = -8", "published, s0 = -5")

@@ -118,6 +118,7 @@ def test_thresholds_hard_and_soft_end_at_one_sparsity(draw, capsys):
     assert "| 80.0% | soft, learned | 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_balances_train_dense_and_pruned_nets(draw):
     rows = {row["line"]: row for row in draw("balancing", "--target", "0.8")["rows"]}
     assert len(rows) == 10
@@ -128,6 +129,7 @@ def test_balances_train_dense_and_pruned_nets(draw):
         assert row["sparsity"] == pytest.approx(zeros, abs=1e-3)
 
 
+@pytest.mark.long
 def test_a_table_has_no_attention_net(tmp_path):
     fixture.write("census", tmp_path / "data")
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path), "--problem", "census"]

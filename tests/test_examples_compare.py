@@ -110,6 +110,7 @@ def test_what_starts_from_the_dense_net_has_a_rate_of_its_own():
     assert rates == {spec: "0.25" if spec in tuned else None for spec in rates}
 
 
+@pytest.mark.long
 def test_rates_are_chosen_on_validation_with_other_seeds(census, tmp_path, capsys):
     arguments = ["census", "--data", census, "--out", str(tmp_path), "--methods", "vote", "joint"]
     arguments += [*FEW, *TRAINER, "--tune-rates", "1e-9", "1e-3", "--rate-seeds", "1"]

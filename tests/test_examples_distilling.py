@@ -11,6 +11,8 @@ from common.distilling import Teacher
 from matplotlib.figure import Figure
 from torch import nn
 
+from tests.long import few
+
 TINY = ["--steps", "4", "--batch", "8", "--observations", "2", "--width", "0.02"]
 
 
@@ -138,6 +140,7 @@ def weights(folder, name):
     return torch.load(folder / name / "model.pt", weights_only=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_net_that_learns_from_the_dense_one_comes_closer_to_it(folder):
     teacher = ["--teacher", str(folder / "dense" / "model.pt")]
@@ -164,7 +167,7 @@ def test_a_net_that_learns_from_the_dense_one_comes_closer_to_it(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vote", "adapmtl"])
+@pytest.mark.parametrize("method", few(["vote", "adapmtl"]))
 def test_methods_learn_from_the_dense_net_and_go_on_where_they_stopped(folder, monkeypatch, method):
     pretrained = ["--pretrained", str(folder / "dense" / "model.pt")]
     arguments = ["--method", method, "--distil", "0.5", *pretrained, "--save-every", "1"]

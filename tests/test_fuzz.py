@@ -19,6 +19,7 @@ from tests.fuzz.__main__ import TARGETS, target_of
 from tests.fuzz.cases import from_json, simpler, to_json
 from tests.fuzz.engine import Outcome, alone, fuzz, judged, smallest
 from tests.fuzz.outcomes import ChangedError, RefusedError, WrongError, differs, refusable
+from tests.long import few
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +46,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", FEW)
+@pytest.mark.parametrize("target", few(FEW, "train", "files-plans"))
 def test_nothing_is_wrong_in_a_few_cases(target, tmp_path):
     out = tmp_path / "out.jsonl"
     ran = run(target, "--cases", str(FEW[target]), "--seed", "5000", "--out", str(out))

@@ -7,6 +7,7 @@ import pytest
 from tests import kills
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_trainer_killed_while_writing_ends_the_same(capsys):

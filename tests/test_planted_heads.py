@@ -95,6 +95,7 @@ def runs(steps: int) -> Iterator[tuple[str, SoftThreshold | None]]:
     yield "adapmtl, uniform, plain", replace(recipe, allocation="uniform", scale="none")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_learned_thresholds_prune_the_heads_and_keep_the_trunk():
     recipe = recipes.adapmtl(0.9, 400)

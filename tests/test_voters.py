@@ -23,6 +23,7 @@ from mtprune import (
 from mtprune.methods import describe
 from mtprune.testing import check_backends_agree, check_finalize, check_method, check_resume
 from tests import nets
+from tests.long import few
 
 VOTERS = (saliency.magnitude,)
 
@@ -261,13 +262,13 @@ GRADUAL = Vote(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"disentangled": False}, {"straight_through": True}])
+@pytest.mark.parametrize("options", few([{}, {"disentangled": False}, {"straight_through": True}]))
 def test_whatever_must_be_true_of_a_method_is_true_with_voters(options):
     check_method(replace(GRADUAL, **options), nested="straight_through" not in options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_backends_agree, check_resume, check_finalize])
+@pytest.mark.parametrize("check", few([check_backends_agree, check_resume, check_finalize]))
 def test_blocks_have_voters(check):
     check(replace(GRADUAL, granularity=Block(1, 2)))
 

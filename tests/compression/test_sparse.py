@@ -13,6 +13,7 @@ from mtprune.compression.attention import SelfAttention
 from mtprune.compression.forms import Sparse, native
 from mtprune.compression.verify import difference
 from tests.compression.fakes import prefer, zero_
+from tests.long import few
 
 ROOT = Path(__file__).parents[2]
 
@@ -355,6 +356,7 @@ def child(environment):
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_that_compile_at_once(tmp_path):
     running = [child({"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(3)]
@@ -367,7 +369,7 @@ def test_processes_that_compile_at_once(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [b"", b"no library", None])
+@pytest.mark.parametrize("broken", few([b"", b"no library", None]))
 def test_a_broken_cache_is_made_anew(fresh, broken):
     assert native.unavailable() == ""
     (library,) = fresh.glob("mtprune/*/sparse.so")
@@ -444,7 +446,7 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", few([False, True], True))
 def test_attention_is_opened_and_travels(padded, tmp_path):
     torch.manual_seed(0)
     model = zero_(Classifier(), 0.8).eval()

@@ -11,6 +11,7 @@ import mtprune
 from mtprune.compression.forms import FORMS, Form
 from tests import nets
 from tests.compression.fakes import leaves, prefer, zero_
+from tests.long import few
 
 PORTABLE = ["dense", *(choice for choice, form in FORMS.items() if form.is_portable())]
 EXPORTS = ["dense", *(c for c, form in FORMS.items() if "torch.export" in form.exporters)]
@@ -46,7 +47,7 @@ def test_export_of_any_batch_size(choice):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", PORTABLE)
+@pytest.mark.parametrize("choice", few(PORTABLE, "rows"))
 def test_onnx(choice, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -62,7 +63,7 @@ def test_onnx(choice, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["dense", *FORMS])
+@pytest.mark.parametrize("choice", few(["dense", *FORMS]))
 def test_compile(choice):
     x = torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(cnn(), x, measure=prefer(choice))

@@ -19,6 +19,7 @@ from mtprune.patterns import heads, neurons
 from tests import encoders
 from tests.compression.fakes import FakeTimes, prefer, zero_
 from tests.encoders import PRETRAINED
+from tests.long import few
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -266,11 +267,13 @@ def run(code, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
-    [
-        "import mtprune\nassert 'transformers' not in sys.modules\nimport transformers",
-        "import transformers\nimport mtprune",
-        "import transformers.quantizers.auto\nimport mtprune\nimport mtprune",
-    ],
+    few(
+        [
+            "import mtprune\nassert 'transformers' not in sys.modules\nimport transformers",
+            "import transformers\nimport mtprune",
+            "import transformers.quantizers.auto\nimport mtprune\nimport mtprune",
+        ]
+    ),
 )
 def test_a_new_process(order, tmp_path):
     encoder, fast = compressed("Bert", "everything")
@@ -290,6 +293,7 @@ def test_a_new_process(order, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_integration_registers_at_once():
     code = (
