@@ -6,8 +6,8 @@ import analysis
 import pytest
 import torch
 from analyses import bench
-from analyses.bench import shuffled
 from common import data, fixture
+from common.shuffling import shuffled
 
 pytestmark = pytest.mark.slow
 

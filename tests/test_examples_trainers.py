@@ -228,6 +228,22 @@ def test_scale_of_a_loss_in_the_scoring_moves_no_mask_and_no_weight(train, tmp_p
     assert any(not torch.equal(one[key] == 0, two[key] == 0) for key in one)
 
 
+def test_a_task_of_noise_has_labels_of_other_samples(tmp_path):
+    fixture.write("census", tmp_path, (32, 48))
+
+    def labels(*arguments):
+        told = options.parse(census.PROBLEM, ["--data", str(tmp_path), *arguments])
+        splits = loop.open_data(census.PROBLEM, told).splits
+        return splits["train"].tensors, splits["test"].tensors
+
+    train, test = labels()
+    noisy, same = labels("--noise", "never_married")
+    changed = [name for name in train if not torch.equal(train[name], noisy[name])]
+    assert changed == ["never_married"]
+    assert torch.equal(train["never_married"].sort()[0], noisy["never_married"].sort()[0])
+    assert all(torch.equal(test[name], same[name]) for name in test)
+
+
 def test_best_is_by_validation_and_only_when_sparse(train):
     found = train("census", "--method", "vote", "--steps", "12", "--save-every", "1")
     first = found["history"]["val"][0]["results"]
@@ -294,6 +310,7 @@ def test_options_shape_the_method():
         (["--tasks", "college", "college"], "names a task twice"),
         (["--loss-scale", "college"], r"must look like seg=30"),
         (["--loss-scale", "seg=30"], r"--loss-scale names \['seg'\], not in --tasks"),
+        (["--noise", "seg"], r"--noise names \['seg'\], not in --tasks"),
         (["--rewind"], "--rewind needs --pretrained"),
         (["--rewind", "--pretrained", "x"], "--rewind is for what prunes at once. --method vote d"),
         (["--method", "rigl", "--when", "init"], "--when does not apply to --method rigl"),

@@ -6,13 +6,12 @@ end: nothing is chosen, so the test split decides nothing.
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from common import data, judging, losses
 from common.balancing import Balance
 from common.loop import Run, batches_from, build, evaluate, forward, set_rate
@@ -191,44 +190,3 @@ def share_of_zeros(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return value
-
-
-def shuffled(source: data.Source, tasks: Iterable[str], seed: int) -> data.Source:
-    """The same pictures with each task's training labels handed out anew, task by task.
-
-    What is left in common between tasks is the net, the pictures, and how labels look in general.
-    """
-    split = source.splits["train"]
-    orders = {
-        task: np.random.default_rng([seed, i]).permutation(len(split)).tolist()
-        for i, task in enumerate(tasks)
-    }
-    if isinstance(split, data.Table):
-        moved: data.Split = data.Table(
-            {name: x[orders[name]] if name in orders else x for name, x in split.tensors.items()}
-        )
-    else:
-        moved = _Shuffled(split, orders)
-    return replace(source, splits={**source.splits, "train": moved})
-
-
-@dataclass(frozen=True)
-class _Shuffled:
-    """A split whose labels come from other samples.
-
-    Attributes:
-        split: The samples.
-        orders: For each task which sample gives the label.
-    """
-
-    split: data.Split
-    orders: Mapping[str, Sequence[int]]
-
-    def __len__(self) -> int:
-        """How many samples."""
-        return len(self.split)
-
-    def __getitem__(self, number: int) -> data.Sample:
-        """The picture of one, with labels of others."""
-        labels = {task: self.split[order[number]][task] for task, order in self.orders.items()}
-        return {**self.split[number], **labels}

@@ -10,10 +10,11 @@ import statistics
 from itertools import combinations
 
 from common.options import positive
+from common.shuffling import shuffled
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analyses.bench import Bench, Found, Study, shuffled
+from analyses.bench import Bench, Found, Study
 from analyses.drawing import GREY, Row, names, picture
 from mtprune import PerTaskKeep, Vote, saliency
 from mtprune.affinity import Affinity, compare, contrast

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from common.options import positive
+from common.shuffling import shuffled
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses import overlap
-from analyses.bench import Bench, Found, Study, shuffled
+from analyses.bench import Bench, Found, Study
 from analyses.drawing import GREY, Row, names, picture
 from mtprune import PerTaskKeep, Vote, saliency
 from mtprune.affinity import watershed

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common import checkpoints, data, distilling, losses, nets, results
 from common.options import Options, Problem, make_method, parse, scoring_batches
+from common.shuffling import shuffled
 from mtprune import MultitaskPruner
 from mtprune.files import write_torch
 from mtprune.methods import Method
@@ -89,7 +90,7 @@ def open_data(problem: Problem, options: Options) -> data.Source:
             raise ValueError(f"{source.layout} has no task '{task}'. It has {[*source.outputs]}.")
     for split in source.splits.values():
         split[0]
-    return source
+    return shuffled(source, options.noise, seed=0) if options.noise else source
 
 
 def build(

@@ -179,6 +179,7 @@ def add_options(parser: argparse.ArgumentParser, problem: Problem) -> None:
     group("--net", choices=list(problem.nets), default=problem.nets[0], help="which net")
     group("--width", type=positive_float, default=1.0, help="factor on the net's channels")
     group("--imagenet", type=Path, metavar="FILE", help="torchvision's weights of the backbone")
+    group("--noise", nargs="+", metavar="TASK", help="shuffle the training labels of these tasks")
     group("--workers", type=whole, default=2, help="processes that read data")
 
     group = parser.add_argument_group("pruning").add_argument
@@ -260,6 +261,8 @@ def settle(problem: Problem, options: Options) -> Options:
             )
     if len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"--tasks names a task twice. Got {options.tasks}.")
+    if unknown := set(options.noise or ()) - set(options.tasks):
+        raise ValueError(f"--noise names {sorted(unknown)}, not in --tasks.")
     for option in ("loss_scale", "weight"):
         given = getattr(options, option)
         setattr(options, option, dict(given.items() if isinstance(given, Mapping) else given))
