@@ -306,6 +306,18 @@ class Vote(Method[Masks]):
         return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
 
     @override
+    def needs_whole(self, inventory: Inventory) -> str:
+        if self.refit is not None:
+            return "`refit` fits every layer as a whole"
+        if not isinstance(self.granularity, Element):
+            return f"{describe(self.granularity)} lies across the rows of a layer"
+        for score in (self.saliency, *self.voters):
+            reason = saliencies.why_whole(score)
+            if reason:
+                return f"'{_name(score)}' {reason}"
+        return ""
+
+    @override
     def check(self, inventory: Inventory) -> None:
         voters = [_name(voter) for voter in self.voters]
         for name in voters:

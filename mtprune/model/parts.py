@@ -116,9 +116,7 @@ class _Rows(Part):
     @override
     def mean(self, grad: Tensor) -> Tensor:
         # In the type of the weights, which with mixed precision is wider than that of gradients.
-        rows = grad.new_zeros(
-            self._ranks * self._each, *self.shape[1:], dtype=self._like.dtype
-        )
+        rows = grad.new_zeros(self._ranks * self._each, *self.shape[1:], dtype=self._like.dtype)
         rows[: self._whole_shape[0]] = grad
         mine = rows.new_empty(self._each, *self.shape[1:])
         dist.reduce_scatter_tensor(mine, rows, group=self._group)

@@ -76,7 +76,7 @@ class Ranking:
             histogram = torch.bincount(_codes(chunk))
             by_code[: histogram.numel()] += histogram
         by_code = census.sum(by_code)
-        self.total = census.number(sum(piece.numel() for piece in pieces), by_code)
+        self.total: int = census.number(sum(piece.numel() for piece in pieces), by_code)
         # From here on by cell: codes in the order of their values.
         self._cells, self._edges = _layout(device)
         self.counts = torch.empty_like(by_code).scatter_(0, self._cells, by_code)
@@ -259,7 +259,6 @@ def worths(
 
     Example:
         >>> from mtprune import votes
-from mtprune.census import HERE, Census
         >>> from mtprune.selection import rank
         >>> scores = [{"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([0.0, 1.0])}]
         >>> worths(scores, votes.mean, rank(scores))

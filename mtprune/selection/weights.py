@@ -174,9 +174,9 @@ class _Contest(ABC):
                 remaining -= need
                 index, worth = index[~best], worth[~best]
             rest.append((layer, index, worth))
-        best = highest([worth for _, _, worth in rest], remaining, self._selection.census)
-        for (layer, index, _), own in zip(rest, best, strict=True):
-            masks[layer][index[own]] = True
+        chosen = highest([worth for _, _, worth in rest], remaining, self._selection.census)
+        for (layer, index, _), best in zip(rest, chosen, strict=True):
+            masks[layer][index[best]] = True
         if sum(self._kept(masks)) != self._quota.keep:
             raise ValueError(_NOT_A_VOTE)
 
