@@ -540,6 +540,7 @@ class MultitaskPruner:
         layers, subjects, decision = self._round.decide(step)
         device = layers[0].parameter.device
         layers[0].part.check_equal(tensor.to(device) for tensor in decision.tensors())
+        layers[0].sharding.reshard()
         changed = self._hold.take(layers, decision)
         self._round.memory = decision.memory
         self._weigher.note(decision.slopes)

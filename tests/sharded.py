@@ -35,6 +35,24 @@ class Net(nn.Module):
         return {task: head(x) for task, head in self.heads.items()}
 
 
+class Encoder(nn.Module):
+    """Two heads of attention, a few neurons, and two heads of tasks."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.ModuleList(
+            [nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True)]
+        )
+        self.heads = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 1)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.unflatten(0, (-1, 2))  # two examples are a sequence
+        for layer in self.trunk:
+            x = layer(x)
+        return {task: head(x) for task, head in self.heads.items()}
+
+
 def batch(step: int, rank: int, world: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A rank's part of a batch of 12."""
     generator = torch.Generator().manual_seed(step)
@@ -49,7 +67,7 @@ def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def shard(net: Net, **options: Any) -> Net:
+def shard(net: Any, **options: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     for layer in net.trunk:
@@ -73,7 +91,8 @@ class Loop:
         rank: int,
         world: int,
         *,
-        spread: Callable[[Net], Any] | None = shard,
+        spread: Callable[[Any], Any] | None = shard,
+        kind: Callable[[bool], Any] = Net,
         dtype: torch.dtype = torch.float64,
         inputs: torch.dtype | None = None,
         late: bool = False,
@@ -82,7 +101,7 @@ class Loop:
         **options: Any,
     ) -> None:
         self.rank, self.world = rank, world
-        self.net = Net(checkpointed).to(device_of(rank), dtype)
+        self.net = kind(checkpointed).to(device_of(rank), dtype)
         self.inputs = inputs or dtype
         options = {"backend": "inplace", "method": method, **options}
         make = lambda more: mtprune.MultitaskPruner(self.net, TASKS, "trunk", **more)  # noqa: E731

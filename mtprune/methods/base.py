@@ -6,7 +6,7 @@ such decisions into the model (`mtprune.holding`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import partial
@@ -134,6 +134,11 @@ class Ballot:
     def kept(self) -> list[int]:
         """How many weights of each layer are kept now."""
         return self.census.count(self.masks)
+
+    def whole_masks(self) -> Iterator[Tensor]:
+        """The weights of each layer that are kept now, on all ranks, one layer after the other."""
+        for part, mask in zip(self.parts, self.masks, strict=True):
+            yield part.whole(mask)
 
     def shared(self, name: str) -> list[Tensor]:
         """A statistic that is the same for all tasks, for each layer."""

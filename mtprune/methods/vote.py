@@ -307,10 +307,11 @@ class Vote(Method[Masks]):
 
     @override
     def needs_whole(self, inventory: Inventory) -> str:
-        if self.refit is not None:
-            return "`refit` fits every layer as a whole"
-        if not isinstance(self.granularity, Element):
-            return f"{describe(self.granularity)} lies across the rows of a layer"
+        grouped = [x.name for x in inventory.layers if getattr(x.places[0][0], "groups", 1) > 1]
+        if self.refit is not None and grouped:
+            return f"`refit` fits the groups of '{grouped[0]}' as a whole"
+        if isinstance(self.granularity, NM):
+            return f"{describe(self.granularity)} compares the weights of a whole layer"
         for score in (self.saliency, *self.voters):
             reason = saliencies.why_whole(score)
             if reason:

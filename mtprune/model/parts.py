@@ -94,7 +94,7 @@ class _Rows(Part):
 
     @override
     def of(self, whole: Tensor) -> Tensor:
-        return whole.view(self._whole_shape)[self._rows]
+        return whole.view(self._whole_shape)[self._rows].clone()  # the rest may go
 
     @override
     def whole(self, mine: Tensor) -> Tensor:
@@ -181,6 +181,11 @@ class Sharding:
         finally:
             for group, (reduce, everywhere) in zip(groups, before, strict=True):
                 group.reduce_grads, group.all_reduce_grads = reduce, everywhere
+
+    def reshard(self) -> None:
+        """Let go of gathered weights, before those here change."""
+        for group in self._groups():
+            group.reshard()
 
     def _kept(self, module: nn.Module, attribute: str) -> Any:
         """What ``fully_shard`` keeps of a Parameter; None if it is not spread."""
