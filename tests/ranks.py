@@ -71,7 +71,9 @@ def device_of(rank: int) -> torch.device:
 
 def _on_gpus() -> bool:
     wanted = os.environ.get("MTPRUNE_TEST_DEVICE", "cpu").startswith("cuda")
-    return wanted and torch.cuda.device_count() >= (dist.get_world_size() if dist.is_initialized() else 2)
+    return wanted and torch.cuda.device_count() >= (
+        dist.get_world_size() if dist.is_initialized() else 2
+    )
 
 
 def serve(module: str, function: str, folder: str, rank: str, world: str, timeout: str) -> None:

@@ -67,10 +67,10 @@ def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def shard(net: Any, **options: Any) -> Any:
+def shard(net: Any, blocks: bool = True, **options: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in net.trunk:
+    for layer in net.trunk if blocks else ():
         fully_shard(layer, **options)
     fully_shard(net, **options)
     return net

@@ -359,7 +359,13 @@ class Round(Generic[D]):
 
     def _question(self, step: int) -> tuple[int, Callable[[], Sequence[Tensor]]]:
         """How many observations there are, and the masks they would give."""
-        return min(self.evidence.counts.values()), lambda: self._decide(step)[2].masks
+
+        def masks() -> list[Tensor]:
+            layers, _, decision = self._decide(step)
+            pairs = zip(layers, decision.masks, strict=True)
+            return [layer.part.whole(mask).reshape(-1) for layer, mask in pairs]
+
+        return min(self.evidence.counts.values()), masks
 
     def _decide(self, step: int) -> tuple[list[Layer], list[Subject], D]:
         users = self._reach.now(self.evidence)

@@ -161,9 +161,7 @@ def _spread(kept: Sequence[Tensor], units: Units, parts: Sequence[Part]) -> list
     return [part.of(mask).reshape(-1) for part, mask in pairs]
 
 
-def _of_weights(
-    kept: Sequence[Tensor], alone: Alone, units: Units, parts: Sequence[Part]
-) -> Masks:
+def _of_weights(kept: Sequence[Tensor], alone: Alone, units: Units, parts: Sequence[Part]) -> Masks:
     """The masks of weights from those of units."""
 
     def ask(voter: str) -> Mapping[int, Tensor]:
