@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import checkpoint, distributed
-from mtprune.facts import Facts, GroupRow
+from mtprune.facts import Facts, GroupRow, everywhere
 from mtprune.holding import make_masking
 from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import check_method, describe
-from mtprune.methods.inventory import Selection, take_inventory
+from mtprune.methods.inventory import Selection, check_parts, take_inventory
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free, leave
@@ -111,6 +111,7 @@ class MultitaskPruner:
         self._method: Method[Any] = _method_of(method, sparsity, steps)
         check_method(self._method)
         self._losses = parse(task_losses)
+        self._backend = backend
         inventory, needs = take_inventory(
             self._model,
             list(self._losses),
@@ -118,6 +119,7 @@ class MultitaskPruner:
             self._method,
         )
         self._inventory = inventory
+        check_parts(inventory, self._method, backend)
         self._optimizer = None if optimizer is None else raw(optimizer, inventory.layers)
         self._hold = self._method.hold(make_masking(backend, self._model), self._optimizer)
         self._weigher = Weigher(parse_weighting(self._method.weighting), list(self._losses))
@@ -320,7 +322,7 @@ class MultitaskPruner:
             if self._task_masks is not None:
                 remember_task_masks(self._model, self._task_masks)
             self._hold.release()
-            self._facts = self._facts.left({x.name: self._hold.kept(x) for x in self._active})
+            self._facts = self._facts.left(self._kept())
             self._round.forget()
             self._round.listen(lambda lead: False)
             self._release()
@@ -332,7 +334,7 @@ class MultitaskPruner:
     @property
     def masks(self) -> dict[str, Tensor]:
         """``{parameter name: mask}``, True = keep; names as before pruning."""
-        return {layer.name: self._hold.mask(layer).clone() for layer in self._active}
+        return {x.name: x.part.shown(self._hold.mask(x).clone()) for x in self._active}
 
     @property
     def task_masks(self) -> dict[str, dict[str, Tensor]]:
@@ -359,7 +361,10 @@ class MultitaskPruner:
         Where ranks are pruned, of the parameters that are saved.
         """
         total = sum(layer.parameter.numel() for layer in self._active)
-        kept = sum(self._hold.kept(layer) for layer in self._active)
+        scattered = self._inventory.census.is_scattered
+        # What other ranks keep is known since the last update: nobody is asked here.
+        counts = self._facts.kept if scattered else self._kept()
+        kept = sum(counts[layer.name] for layer in self._active)
         return (total - kept) / total if total else 0.0
 
     def report(self) -> Report:
@@ -442,6 +447,12 @@ class MultitaskPruner:
         """The layers that are pruned."""
         return [layer for _, layer in self._reach.active()]
 
+    def _kept(self) -> dict[str, int]:
+        """How many parameters each layer keeps, on all ranks together; they all must ask."""
+        layers = self._active
+        counts = self._inventory.census.places([self._hold.kept(layer) for layer in layers])
+        return {layer.name: total for layer, (_, total) in zip(layers, counts, strict=True)}
+
     def _identity(self) -> dict[str, Any]:
         """The entries of a checkpoint in which it must agree with the pruner that loads it."""
         return {
@@ -476,14 +487,14 @@ class MultitaskPruner:
             swept: Whether a backward has left their gradients in ``.jac``.
         """
         if fold:
-            check_fold(self._hold)
+            check_fold(self._hold, self._inventory.census)
         present: Mapping[str, Tensor] = scalars(losses)
         if not torch.is_grad_enabled():
             return
         own, known = losses, losses if strict else present
         soon = final is not None or self._clock.near(self._round.earliest)
         if soon:
-            self._round.check_whole()
+            self._check_spread()
         if soon and distributed.world() > 1:
             if strict:
                 check_graphs(own, present)
@@ -502,6 +513,12 @@ class MultitaskPruner:
         jacobian = Jacobian.of(present, self._inventory.layers) if swept else None
         others: list[Tensor] | None = [] if fold else None
         self._round.observe(Losses(present, others, scale, scaler is not None, jacobian), update)
+
+    def _check_spread(self) -> None:
+        """Refuse a model that has been spread over ranks, since we were built, in vain."""
+        if distributed.is_on():
+            check_parallel(self._model)
+            check_parts(self._inventory, self._method, self._backend)
 
     def _meet(self, call: str) -> None:
         """Wait until all ranks are in the same call, if there are several."""
@@ -522,11 +539,13 @@ class MultitaskPruner:
         """Make the update of ``step`` from the evidence; whether anything changed."""
         layers, subjects, decision = self._round.decide(step)
         device = layers[0].parameter.device
-        distributed.check_equal(tensor.to(device) for tensor in decision.tensors())
+        layers[0].part.check_equal(tensor.to(device) for tensor in decision.tensors())
+        layers[0].sharding.reshard()
         changed = self._hold.take(layers, decision)
         self._round.memory = decision.memory
         self._weigher.note(decision.slopes)
-        counts, bits = decision.record(subjects)
+        here, bits = decision.record(subjects)
+        counts = everywhere(here, self._inventory.census)
         self._task_masks = PackedTaskMasks.of(self._losses, layers, bits)
         self._facts = Facts(
             tuple(counts),

@@ -206,3 +206,23 @@ def asks(saliency: Saliency) -> frozenset[str]:
     second = list(parameters.values())[1:2]
     data_free = bool(second) and second[0].default is not inspect.Parameter.empty
     return frozenset(keywords) | (frozenset() if data_free else {"grad"})
+
+
+def why_whole(saliency: Saliency) -> str:
+    """Why a saliency needs a whole layer; empty if it can be had of some of its rows alone.
+
+    Example:
+        >>> why_whole(taylor), why_whole(lamp)
+        ('', 'looks at a whole layer at once')
+    """
+    asked = asks(saliency)
+    for name in ("inputs", "layer", "generator"):
+        if name in asked:
+            return f"asks for `{name}`, of which each rank has its own"
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    named = {"task": "task"} if "task" in asked else {}
+    args = (weight, grad) if "grad" in asked else (weight,)
+    of_all = saliency(*args, **named)
+    of_rows = torch.cat([saliency(*(arg[i : i + 1] for arg in args), **named) for i in range(5)])
+    return "" if torch.equal(of_all, of_rows) else "looks at a whole layer at once"

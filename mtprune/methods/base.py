@@ -6,7 +6,7 @@ such decisions into the model (`mtprune.holding`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtprune.census import HERE, Census
 from mtprune.facts import Subject
 from mtprune.granularity import Element, Granularity
 from mtprune.holding import Decision, Hold, MaskHold, Masking
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.model.parts import Part
 from mtprune.model.units import Units
 from mtprune.reading import Entry
 from mtprune.schedule import Schedule
@@ -73,6 +75,9 @@ class Ballot:
         memory: What the last decision left to remember; empty at first.
         total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
             measured.
+        parts: What of each layer is here, if other ranks have the rest. All that is flat above is
+            of that part.
+        census: Counts over the parts of all ranks.
     """
 
     subjects: Sequence[Subject]
@@ -85,6 +90,13 @@ class Ballot:
     noted: Sequence[float] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
+    parts: Sequence[Part] = ()
+    census: Census = HERE
+
+    def __post_init__(self) -> None:
+        """All of every layer is here unless somebody says otherwise."""
+        if not self.parts:
+            object.__setattr__(self, "parts", [Part(subject.shape) for subject in self.subjects])
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -115,7 +127,18 @@ class Ballot:
     @property
     def total(self) -> int:
         """How many weights there are."""
-        return sum(mask.numel() for mask in self.masks)
+        here = sum(mask.numel() for mask in self.masks)
+        return int(self.census.number(here, self.masks[0]))
+
+    @property
+    def kept(self) -> list[int]:
+        """How many weights of each layer are kept now."""
+        return self.census.count(self.masks)
+
+    def whole_masks(self) -> Iterator[Tensor]:
+        """The weights of each layer that are kept now, on all ranks, one layer after the other."""
+        for part, mask in zip(self.parts, self.masks, strict=True):
+            yield part.whole(mask)
 
     def shared(self, name: str) -> list[Tensor]:
         """A statistic that is the same for all tasks, for each layer."""
@@ -175,6 +198,13 @@ class Method(ABC, Generic[D]):
             ValueError: With what is wrong, what was found and what to do.
         """
 
+    def needs_whole(self, inventory: Inventory) -> str:
+        """Why every rank must have whole layers; empty if each may have a part of their rows.
+
+        Where it may, the ballot's `parts` and `census` say what is where.
+        """
+        return f"{type(self).__name__} decides about whole layers"
+
     def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
         """The exact numbers of weights that stay at the update of ``step``; often none are known.
 
@@ -217,6 +247,7 @@ _BROUGHT = (
     "wants_training",
     "fits",
     "check",
+    "needs_whole",
     "promised",
     "recall",
     "hold",

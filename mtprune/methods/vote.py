@@ -306,6 +306,19 @@ class Vote(Method[Masks]):
         return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
 
     @override
+    def needs_whole(self, inventory: Inventory) -> str:
+        grouped = [x.name for x in inventory.layers if getattr(x.places[0][0], "groups", 1) > 1]
+        if self.refit is not None and grouped:
+            return f"`refit` fits the groups of '{grouped[0]}' as a whole"
+        if isinstance(self.granularity, NM):
+            return f"{describe(self.granularity)} compares the weights of a whole layer"
+        for score in (self.saliency, *self.voters):
+            reason = saliencies.why_whole(score)
+            if reason:
+                return f"'{_name(score)}' {reason}"
+        return ""
+
+    @override
     def check(self, inventory: Inventory) -> None:
         voters = [_name(voter) for voter in self.voters]
         for name in voters:

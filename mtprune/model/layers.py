@@ -5,15 +5,16 @@ because wrappers and checkpoints replace those.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
 from mtprune.model.names import own_name, strip
+from mtprune.model.parts import Part, Sharding, local, part_of
 from mtprune.model.selectors import Spec, label, match, resolve, selected
 
 __all__ = [
@@ -55,16 +56,37 @@ class Layer:
     Attributes:
         name: Its name in ``model.named_parameters()`` before pruning, without wrapper prefixes.
         places: Module and attribute of each of its uses: several when weights are tied.
-        shape: Its shape.
+        shape: Its shape, of all of it wherever it is.
+        sharding: How the model's weights are spread over ranks.
     """
 
     name: str
     places: tuple[tuple[nn.Module, str], ...]
     shape: tuple[int, ...]
+    sharding: Sharding = field(default_factory=Sharding)
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The Parameter as it is now, pruned or not."""
+        """The Parameter as it is now, pruned or not: the one that an optimizer has."""
+        return self.sharding.parameter(*self.places[0], self._found)
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The Parameter that a forward computes with, and graphs lead to."""
+        return self.sharding.leaf(*self.places[0], self._found)
+
+    @property
+    def values(self) -> Tensor:
+        """What is here of the Parameter, without a graph: its memory, not a copy."""
+        return local(self.parameter)
+
+    @property
+    def part(self) -> Part:
+        """What of the layer is on this rank."""
+        return part_of(self.parameter)
+
+    @property
+    def _found(self) -> nn.Parameter:
         module, attribute = self.places[0]
         parameters = module._parameters
         found = parameters.get(attribute, parameters.get(attribute + "_orig"))
@@ -109,11 +131,12 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
             known = places.get(id(parameter))
             if known is not None and (module, attribute) not in known:
                 known.append((module, attribute))
-    layers = []
+    layers, sharding = [], Sharding(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
             uses = tuple(places[id(parameter)])
-            layers.append(Layer(own_name(model, name), uses, tuple(parameter.shape)))
+            shape = tuple(parameter.shape)
+            layers.append(Layer(own_name(model, name), uses, shape, sharding))
     return layers
 
 

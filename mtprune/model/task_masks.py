@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtprune.bits import unpack_bits
 from mtprune.model.layers import Layer
+from mtprune.model.parts import Part
 
 __all__ = ["PackedTaskMasks", "TaskMasks", "recall_task_masks", "remember_task_masks"]
 
@@ -26,11 +27,11 @@ class PackedTaskMasks:
 
     Attributes:
         bits: For each task, by parameter name.
-        shapes: The shapes of the layers.
+        parts: What of each layer they are masks of.
     """
 
     bits: Mapping[str, Mapping[str, Tensor]]
-    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Part]
 
     @classmethod
     def of(
@@ -50,12 +51,15 @@ class PackedTaskMasks:
         by_task = {
             task: {layer.name: own[task] for layer, own in pairs if task in own} for task in tasks
         }
-        return cls(by_task, {layer.name: layer.shape for layer in layers})
+        return cls(by_task, {layer.name: layer.part for layer in layers})
 
     def unpack(self) -> dict[str, dict[str, Tensor]]:
         """The masks again, bool, in the shapes of their layers."""
         return {
-            task: {name: unpack_bits(bits, self.shapes[name]) for name, bits in masks.items()}
+            task: {
+                name: self.parts[name].shown(unpack_bits(bits, self.parts[name].shape))
+                for name, bits in masks.items()
+            }
             for task, masks in self.bits.items()
         }
 
