@@ -47,8 +47,10 @@ if _TYPE_CHECKING:
         refit,
         save,
     )
+    from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
+    from mtprune.sweeping import sweep
 
 __all__ = [
     "NM",
@@ -76,6 +78,7 @@ __all__ = [
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",
+    "Sweep",
     "Vote",
     "affinity",
     "budget",
@@ -95,6 +98,7 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "sweep",
     "testing",
     "votes",
     "weighting",
@@ -134,6 +138,10 @@ def __getattr__(name: str) -> _Any:
         return _import_module(f"mtprune.{name}")
     if name in _CHOOSING:
         return getattr(_import_module("mtprune.choosing"), name)
+    if name == "Sweep":
+        return _import_module("mtprune.curves").Sweep
+    if name == "sweep":
+        return _import_module("mtprune.sweeping").sweep
     if name in _METHODS:
         return getattr(_import_module("mtprune.methods"), name)
     if name in _EXPLAINING:
