@@ -102,7 +102,8 @@ def test_tables_hold_the_numbers_of_the_report(voted, tmp_path):
     for what in ("components", "layers"):
         table = page.tables[f"{what.capitalize()}, in numbers."]
         assert table[0][1:4] == ["weights", "kept", "pruned"]
-        assert table[0][4:] == ["want a", "want b", "want c", "want magnitude", "unanimity"]
+        wants = ["want a", "want b", "want c", "want magnitude"]
+        assert table[0][4:] == [*wants, "unanimity", "one task's", "no task's"]
         for cells, row in zip(table[1:-1], told[what], strict=True):
             assert cells[:4] == [
                 row["name"],
@@ -111,7 +112,8 @@ def test_tables_hold_the_numbers_of_the_report(voted, tmp_path):
                 f"{row['sparsity']:.2%}",
             ]
             want = [row["want"].get(voter) for voter in ("a", "b", "c", "magnitude")]
-            assert cells[4:-1] == ["" if w is None else f"{w:.1%}" for w in want]
+            parts = [row["unanimity"], row["single"], row["nobody"]]
+            assert cells[4:] == ["" if w is None else f"{w:.1%}" for w in [*want, *parts]]
     history = page.tables["Every update that is remembered."]
     assert [row[0] for row in history[1:]] == [str(m["step"]) for m in told["history"]]
     assert f"{report.kept:,} of {report.parameters:,} weights are left" in page.text
@@ -139,8 +141,11 @@ def test_it_needs_nothing_beside_itself(voted, tmp_path):
     assert [name for name, _ in page.attributes].count("alt") == 2
     [change] = [caption for caption in page.tables if caption.startswith("Against the dense")]
     assert "+0.00 % on average, b changed most for the worse, by -10.00 %" in change
-    overlap = page.tables["Overlap of masks, and that of independent ones."]
-    assert overlap[-1][1] == f"{beside['affinity']['all'].iou:.3f}"
+    overlap = page.tables["Overlap of masks, that of unrelated tasks, and the excess."]
+    all_ = beside["affinity"]["all"]
+    told = [all_.iou, all_.chance]
+    assert overlap[-1][1:3] == [f"{value:.3f}" for value in told]
+    assert overlap[-1][3] == f"{all_.iou - all_.chance:+.3f}"
     assert "trunk.0  dense" in page.text
 
 

@@ -85,7 +85,13 @@ def heat(
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, unit: str, across: str, says: str
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    unit: str,
+    across: str,
+    says: str,
+    mark: tuple[float, float] | None = None,
+    band: Sequence[tuple[float, float, float]] = (),
 ) -> Element:
     """Lines over steps, each named at its end.
 
@@ -94,6 +100,8 @@ def lines(
         unit: How values are written: ``"share"`` or ``"number"``.
         across: What lies across.
         says: What the picture shows.
+        mark: From where to where a stretch is marked.
+        band: What is filled: where along, and from which value to which.
     """
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -106,6 +114,14 @@ def lines(
         return left + along * (right - left), low - (y / top if top else 0.0) * (low - high)
 
     marks = []
+    if mark is not None:
+        start, end = (place(x, 0)[0] for x in mark)
+        marks.append(_rectangle(start, high, end - start, low - high, "mark", "watershed"))
+    if len(band) > 1:
+        below = [place(x, max(0.0, value)) for x, value, _ in band]
+        above = [place(x, min(top, value)) for x, _, value in band]
+        told = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*above, *reversed(below)])
+        marks.append(element("polygon", points=told, class_="band"))
     for i in range(5):
         value = top * i / 4
         _, y = place(first, value)
