@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What files say about pruning: who keeps what, for whom.",
         epilog="Exit codes: 0 done, 1 a file cannot be read or written, 2 the command is wrong.",
     )
-    parser.add_argument("--version", action="version", version=metadata.version("mtprune"))
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, does, run in (
         ("inspect", "what is pruned, in tables or as JSON", _inspect),
@@ -109,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("mtprune")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "mtprune, not installed"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ outline-offset:2px}
 .mtprune .mask{image-rendering:pixelated;border:1px solid var(--line);max-width:100%}
 .mtprune dt{font-weight:600}.mtprune dd{margin:0 0 8px;color:var(--soft)}
 @media print{.mtprune{max-width:none;padding:0;--ink:#000;--paper:#fff}
-.mtprune .box{max-height:none;overflow:visible;border:0}.mtprune table{font-size:9px}.mtprune th,.mtprune td{padding:2px 4px;
+.mtprune .box{max-height:none;overflow:visible;border:0}.mtprune table{font-size:9px}
+.mtprune th,.mtprune td{padding:2px 4px;
 white-space:normal}.mtprune .picture,.mtprune figure,.mtprune tr{break-inside:avoid}
 .mtprune svg{min-width:0}.mtprune h2{break-after:avoid}}
 """
