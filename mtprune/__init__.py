@@ -33,7 +33,17 @@ from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, choosing, metrics, recipes, sampling, testing, weighting
+    from mtprune import (
+        affinity,
+        budget,
+        choosing,
+        metrics,
+        plots,
+        recipes,
+        sampling,
+        testing,
+        weighting,
+    )
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
         Plan,
@@ -91,6 +101,7 @@ __all__ = [
     "measure",
     "metrics",
     "plan_of",
+    "plots",
     "priorities",
     "recalibrate_bn",
     "recipes",
@@ -111,6 +122,7 @@ _MODULES = (
     "budget",
     "choosing",
     "metrics",
+    "plots",
     "recipes",
     "sampling",
     "testing",

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from mtprune.compression.plan import Plan
     from mtprune.showing.page import Drawn
 
-__all__ = ["Count", "Facts", "GroupRow", "Moment", "Report", "Row", "check_page", "make_report"]
+__all__ = [
+    "PARTS",
+    "Count",
+    "Facts",
+    "GroupRow",
+    "Moment",
+    "Report",
+    "Row",
+    "check_page",
+    "make_report",
+]
+
+
+PARTS = ("all its tasks", "several", "one of several", "no task alone", "kept", "pruned")
+"""What becomes of weights, and how many of the tasks that use them would keep them alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,21 @@ class Row:
     macs_kept: float | None = None
     rank: int | None = None
     full_rank: int | None = None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The shares of its weights, by `PARTS`; they add up to 1.
+
+        Kept weights are told apart by the tasks that want them, if that is known.
+        """
+        kept = 1.0 - self.sparsity
+        if self.single is None or self.nobody is None:
+            return {"kept": kept, "pruned": self.sparsity}
+        single = 0.0 if len(self.tasks) == 1 else self.single  # the only one is all
+        several = max(0.0, 1.0 - self.unanimity - single - self.nobody)
+        shares = (self.unanimity, several, single, self.nobody)
+        told = dict(zip(PARTS, (share * kept for share in shares), strict=False))
+        return {**told, "pruned": self.sparsity}
 
 
 @dataclass(frozen=True)

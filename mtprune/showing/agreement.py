@@ -7,7 +7,7 @@ from mtprune.affinity import Affinity, LayerAffinity, watershed
 from mtprune.showing import svg
 from mtprune.showing.html import Element, element, table
 
-__all__ = ["agreement"]
+__all__ = ["agreement", "expected_of", "reach_of"]
 
 _LEAST = 0.1  # the smallest drop that is called a watershed
 
@@ -41,7 +41,7 @@ def _heat(found: Mapping[str, Affinity], names: list[str]) -> Element:
         cells[name] = [
             None if layer is None or isnan(value) else value
             for layer in (places[what].get(name) for what in found)
-            for value in ((layer.iou, _expected(layer)) if layer is not None else (0.0, 0.0))
+            for value in ((layer.iou, expected_of(layer)) if layer is not None else (0.0, 0.0))
         ]
     head = [f"{what}{column}" for what in found for column in ("", ", unrelated")]
     says = "For each layer the overlap of the tasks' masks, and that of unrelated ones."
@@ -54,7 +54,7 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
     if len(known) < 2:
         return []
     curve = [layer.iou for layer in affinity.layers]
-    expected = [_expected(layer) for layer in affinity.layers]
+    expected = [expected_of(layer) for layer in affinity.layers]
     split = watershed(curve, expected, least=_LEAST)
     after = None
     if split is not None:
@@ -69,16 +69,16 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
     picture = svg.lines(
         {
             "overlap": [(float(i), layer.iou) for i, layer in known],
-            "unrelated": [(float(i), _expected(layer)) for i, layer in known],
+            "unrelated": [(float(i), expected_of(layer)) for i, layer in known],
         },
         unit="share",
         across="layer",
         says=f"Overlap of {what} from layer to layer, and that of unrelated tasks. {sentence}",
         mark=None if split is None or after is None else (split.before + 1.0, float(after)),
         band=[
-            (float(i), _expected(layer) - reach, _expected(layer) + reach)
+            (float(i), expected_of(layer) - reach, expected_of(layer) + reach)
             for i, layer in known
-            if (reach := _reach(layer)) is not None
+            if (reach := reach_of(layer)) is not None
         ],
     )
     return [element("h3", what), picture, element("p", sentence)]
@@ -86,7 +86,7 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
 
 def _table(found: Mapping[str, Affinity], names: list[str]) -> Element:
     places = {what: {layer.name: layer for layer in a.layers} for what, a in found.items()}
-    sure = any(_reach(layer) is not None for a in found.values() for layer in a.layers)
+    sure = any(reach_of(layer) is not None for a in found.values() for layer in a.layers)
     columns = ["overlap", "unrelated", "excess", *(["±"] if sure else [])]
     rows = []
     for name in names:
@@ -106,17 +106,17 @@ def _table(found: Mapping[str, Affinity], names: list[str]) -> Element:
 def _cells(layer: LayerAffinity | Affinity, sure: bool) -> list[str]:
     if isnan(layer.iou):
         return ["empty", "", "", *([""] if sure else [])]
-    expected, reach = _expected(layer), _reach(layer)
+    expected, reach = expected_of(layer), reach_of(layer)
     cells = [f"{layer.iou:.3f}", f"{expected:.3f}", f"{layer.iou - expected:+.3f}"]
     return cells + ([f"{reach:.3f}" if reach is not None else ""] if sure else [])
 
 
-def _expected(layer: LayerAffinity | Affinity) -> float:
+def expected_of(layer: LayerAffinity | Affinity) -> float:
     """The overlap of unrelated tasks: what a null found, or else that of independent masks."""
     return float(getattr(layer, "expected", layer.chance))
 
 
-def _reach(layer: LayerAffinity | Affinity) -> float | None:
+def reach_of(layer: LayerAffinity | Affinity) -> float | None:
     """Half the width of the interval of the excess, where a null gives one."""
     interval = getattr(layer, "interval", None)
     if interval is None or not all(map(isfinite, interval)):

@@ -35,9 +35,9 @@ _PARTS = {
     "several": "c1",
     "one of several": "c2",
     "no task alone": "c3",
+    "kept": "c0",  # where no task has a say of its own
     "pruned": "c4",
 }
-_PLAIN = {"kept": "c0", "pruned": "c4"}  # where no task has a say of its own
 _MOST = 100  # layers in a picture; the table has all
 
 
@@ -157,22 +157,12 @@ def _told(metrics: Mapping[str, float]) -> list[str]:
     return [", ".join(f"{name} {value:.4g}" for name, value in metrics.items())]
 
 
-def _parts(row: "Row") -> list[float]:
-    """The shares of a row's weights: kept for all, several, one, no task alone; pruned."""
-    kept = 1.0 - row.sparsity
-    if row.single is None or row.nobody is None:
-        return [0.0, 0.0, 0.0, kept, row.sparsity]
-    single = 0.0 if len(row.tasks) == 1 else row.single  # the only one is all
-    several = max(0.0, 1.0 - row.unanimity - single - row.nobody)
-    return [*(part * kept for part in (row.unanimity, several, single, row.nobody)), row.sparsity]
-
-
 def _rows_picture(rows: Sequence["Row"], says: str) -> Element:
     told = [f"{row.kept:,} kept" for row in rows]
-    if all(row.single is None for row in rows):
-        shares = {row.name: [1.0 - row.sparsity, row.sparsity] for row in rows}
-        return svg.bars(shares, _PLAIN, told, says=says)
-    return svg.bars({row.name: _parts(row) for row in rows}, _PARTS, told, says=says)
+    known = {name for row in rows for name in row.parts}
+    parts = {name: kind for name, kind in _PARTS.items() if name in known}
+    shares = {row.name: [row.parts.get(name, 0.0) for name in parts] for row in rows}
+    return svg.bars(shares, parts, told, says=says)
 
 
 def _rows_table(report: "Report", rows: Sequence["Row"], what: str, caption: str) -> Element:
