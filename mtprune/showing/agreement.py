@@ -10,6 +10,7 @@ from mtprune.showing.html import Element, element, table
 __all__ = ["agreement", "expected_of", "reach_of"]
 
 _LEAST = 0.1  # the smallest drop that is called a watershed
+_MANY = 8  # of more affinities than that, layers are not drawn
 
 
 def agreement(found: Mapping[str, Affinity], most: int) -> Element:
@@ -27,9 +28,12 @@ def agreement(found: Mapping[str, Affinity], most: int) -> Element:
         "that have nothing to do with each other overlap, too: the excess is what is beyond that."
     )
     parts = [element("h2", "Where tasks agree"), element("p", told)]
-    parts.append(_heat(found, shown[:most]))
-    for what, affinity in found.items():
-        parts += _depth(what, affinity)
+    if len(found) > _MANY:
+        parts.append(_together(found))
+    else:
+        parts.append(_heat(found, shown[:most]))
+        for what, affinity in found.items():
+            parts += _depth(what, affinity)
     parts.append(_table(found, shown))
     return element("section", *parts)
 
@@ -46,6 +50,15 @@ def _heat(found: Mapping[str, Affinity], names: list[str]) -> Element:
     head = [f"{what}{column}" for what in found for column in ("", ", unrelated")]
     says = "For each layer the overlap of the tasks' masks, and that of unrelated ones."
     return svg.heat(cells, head, says=says)
+
+
+def _together(found: Mapping[str, Affinity]) -> Element:
+    """A row for each affinity, of all layers together."""
+    cells = {
+        what: [None, None] if isnan(a.iou) else [a.iou, expected_of(a)] for what, a in found.items()
+    }
+    says = "The overlap of the tasks' masks in all layers together, and that of unrelated ones."
+    return svg.heat(cells, ["overlap", "unrelated"], says=says)
 
 
 def _depth(what: str, affinity: Affinity) -> list[Element]:

@@ -39,6 +39,7 @@ _PARTS = {
     "pruned": "c4",
 }
 _MOST = 100  # layers in a picture; the table has all
+_MOMENTS = 128  # updates in a picture and its table
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,10 @@ def _groups(report: "Report") -> Element:
 
 
 def _history(report: "Report") -> Element:
-    moments = report.history
-    if len(moments) < 2:
+    if len(report.history) < 2:
         return Element("")
+    every = -(-len(report.history) // _MOMENTS)
+    moments = report.history[::-every][::-1]  # the last is among them
     names = list(dict.fromkeys(name for m in moments for name in m.components))
 
     def over(key: str) -> dict[str, list[tuple[float, float]]]:
@@ -295,7 +297,8 @@ def _history(report: "Report") -> Element:
         cells += [f"{x['sparsity']:.2%}" if "sparsity" in x else "" for x in own]
         cells += [f"{x['threshold']:.3g}" if "threshold" in x else "" for x in own if tau]
         rows.append([*cells, *(f"{w:.3g}" for w in m.weights.values())])
-    parts.append(table(head, rows, caption="Every update that is remembered."))
+    told = "Every update that is remembered." if every == 1 else f"One of every {every} updates."
+    parts.append(table(head, rows, caption=told))
     return element("section", *parts)
 
 

@@ -26,9 +26,8 @@ font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:0 auto;padding:24px 20
 .mtprune svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
 .mtprune .c0{fill:var(--c0)}.mtprune .c1{fill:var(--c1)}.mtprune .c2{fill:var(--c2)}
 .mtprune .c3{fill:var(--c3)}.mtprune .c4{fill:var(--c4)}
-.mtprune .cell{fill:var(--c0);fill-opacity:calc(.06 + .94*var(--share));stroke:var(--line);
+.mtprune .cell{fill:var(--c0);fill-opacity:calc(.04 + .42*var(--share));stroke:var(--line);
 stroke-width:.5}
-.mtprune svg text.on{fill:var(--paper)}
 .mtprune .grid{fill:none;stroke:var(--line)}
 .mtprune .mark{fill:var(--c2);fill-opacity:.25}
 .mtprune .band{fill:var(--c3);fill-opacity:.3}

@@ -75,12 +75,12 @@ def heat(
         marks.append(_text(_short(name), left - 8, y + 14, anchor="end", title=name))
         for j, share in enumerate(shares):
             title = f"{name}, {columns[j]}: " + ("none" if share is None else f"{share:.1%}")
-            cell = _rectangle(left + j * wide, y, wide - 2, _ROW - 2, "cell", title)
-            marks.append(element("g", cell, style=f"--share:{0 if share is None else share:.3f}"))
+            tone = f"--share:{0 if share is None else share:.3f}"
+            box = (left + j * wide, y, wide - 2, _ROW - 2)
+            marks.append(_rectangle(*box, "cell", title, style=tone))
             if share is not None and wide >= 34:
                 middle = left + (j + 0.5) * wide - 1
-                tone = "on" if share > 0.55 else None
-                marks.append(_text(f"{share:.0%}", middle, y + 14, anchor="middle", kind=tone))
+                marks.append(_text(f"{share:.0%}", middle, y + 14, anchor="middle"))
     return _picture(marks, _WIDTH, 30 + len(rows) * _ROW, says)
 
 
@@ -202,9 +202,17 @@ def _picture(marks: Sequence[Element], width: float, height: float, says: str) -
     return element("div", picture, class_="picture")
 
 
-def _rectangle(x: float, y: float, width: float, height: float, kind: str, title: str) -> Element:
+def _rectangle(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    kind: str,
+    title: str,
+    style: str | None = None,
+) -> Element:
     places = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
-    return element("rect", element("title", title), class_=kind, **places)
+    return element("rect", element("title", title), class_=kind, style=style, **places)
 
 
 def _line(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> Element:
