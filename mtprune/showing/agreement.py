@@ -47,7 +47,7 @@ def _heat(found: Mapping[str, Affinity], names: list[str]) -> Element:
             for layer in (places[what].get(name) for what in found)
             for value in ((layer.iou, expected_of(layer)) if layer is not None else (0.0, 0.0))
         ]
-    head = [f"{what}{column}" for what in found for column in ("", ", unrelated")]
+    head = [column for what in found for column in (what, "unrelated")]
     says = "For each layer the overlap of the tasks' masks, and that of unrelated ones."
     return svg.heat(cells, head, says=says)
 

@@ -282,21 +282,22 @@ def _history(report: "Report") -> Element:
         task: [(float(m.step), m.weights[task]) for m in moments if task in m.weights]
         for task in report.tasks
     }
-    if any(len({w for _, w in points}) > 1 for points in weights.values()):
+    weighed = any(len({w for _, w in points}) > 1 for points in weights.values())
+    if weighed:
         parts.append(element("h3", "What each task's loss counts"))
         parts.append(
             svg.lines(weights, unit="number", across="step", says="Weight of each task's loss.")
         )
     tau = bool(thresholds)
     head = ["step", "pruned", *names, *(f"threshold {name}" for name in names if tau)]
-    head += [f"weight {task}" for task in moments[-1].weights]
+    head += [f"weight {task}" for task in moments[-1].weights if weighed]
     rows = []
     for m in moments:
         own = [m.components.get(name, {}) for name in names]
         cells = [f"{m.step:,}", f"{m.sparsity:.2%}"]
         cells += [f"{x['sparsity']:.2%}" if "sparsity" in x else "" for x in own]
         cells += [f"{x['threshold']:.3g}" if "threshold" in x else "" for x in own if tau]
-        rows.append([*cells, *(f"{w:.3g}" for w in m.weights.values())])
+        rows.append([*cells, *(f"{w:.3g}" for w in m.weights.values() if weighed)])
     told = "Every update that is remembered." if every == 1 else f"One of every {every} updates."
     parts.append(table(head, rows, caption=told))
     return element("section", *parts)

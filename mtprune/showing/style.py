@@ -48,7 +48,8 @@ white-space:nowrap;background:none;color:inherit}
 .mtprune td:last-child{text-align:right}
 .mtprune pre{overflow:auto;font-size:12px;border:1px solid var(--line);border-radius:8px;
 padding:10px}
-.mtprune .box:focus-visible,.mtprune pre:focus-visible{outline:3px solid var(--s1);
+.mtprune .picture:focus-visible,.mtprune .box:focus-visible,
+.mtprune pre:focus-visible{outline:3px solid var(--s1);
 outline-offset:2px}
 .mtprune .figures{display:flex;flex-wrap:wrap;gap:16px}
 .mtprune figure{margin:0;max-width:100%}

@@ -199,7 +199,9 @@ def _picture(marks: Sequence[Element], width: float, height: float, says: str) -
     box = f"0 0 {width:g} {height:g}"
     inner = [element("title", says), *marks]
     picture = element("svg", *inner, viewBox=box, role="img", aria_label=says)
-    return element("div", picture, class_="picture")
+    # On a phone it is wider than the page: it scrolls, by keys too.
+    told = {"tabindex": "0", "role": "region", "aria_label": "picture"}
+    return element("div", picture, class_="picture", **told)
 
 
 def _rectangle(
