@@ -33,7 +33,17 @@ from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, choosing, metrics, recipes, sampling, testing, weighting
+    from mtprune import (
+        affinity,
+        budget,
+        choosing,
+        metrics,
+        plots,
+        recipes,
+        sampling,
+        testing,
+        weighting,
+    )
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
         Plan,
@@ -47,8 +57,10 @@ if _TYPE_CHECKING:
         refit,
         save,
     )
+    from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
+    from mtprune.sweeping import sweep
 
 __all__ = [
     "NM",
@@ -76,6 +88,7 @@ __all__ = [
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",
+    "Sweep",
     "Vote",
     "affinity",
     "budget",
@@ -88,6 +101,7 @@ __all__ = [
     "measure",
     "metrics",
     "plan_of",
+    "plots",
     "priorities",
     "recalibrate_bn",
     "recipes",
@@ -95,6 +109,7 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "sweep",
     "testing",
     "votes",
     "weighting",
@@ -107,6 +122,7 @@ _MODULES = (
     "budget",
     "choosing",
     "metrics",
+    "plots",
     "recipes",
     "sampling",
     "testing",
@@ -134,6 +150,10 @@ def __getattr__(name: str) -> _Any:
         return _import_module(f"mtprune.{name}")
     if name in _CHOOSING:
         return getattr(_import_module("mtprune.choosing"), name)
+    if name == "Sweep":
+        return _import_module("mtprune.curves").Sweep
+    if name == "sweep":
+        return _import_module("mtprune.sweeping").sweep
     if name in _METHODS:
         return getattr(_import_module("mtprune.methods"), name)
     if name in _EXPLAINING:

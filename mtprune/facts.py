@@ -185,19 +185,18 @@ class Facts:
         }
 
     @classmethod
-    def read(cls, entry: Entry, layers: Sequence[Layer], tasks: Collection[str]) -> "Facts":
+    def read(cls, entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> "Facts":
         """The inverse of `state_dict`.
 
         Args:
             entry: What it returned.
-            layers: The layers that there are.
+            sizes: How many weights each layer has.
             tasks: The tasks.
 
         Raises:
             ValueError: If it is not that.
         """
         parts = entry.fields([f.name for f in fields(cls)])
-        sizes = {layer.name: layer.parameter.numel() for layer in layers}
         return cls(
             counts=tuple(_count(part, sizes, tasks) for part in parts["counts"].items()),
             observations=_whole(parts["observations"], tasks),

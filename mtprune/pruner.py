@@ -417,7 +417,8 @@ class MultitaskPruner:
         users = self._reach.read(entries["users"])
         layers = [layer for _, layer in self._reach.active(users)]
         step, done = self._clock.read(entries["step"], entries["done"])
-        facts = Facts.read(entries["facts"], self._inventory.layers, list(self._losses))
+        sizes = {layer.name: layer.parameter.numel() for layer in self._inventory.layers}
+        facts = Facts.read(entries["facts"], sizes, list(self._losses))
         held = self._hold.read(entries["hold"], layers)
         if done >= 0 and users is None:
             raise entries["users"].wrong("must tell which task uses which layer, after an update")

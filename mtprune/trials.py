@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtprune import checks, metrics, saliency
+from mtprune import checks, distributed, metrics, saliency
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import check_method
 from mtprune.metrics import DeltaT, delta_t
+from mtprune.model.names import unwrap
+from mtprune.model.owner import check_free
 from mtprune.model.selectors import Spec
 from mtprune.observing.losses import LossFunction
 from mtprune.pruner import MultitaskPruner
@@ -29,11 +31,15 @@ __all__ = [
     "OutError",
     "Results",
     "Trial",
+    "copied",
     "directions",
     "in_loop",
+    "inner",
     "made",
     "random_state_kept",
+    "read",
     "read_dense",
+    "start_from",
 ]
 
 Candidate = Method[Any] | Callable[[int], Method[Any]]
@@ -41,6 +47,9 @@ Candidate = Method[Any] | Callable[[int], Method[Any]]
 
 Results = dict[str, dict[str, float]]
 """``{task: {metric: value}}``."""
+
+Subject = tuple[nn.Module, Spec, Mapping[str, Any]]
+"""A model, what its tasks share, and the options of pruners."""
 
 _NAMELESS = "value"
 """The metric of a task for which there is a number and no name."""
@@ -108,7 +117,7 @@ class Bench:
         task_losses: See `choose`, as for all that follow.
     """
 
-    subject: tuple[nn.Module, Spec, Mapping[str, Any]]
+    subject: Subject
     task_losses: Mapping[str, LossFunction] | Sequence[str]
     batches: Iterable[Any]
     sparsity: float
@@ -118,8 +127,8 @@ class Bench:
 
     def untrained(self) -> Any:
         """What `evaluate` says of the model as it is."""
-        _seed(0)
-        return self.evaluate(self._copy()[0])
+        start_from(0)
+        return self.evaluate(copied(self.subject)[0])
 
     def dense(self, steps: int, seed: int) -> Any:
         """What it says after training without pruning."""
@@ -141,7 +150,7 @@ class Bench:
             model, pruner = self._begin(method, seed)
             if not in_loop(method):
                 pruner.prune(self.batches, forward=self.forward, progress=False)
-            _seed(seed)
+            start_from(seed)
             self.train(model, pruner, steps)
         _check_steps(pruner, steps)
         kept, due = 1 - pruner.sparsity, 1 - self.sparsity
@@ -155,17 +164,47 @@ class Bench:
             return self.evaluate(model)
 
     def _begin(self, method: Method[Any], seed: int) -> tuple[nn.Module, _Counted]:
-        model, shared, options = self._copy()
-        _seed(seed)
+        model, shared, options = copied(self.subject)
+        start_from(seed)
         return model, _Counted(model, self.task_losses, shared, method=method, seed=seed, **options)
 
-    def _copy(self) -> tuple[nn.Module, Spec, Mapping[str, Any]]:
-        try:
-            return copy.deepcopy(self.subject)
-        except Exception as error:
-            raise TypeError(
-                f"`model` cannot be copied, and trials are made on copies: {error}"
-            ) from error
+
+def copied(subject: Subject) -> Subject:
+    """A copy of all three, in which modules that are named are those of the copy.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(subject)
+    except Exception as error:
+        raise TypeError(
+            f"`model` cannot be copied, and trials are made on copies: {error}"
+        ) from error
+
+
+def inner(model: Any, call: str) -> nn.Module:
+    """The model without wrappers, if trials can be made on copies of it.
+
+    Args:
+        model: What somebody says is a model.
+        call: What makes the trials.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If a pruner has it.
+        RuntimeError: If there are several processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(checks.message("model", model, "must be a torch.nn.Module"))
+    if distributed.world() > 1:
+        raise RuntimeError(
+            f"{call}() makes its trials in one process, and there are "
+            f"{distributed.world()}. Call it before the process group is there."
+        )
+    bare = unwrap(model)
+    check_free(bare)
+    return bare
 
 
 @contextmanager
@@ -232,7 +271,7 @@ class Judge:
         return Trial(name, number, steps, fmean(means), tasks, means)
 
     def _change(self, found: Any, dense: Results) -> DeltaT:
-        pruned = _read(found, self.tasks)
+        pruned = read(found, self.tasks)
         if problem := _not_finite(pruned):
             raise OutError(f"{problem}.")
         for task in self.tasks:
@@ -247,8 +286,13 @@ class Judge:
 # What `evaluate` returns.
 
 
-def _read(found: Any, tasks: Sequence[str]) -> Results:
-    """What `evaluate` returned, with a name for each metric."""
+def read(found: Any, tasks: Sequence[str]) -> Results:
+    """What `evaluate` returned, with a name for each metric.
+
+    Raises:
+        TypeError: If it is no mapping, or a value is no number.
+        ValueError: If it is of other tasks.
+    """
     must = "must return a mapping task -> value or task -> {metric: value}"
     if not isinstance(found, Mapping):
         raise TypeError(checks.message("evaluate", found, must))
@@ -277,7 +321,7 @@ def read_dense(found: Any, tasks: Sequence[str], which: str) -> Results:
         tasks: The tasks.
         which: How the model came about.
     """
-    results = _read(found, tasks)
+    results = read(found, tasks)
     if problem := _not_finite(results):
         raise ValueError(f"{problem}, of the model {which}. Nothing can be compared with that.")
     return results
@@ -335,7 +379,8 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _seed(seed: int) -> None:
+def start_from(seed: int) -> None:
+    """Set the random state of torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

@@ -25,7 +25,7 @@ from mtprune.files import digest, read_json, replace, write
 from mtprune.model.names import unwrap
 from mtprune.reading import Entry
 
-__all__ = ["load", "save"]
+__all__ = ["META", "PRETRAINED", "Saved", "load", "read", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
@@ -123,7 +123,7 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
             raise ValueError(f"'{folder}' says itself which model it holds: leave `model` out.")
         # Imported here, because integrations import compression.
         return import_module("mtprune.integrations.pretrained").load(folder)  # type: ignore[no-any-return]
-    saved = _read(folder)
+    saved = read(folder)
     model = _build(saved) if model is None else unwrap(model)
     # Tensors go to the device of the model.
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -134,7 +134,7 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
 
 
 @dataclass(frozen=True)
-class _Saved:
+class Saved:
     """What a folder holds.
 
     Attributes:
@@ -150,7 +150,7 @@ class _Saved:
     aliases: Mapping[str, str]
 
 
-def _read(folder: Path) -> _Saved:
+def read(folder: Path) -> Saved:
     """All that a folder holds, looked at.
 
     Raises:
@@ -196,7 +196,7 @@ def _read(folder: Path) -> _Saved:
     if double := set(aliases) & set(tensors):
         raise parts["aliases"].wrong(f"must not name {sorted(double)[:3]}, which are tensors")
     made = parts["class"].text(), parts["arguments"].optional(_arguments)
-    return _Saved(made, Plan.read(parts["plan"]), tensors, aliases)
+    return Saved(made, Plan.read(parts["plan"]), tensors, aliases)
 
 
 def _arguments(entry: Entry) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.data = tensors[name]
 
 
-def _build(saved: _Saved) -> nn.Module:
+def _build(saved: Saved) -> nn.Module:
     """A dense model of the recorded class, called with the recorded arguments."""
     recorded, arguments = saved.made
     module, _, qualified = recorded.partition(":")
