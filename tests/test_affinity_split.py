@@ -1,6 +1,6 @@
 """Where a trunk may branch: planted problems, and what a split costs."""
 
-from math import isnan
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +76,7 @@ def trained(targets_of, seed, steps=300):
 def test_two_copies_of_one_task_share_everything(seed):
     found = suggest_split(trained(lambda x: dict.fromkeys(("a", "b"), teacher(x)), seed))
     assert found.best is None
-    assert all(split.agreement > 0.2 for split in found.ranked)
+    assert all(split.agreement > 0.3 for split in found.ranked)
     assert str(found).endswith("Share everything: no split surely gains.")
 
 
@@ -85,7 +85,7 @@ def test_two_copies_of_one_task_share_everything(seed):
 def test_unrelated_tasks_in_one_trunk_part_at_its_first_layer(seed):
     found = suggest_split(trained(lambda x: {"a": teacher(x), "b": teacher(x)}, seed))
     assert (found.best.at, found.best.before) == ("trunk.0.weight", 0)
-    assert abs(found.best.agreement) < 0.1
+    assert -0.1 < found.best.interval[0] < found.best.interval[1] < 0.15
     assert str(found).endswith("Split at trunk.0.weight into a | b.")
 
 
@@ -128,13 +128,13 @@ def draw_of(tasks, layers, agreeing):
 
 
 def null_of(layers, agreeing=None, cost=2, tasks=("a", "b")):
-    """A null whose draws agree in nothing."""
+    """A null in all of whose draws some pairs agree wherever one of them keeps anything."""
     subjects = tuple(
         Subject(name, "shared", (len(next(iter(rows.values()))),), tuple(rows), cost)
         for name, rows in layers.items()
     )
-    own = draw_of(tasks, layers, agreeing or {})
-    return Null(tasks, subjects, own, (draw_of(tasks, layers, {}),) * 3)
+    draw = draw_of(tasks, layers, agreeing or {})
+    return Null(tasks, subjects, draw, (draw,) * 3)
 
 
 ONE, TWO = [1, 1, 0, 0], [0, 0, 1, 1]
@@ -217,7 +217,15 @@ def test_nothing_kept_agrees_in_nothing():
     found = suggest_split(null_of({"l0": {"a": [0, 0], "b": [0, 0]}}))
     assert found.best is None
     assert found.ranked[0].agreement == 0.0
-    assert isnan(found.ranked[0].interval[0])
+    assert found.ranked[0].interval == (0.0, 0.0)
+
+
+def test_one_draw_is_no_ground_to_split():
+    null = null_of({"l0": {"a": ONE, "b": TWO}})
+    assert suggest_split(null).best is not None
+    found = suggest_split(replace(null, draws=null.draws[:1]))
+    assert found.best is None
+    assert found.ranked[0].gain[0] > 0
 
 
 def test_what_cannot_be_split_is_refused():

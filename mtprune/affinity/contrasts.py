@@ -17,7 +17,7 @@ from mtprune import checks
 if TYPE_CHECKING:
     from mtprune.affinity.overlap import Affinity
 
-__all__ = ["Contrast", "Contrasts", "contrast", "student"]
+__all__ = ["Contrast", "Contrasts", "contrast", "mean_within", "spread", "student"]
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ class Contrast:
         draws = len(self._known)
         if draws < 2:
             return -inf, inf
-        middle = self.expected
-        spread = sqrt(sum((value - middle) ** 2 for value in self._known) / (draws - 1))
-        reach = student(draws - 1, 1 - (1 - confidence) / of) * spread * sqrt(1 + 1 / draws)
+        reach = student(draws - 1, 1 - (1 - confidence) / of) * sqrt(1 + 1 / draws)
+        reach *= spread(self._known)
         return self.excess - reach, self.excess + reach
 
     @property
@@ -143,6 +142,27 @@ def contrast(affinity: "Affinity", nulls: Sequence["Affinity"]) -> Contrasts:
             for i, layer in enumerate(affinity.layers)
         },
     )
+
+
+def mean_within(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of the mean of draws; infinite for a single one.
+
+    Example:
+        >>> low, high = mean_within([1.0, 2.0, 3.0])
+        >>> round(low, 3), round(high, 3)
+        (-0.484, 4.484)
+    """
+    draws = len(values)
+    if draws < 2:
+        return -inf, inf
+    reach = student(draws - 1, confidence) * spread(values) / sqrt(draws)
+    return fmean(values) - reach, fmean(values) + reach
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of two draws or more."""
+    middle = fmean(values)
+    return sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 @cache
