@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from common import data, judging, losses
 from common.balancing import Balance
 from common.loop import Run, batches_from, build, evaluate, forward, set_rate
@@ -20,7 +21,7 @@ from common.options import Options, Problem
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mtprune import checks
+from mtprune import PerTaskKeep, affinity, checks
 from mtprune.methods import Method
 from mtprune.report import Report
 
@@ -109,6 +110,33 @@ class Bench:
         few = run.options.observations
         batches = islice(batches_from(self.problem, run, 0, few), few)
         return run.pruner.prune(map(run.to_device, batches), forward=forward, progress=False)
+
+    def null(
+        self, seed: int, sparsity: float | PerTaskKeep, draws: int, *, start: State | None = None
+    ) -> affinity.Null:
+        """What tasks would keep beside others' targets, scored on the first batches of a seed.
+
+        Args:
+            seed: Of the run, and of the draws.
+            sparsity: Share of zeros in what a task keeps.
+            draws: How many.
+            start: The weights of a trained net; those at initialisation unless given.
+        """
+        run = self.run(seed, start=start)
+        run.pruner.finalize()
+        few = run.options.observations
+        batches = map(run.to_device, islice(batches_from(self.problem, run, 0, few), few))
+        return affinity.permuted(
+            run.model,
+            {name: losses.task_loss(name, task) for name, task in run.tasks.items()},
+            batches,
+            run.model.shared_modules(),
+            sparsity=sparsity,
+            draws=draws,
+            forward=forward,
+            seed=seed,
+            progress=False,
+        )
 
     def train(self, run: Run, balance: Balance | None = None, *, start: int = 0) -> None:
         """Train to the end of a run.
@@ -210,6 +238,49 @@ def shuffled(source: data.Source, tasks: Iterable[str], seed: int) -> data.Sourc
     else:
         moved = _Shuffled(split, orders)
     return replace(source, splits={**source.splits, "train": moved})
+
+
+def noise(source: data.Source, tasks: Iterable[str]) -> data.Source:
+    """Random pictures with random labels in the training split, for each task apart.
+
+    Classes are drawn at random; of other labels it is their places in a picture, and the picture.
+    """
+    classes = {task: source.outputs[task] for task in tasks}
+    split = _Noise(source.splits["train"], classes)
+    return replace(source, splits={**source.splits, "train": split})
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """A split of which nothing is left but shapes, and values of labels that are no classes.
+
+    Attributes:
+        split: The samples.
+        classes: How many a task has, if it has any.
+    """
+
+    split: data.Split
+    classes: Mapping[str, int]
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.split)
+
+    def __getitem__(self, number: int) -> data.Sample:
+        """A random picture with labels, the same each time."""
+        random = torch.Generator().manual_seed(number)
+        picture = self.split[number]["input"]
+        found = {"input": torch.randn(picture.shape, generator=random)}
+        for task, count in self.classes.items():
+            other = int(torch.randint(len(self), (), generator=random))
+            label = self.split[other][task]
+            if label.dtype == torch.int64:
+                found[task] = torch.randint(count, label.shape, generator=random)
+            else:
+                flat = label.flatten(-2) if label.dim() > 1 else label
+                order = torch.randperm(flat.shape[-1], generator=random)
+                found[task] = flat[..., order].view(label.shape)
+        return found
 
 
 @dataclass(frozen=True)
