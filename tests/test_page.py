@@ -144,6 +144,24 @@ def test_it_needs_nothing_beside_itself(voted, tmp_path):
     assert "trunk.0  dense" in page.text
 
 
+def test_an_affinity_stands_beside_its_null(voted, tmp_path):
+    layers = (
+        affinity.LayerAffinity("l0", 0.5, 0.25, {}, null=(0.25, 0.25)),
+        affinity.LayerAffinity("l1", float("nan"), 0.0, {}, null=(0.1, 0.2)),
+    )
+    found = {
+        "with": affinity.Affinity(layers, 0.5, 0.25, null=(0.25, 0.25)),
+        "without": affinity.Affinity(tuple(replace(x, null=()) for x in layers), 0.5, 0.25),
+    }
+    page = Page(voted.report().save(tmp_path / "r.html", affinity=found).read_text("utf-8"))
+    head, first, second, total = page.tables["Overlap of masks, and that of independent ones."]
+    assert head[3:6] == ["with: unrelated", "with: excess", "with: 95 % interval"]
+    assert head[6:] == ["without: overlap", "without: by chance"]
+    numbers = ["0.500", "0.250", "0.250", "+0.250", "+0.250 to +0.250", "0.500", "0.250"]
+    assert (first, total) == (["l0", *numbers], ["all", *numbers])
+    assert (second[0], second[1], second[6]) == ("l1", "empty", "empty")
+
+
 def test_names_are_text(voted, tmp_path):
     report = voted.report()
     evil = "<script>alert('x')</script>&\""

@@ -45,6 +45,7 @@ class Likeness:
             masks: What they would keep, bool ``[m]`` each.
 
         Example:
+            >>> import torch
             >>> alike = Likeness.of(
             ...     [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])],
             ...     [torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-2.0, 0.0, 0.0])],

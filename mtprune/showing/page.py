@@ -6,11 +6,12 @@ elsewhere. Each picture has its numbers in a table below it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mtprune.affinity import Affinity
+from mtprune.affinity import Affinity, LayerAffinity
 from mtprune.metrics import delta_t, lower_is_better
 from mtprune.showing import svg
 from mtprune.showing.html import Element, element, table, void
@@ -31,6 +32,8 @@ _PARTS = {
 }
 _PLAIN = {"kept": "c0", "pruned": "c4"}  # where no task has a say of its own
 _MOST = 100  # layers in a picture; the table has all
+_BY_CHANCE = ("overlap", "by chance")
+_BY_NULL = ("unrelated", "excess", "95 % interval")
 
 
 @dataclass(frozen=True)
@@ -291,20 +294,24 @@ def _affinity(found: Mapping[str, Affinity]) -> Element:
     places = {what: {layer.name: layer for layer in a.layers} for what, a in found.items()}
     shown = layers[:_MOST]
     cells = {
-        name: [places[what][name].iou if name in places[what] else None for what in found]
+        name: [
+            places[what][name].iou
+            if name in places[what] and not places[what][name].empty
+            else None
+            for what in found
+        ]
         for name in shown
     }
-    head = ["layer", *(f"{what}: {x}" for what in found for x in ("overlap", "by chance"))]
+    beside = {what: [*_BY_CHANCE, *(_BY_NULL if a.null else ())] for what, a in found.items()}
+    head = ["layer", *(f"{what}: {x}" for what in found for x in beside[what])]
     rows = []
     for name in layers:
         row = [name]
         for what in found:
             layer = places[what].get(name)
-            row += ["", ""] if layer is None else [f"{layer.iou:.3f}", f"{layer.chance:.3f}"]
+            row += [""] * len(beside[what]) if layer is None else _overlap(layer)
         rows.append(row)
-    total = ["all"]
-    for a in found.values():
-        total += [f"{a.iou:.3f}", f"{a.chance:.3f}"]
+    total = ["all", *(cell for a in found.values() for cell in _overlap(a))]
     return element(
         "section",
         element("h2", "Where tasks agree"),
@@ -316,6 +323,15 @@ def _affinity(found: Mapping[str, Affinity]) -> Element:
         svg.heat(cells, list(found), says="For each layer the overlap of the tasks' masks."),
         table(head, [*rows, total], caption="Overlap of masks, and that of independent ones."),
     )
+
+
+def _overlap(found: Affinity | LayerAffinity) -> list[str]:
+    """An overlap and what it is held against."""
+    cells = ["empty" if isnan(found.iou) else f"{found.iou:.3f}", f"{found.chance:.3f}"]
+    if found.interval is not None:
+        low, high = found.interval
+        cells += [f"{found.expected:.3f}", f"{found.excess:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+    return cells
 
 
 def _masks(masks: Mapping[str, Tensor]) -> Element:
