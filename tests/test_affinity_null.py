@@ -251,11 +251,25 @@ def test_a_batch_of_one_sample_is_refused():
         ask(model, losses, batches)
 
 
-def test_a_loss_that_takes_targets_from_outputs_has_no_null():
-    model, losses, batches = problem()
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_loss_that_takes_targets_from_outputs_has_no_null(batches):
+    model, losses, batches = problem(batches=batches)
     losses["depth"] = lambda outputs, batch: outputs["depth"].square().mean()
     with pytest.raises(ValueError, match=r"loss of task 'depth' is the same whichever targets"):
         ask(model, losses, batches)
+
+
+def test_errors_of_one_sign_are_no_sign_of_that():
+    model, losses, batches = problem()
+    losses["depth"] = lambda outputs, batch: (outputs["depth"] - batch["depth"] - 100).abs().mean()
+    null = ask(model, losses, batches)
+    assert len(null.draws) == 2
+
+
+def test_batches_may_have_different_sizes():
+    model, losses, batches = problem()
+    batches.append({name: rows[:5] for name, rows in batches[0].items()})
+    assert len(ask(model, losses, batches).draws) == 2
 
 
 @pytest.mark.parametrize(

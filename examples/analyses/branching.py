@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from analyses.bench import Bench, Found, State, Study, change, share_of_zeros
 from analyses.drawing import COLORS, Row, changes, names, picture
-from mtprune import MultitaskPruner, Vote
+from mtprune import MultitaskPruner, OneShot, Vote
 from mtprune.affinity import suggest_split
 
 Groups = Sequence[Sequence[str]]
@@ -114,7 +114,7 @@ def with_net(
         net,
         every,
         net.shared_modules(),
-        method=method or Vote(0.0),
+        method=method or Vote(0.0, schedule=OneShot(run.options.steps + 1)),  # never due
         optimizer=optimizer,
         seed=seed,
     )

@@ -8,8 +8,8 @@ outputs stay beside their own targets: that is what the draws are held against.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import combinations, islice
-from math import isclose, prod
+from itertools import chain, combinations, islice
+from math import isclose, nan, prod
 from typing import Any, TypeVar
 
 import torch
@@ -196,10 +196,10 @@ def permuted(
     selection = Selection(shared_modules, include, exclude)
     board = _Board(own, tasks, selection, _alone(method, sparsity), forward, seed)
     held = board.gather(batches)
+    board.check_targets(held)
     passes: list[torch.Generator | None] = [None]
     passes += [torch.Generator().manual_seed(hash((seed, i)) & (2**63 - 1)) for i in range(draws)]
     found = [board.draw(held, shuffle) for shuffle in bar(passes, progress, "pairing")]
-    board.check_moved()
     return Null(tuple(tasks), tuple(board.subjects(held[0])), found[0], tuple(found[1:]))
 
 
@@ -257,7 +257,6 @@ class _Board:
         gradients = {_GRADIENT: PerWeight(_signed)}
         self._needs = replace(needs, statistics={**needs.statistics, **gradients})
         self._reach = Reach(self._inventory)
-        self._moved: set[str] = set()  # the tasks whose loss is another beside others' targets
 
     def gather(self, batches: Iterable[Any]) -> list[Any]:
         """The batches that count.
@@ -330,19 +329,37 @@ class _Board:
             found.append((last, i, replace(subject, cost=cost)))
         return [subject for *_, subject in sorted(found, key=lambda entry: entry[:2])]
 
-    def check_moved(self) -> None:
-        """Refuse a task whose loss never depended on what its outputs were beside.
+    def check_targets(self, batches: Sequence[Any]) -> None:
+        """Refuse a task whose loss does not depend on what its outputs are beside.
+
+        That of errors which all have one sign is the same for any order of samples, and yet
+        another beside another batch.
 
         Raises:
             ValueError: If there is one.
         """
+        with untouched(self._model), torch.enable_grad():
+            outputs = self._forward(self._model, batches[0])
+        turned = paired(outputs, torch.arange(sample_count(outputs, 0)).roll(1))
         for task in self._tasks:
-            if task not in self._moved:
+            own = self._value(task, outputs, batches[0])
+            others = ((outputs, batch) for batch in batches[1:])
+            pairs = chain([(turned, batches[0])], others)
+            if all(isclose(self._value(task, *pair), own, rel_tol=1e-5) for pair in pairs):
                 raise ValueError(
                     f"The loss of task '{task}' is the same whichever targets its outputs are "
                     "beside, so there is no null. Targets must come from the batch, not from the "
-                    "outputs, and differ between samples."
+                    "outputs, and differ between samples. If they do, pass several batches."
                 )
+
+    @torch.no_grad()
+    def _value(self, task: str, outputs: Any, batch: Any) -> float:
+        """The loss of a task; NaN if outputs do not go with a batch."""
+        try:
+            loss = compute(self._tasks, outputs, batch, [task])[task]
+        except Exception:  # targets of another size, which says that the loss looks at them
+            return nan
+        return sum(float(part) for part in tree_leaves(loss))
 
     @property
     def _subjects(self) -> list[Subject]:
@@ -355,24 +372,11 @@ class _Board:
         outputs = self._forward(self._model, batch)
         samples = sample_count(outputs, number)
         if shuffle is None:
-            losses = compute(self._tasks, outputs, batch, None)
-        else:
-            orders = deal(samples, list(self._tasks), shuffle)
-            losses = {
-                task: compute(self._tasks, paired(outputs, order), batch, [task])[task]
-                for task, order in orders.items()
-            }
-            self._compare(losses, outputs, batch)
-        return losses
-
-    def _compare(self, losses: Mapping[str, Any], outputs: Any, batch: Any) -> None:
-        """Note the tasks whose loss is another beside others' targets."""
-        for task in self._tasks:
-            if task not in self._moved:
-                with torch.no_grad():
-                    own = compute(self._tasks, outputs, batch, [task])[task]
-                if not isclose(_number(losses[task]), _number(own), rel_tol=1e-5):
-                    self._moved.add(task)
+            return compute(self._tasks, outputs, batch, None)
+        return {
+            task: compute(self._tasks, paired(outputs, order), batch, [task])[task]
+            for task, order in deal(samples, list(self._tasks), shuffle).items()
+        }
 
 
 _GRADIENT = "gradient of each task"
@@ -381,7 +385,3 @@ _GRADIENT = "gradient of each task"
 def _signed(weight: Tensor, grad: Tensor) -> Tensor:
     """The gradient, which adds up with its sign."""
     return grad
-
-
-def _number(loss: Any) -> float:
-    return sum(float(torch.as_tensor(part).detach()) for part in tree_leaves(loss))
