@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune import MultitaskPruner, Vote, saliency
-from mtprune.affinity import Affinity, Contrast, compare, iou, permuted, watershed
+from mtprune import NM, Block, MultitaskPruner, Vote, saliency
+from mtprune.affinity import Affinity, Contrast, compare, iou, permuted, suggest_split, watershed
 from mtprune.affinity.likeness import Likeness
 from mtprune.affinity.null import Draw, Null
 from mtprune.affinity.pairing import deal, paired
@@ -295,6 +295,25 @@ def test_wrong_arguments_are_refused(options, error, message):
     model, losses, batches = problem()
     with pytest.raises(error, match=message):
         ask(model, losses, batches, **options)
+
+
+def test_outputs_without_a_graph_are_refused_as_everywhere():
+    model, losses, batches = problem()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Loss of task 'seg' carries no gradient"):
+        ask(model, losses, batches)
+
+
+@pytest.mark.parametrize("granularity", [NM(2, 4), Block(2, 2)], ids=repr)
+def test_larger_units_have_a_null(granularity):
+    model, losses, batches = problem()
+    method = Vote(0.5, granularity=granularity, observations=2)
+    null = ask(model, losses, batches, method=method, shared_modules=model.trunk)
+    pruner = MultitaskPruner(model, losses, model.trunk, method=method)
+    pruner.prune(batches, forward=forward, progress=False)
+    found = compare(pruner.task_masks, null)
+    assert found == compare(null.task_masks, null)
+    assert len(suggest_split(null).ranked) == len(found.layers)
 
 
 def test_no_batch_one_task_and_a_pruned_model_are_refused():

@@ -54,7 +54,8 @@ def sample_count(outputs: Any, batch: int) -> int:
     Raises:
         ValueError: If outputs do not tell, or there is one sample.
     """
-    sizes = sorted({len(x) for x in _tensors(outputs) if x.requires_grad and x.dim()})
+    found = [x for x in _tensors(outputs) if x.dim() and x.is_floating_point()]
+    sizes = sorted({len(x) for x in [x for x in found if x.requires_grad] or found})
     if not sizes:
         what = type(outputs).__name__
         if isinstance(outputs, Tensor):
