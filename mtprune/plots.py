@@ -13,7 +13,6 @@ from torch import Tensor
 from mtprune.affinity import Affinity, watershed
 from mtprune.curves import Sweep
 from mtprune.report import PARTS, Moment, Report, Row
-from mtprune.showing.agreement import expected_of, reach_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +123,7 @@ def affinity(found: "Affinity | Mapping[str, Affinity]", *, axes: "Axes | None" 
         for what in named:
             layer = places[what].get(name)
             nan = float("nan")
-            row += [nan, nan] if layer is None else [layer.iou, expected_of(layer)]
+            row += [nan, nan] if layer is None else [layer.iou, layer.expected]
         cells.append(row)
     head = [f"{what}{column}" for what in named for column in ("", ", unrelated")]
     return _heat(axes, names, head, cells, "intersection over union")
@@ -142,8 +141,8 @@ def depth(found: Affinity, *, axes: "Axes | None" = None) -> "Axes":
     """
     layers = _some([layer for layer in found.layers if not isnan(layer.iou)])
     axes, across = _axes(axes), range(len(layers))
-    chance = [expected_of(layer) for layer in layers]
-    reach = [reach_of(layer) or 0.0 for layer in layers]
+    chance = [layer.expected for layer in layers]
+    reach = [layer.reach or 0.0 for layer in layers]
     axes.plot(across, [layer.iou for layer in layers], marker="o", label="overlap")
     axes.plot(across, chance, linestyle="--", color=_COLOURS["no task alone"], label="unrelated")
     low = [value - r for value, r in zip(chance, reach, strict=True)]

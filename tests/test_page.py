@@ -155,6 +155,24 @@ def test_it_needs_nothing_beside_itself(voted, tmp_path):
     assert "trunk.0  dense" in page.text
 
 
+def test_an_affinity_stands_beside_its_null(voted, tmp_path):
+    layers = (
+        affinity.LayerAffinity("l0", 0.5, 0.25, {}, null=(0.25, 0.25)),
+        affinity.LayerAffinity("l1", float("nan"), 0.0, {}, null=(0.1, 0.2)),
+    )
+    found = {
+        "with": affinity.Affinity(layers, 0.5, 0.25, null=(0.25, 0.25)),
+        "without": affinity.Affinity(tuple(replace(x, null=()) for x in layers), 0.5, 0.25),
+    }
+    page = Page(voted.report().save(tmp_path / "r.html", affinity=found).read_text("utf-8"))
+    caption = "Overlap of masks, that of unrelated tasks, and the excess."
+    head, first, second, total = page.tables[caption]
+    assert head[1:5] == ["with: overlap", "with: unrelated", "with: excess", "with: ±"]
+    numbers = ["0.500", "0.250", "+0.250"]
+    assert (first, total) == tuple([x, *numbers, "0.000", *numbers, ""] for x in ("l0", "all"))
+    assert (second[0], second[1], second[5]) == ("l1", "empty", "empty")
+
+
 def test_names_are_text(voted, tmp_path):
     report = voted.report()
     evil = "<script>alert('x')</script>&\""

@@ -1,35 +1,28 @@
 """FSDP2: a model that `fully_shard` spreads over ranks is pruned as one process would prune it."""
 
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
-import mtprune
 from mtprune import (
     Block,
     Cubic,
     Head,
-    LowRank,
     Neuron,
     OneShot,
     PerTaskKeep,
     Refit,
     Regrow,
-    Rounds,
     SoftThreshold,
     Vote,
     recipes,
     saliency,
     votes,
 )
-from mtprune.integrations.dcp import PrunerState
 from mtprune.weighting import PruningSensitivity
 from tests.ranks import on_ranks
-from tests.sharded import TASKS, Encoder, Loop, Net, batch, losses, quiet, shard, whole
+from tests.sharded import Encoder, Loop, Net, quiet, shard, whole
 
 pytestmark = pytest.mark.slow
 

@@ -1,13 +1,13 @@
 """Where tasks agree: the overlap of their masks against what chance gives, and the watershed."""
 
 from collections.abc import Mapping
-from math import isfinite, isnan
+from math import isnan
 
 from mtprune.affinity import Affinity, LayerAffinity, watershed
 from mtprune.showing import svg
 from mtprune.showing.html import Element, element, table
 
-__all__ = ["agreement", "expected_of", "reach_of"]
+__all__ = ["agreement"]
 
 _LEAST = 0.1  # the smallest drop that is called a watershed
 _MANY = 8  # of more affinities than that, layers are not drawn
@@ -45,7 +45,7 @@ def _heat(found: Mapping[str, Affinity], names: list[str]) -> Element:
         cells[name] = [
             None if layer is None or isnan(value) else value
             for layer in (places[what].get(name) for what in found)
-            for value in ((layer.iou, expected_of(layer)) if layer is not None else (0.0, 0.0))
+            for value in ((layer.iou, layer.expected) if layer is not None else (0.0, 0.0))
         ]
     head = [column for what in found for column in (what, "unrelated")]
     says = "For each layer the overlap of the tasks' masks, and that of unrelated ones."
@@ -55,7 +55,7 @@ def _heat(found: Mapping[str, Affinity], names: list[str]) -> Element:
 def _together(found: Mapping[str, Affinity]) -> Element:
     """A row for each affinity, of all layers together."""
     cells = {
-        what: [None, None] if isnan(a.iou) else [a.iou, expected_of(a)] for what, a in found.items()
+        what: [None, None] if isnan(a.iou) else [a.iou, a.expected] for what, a in found.items()
     }
     says = "The overlap of the tasks' masks in all layers together, and that of unrelated ones."
     return svg.heat(cells, ["overlap", "unrelated"], says=says)
@@ -67,8 +67,9 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
     if len(known) < 2:
         return []
     curve = [layer.iou for layer in affinity.layers]
-    expected = [expected_of(layer) for layer in affinity.layers]
-    split = watershed(curve, expected, least=_LEAST)
+    expected = [layer.expected for layer in affinity.layers]
+    tested = all(layer.null for layer in affinity.layers)
+    split = watershed(affinity if tested else curve, None if tested else expected, least=_LEAST)
     after = None
     if split is not None:
         after = next(i for i, _ in known if i > split.before + 1)
@@ -78,20 +79,21 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
             "between two layers."
         )
     else:
-        sentence = f"Watershed of {what}: none. The excess never drops by {_LEAST:g}."
+        beyond = " beyond chance" if tested else ""
+        sentence = f"Watershed of {what}: none. The excess never drops by {_LEAST:g}{beyond}."
     picture = svg.lines(
         {
             "overlap": [(float(i), layer.iou) for i, layer in known],
-            "unrelated": [(float(i), expected_of(layer)) for i, layer in known],
+            "unrelated": [(float(i), layer.expected) for i, layer in known],
         },
         unit="share",
         across="layer",
         says=f"Overlap of {what} from layer to layer, and that of unrelated tasks. {sentence}",
         mark=None if split is None or after is None else (split.before + 1.0, float(after)),
         band=[
-            (float(i), expected_of(layer) - reach, expected_of(layer) + reach)
+            (float(i), layer.expected - reach, layer.expected + reach)
             for i, layer in known
-            if (reach := reach_of(layer)) is not None
+            if (reach := layer.reach) is not None
         ],
     )
     return [element("h3", what), picture, element("p", sentence)]
@@ -99,7 +101,7 @@ def _depth(what: str, affinity: Affinity) -> list[Element]:
 
 def _table(found: Mapping[str, Affinity], names: list[str]) -> Element:
     places = {what: {layer.name: layer for layer in a.layers} for what, a in found.items()}
-    sure = any(reach_of(layer) is not None for a in found.values() for layer in a.layers)
+    sure = any(layer.reach is not None for a in found.values() for layer in a.layers)
     columns = ["overlap", "unrelated", "excess", *(["±"] if sure else [])]
     rows = []
     for name in names:
@@ -119,19 +121,6 @@ def _table(found: Mapping[str, Affinity], names: list[str]) -> Element:
 def _cells(layer: LayerAffinity | Affinity, sure: bool) -> list[str]:
     if isnan(layer.iou):
         return ["empty", "", "", *([""] if sure else [])]
-    expected, reach = expected_of(layer), reach_of(layer)
+    expected, reach = layer.expected, layer.reach
     cells = [f"{layer.iou:.3f}", f"{expected:.3f}", f"{layer.iou - expected:+.3f}"]
     return cells + ([f"{reach:.3f}" if reach is not None else ""] if sure else [])
-
-
-def expected_of(layer: LayerAffinity | Affinity) -> float:
-    """The overlap of unrelated tasks: what a null found, or else that of independent masks."""
-    return float(getattr(layer, "expected", layer.chance))
-
-
-def reach_of(layer: LayerAffinity | Affinity) -> float | None:
-    """Half the width of the interval of the excess, where a null gives one."""
-    interval = getattr(layer, "interval", None)
-    if interval is None or not all(map(isfinite, interval)):
-        return None
-    return float(interval[1] - interval[0]) / 2
