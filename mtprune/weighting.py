@@ -307,8 +307,13 @@ class Weigher:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each task now."""
+        return {task: float(weight) for task, weight in self.current.items()}
+
+    @property
+    def current(self) -> dict[str, float | Tensor]:
+        """The weight of each task now, as the weighting left it: nothing is waited for."""
         weights = self._memory.get("weights", {})
-        return {task: float(weights.get(task, 1.0)) for task in self._tasks}
+        return {task: weights.get(task, 1.0) for task in self._tasks}
 
     def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of scalar losses; no gradient flows through the weights."""
