@@ -297,7 +297,9 @@ class MultitaskPruner:
                     )
                 if update != updates[-1]:
                     self._update(update)
+                    self._write_losses()
         self._update(updates[-1])
+        self._write_losses()
         self._round.listen(self._clock.near)
         return self.report()
 
@@ -315,7 +317,7 @@ class MultitaskPruner:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
         return self._weigher.weigh(present)
 
-    def track(self, writer: Any, *, every: int = 50, layers: Collection[str] = ()) -> None:
+    def track(self, writer: Any, *, every: int = 50, layers: Collection[str] = ()) -> Tracker:
         """Write curves of the run while it goes on; names begin with ``mtprune/``.
 
         Every so many steps each task's ``loss`` and ``weight``; at an update also ``sparsity`` and
@@ -332,6 +334,9 @@ class MultitaskPruner:
             every: How many steps lie between two writes of losses and weights.
             layers: The layers whose masks are drawn, as `masks` names them; the largest of those
                 that most tasks use unless given.
+
+        Returns:
+            The tracker; its ``write()`` writes losses and weights at once.
         """
         self._check_alive("track")
         checks.whole("every", every, least=1)
@@ -340,9 +345,10 @@ class MultitaskPruner:
             raise ValueError(f"`layers` names {unknown}. Prunable here: {known}.")
         from mtprune.integrations.trackers import writer_of  # most runs do not need it
 
-        to = writer_of(writer)
+        tracker = Tracker(writer_of(writer), every, list(layers))
         if distributed.rank() == 0:
-            self._trackers.append(Tracker(to, every, list(layers)))
+            self._trackers.append(tracker)
+        return tracker
 
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
@@ -578,6 +584,11 @@ class MultitaskPruner:
             now = max(step, self._clock.step)
             tracker.update(now, decision, self._facts.counts, self._weigher.current)
         return changed
+
+    def _write_losses(self) -> None:
+        """Let trackers write the losses of an update where there is no loop to write them in."""
+        for tracker in self._trackers:
+            tracker.write()
 
     def _show(self, ballot: Ballot) -> None:
         """Let trackers see what an update is decided on."""

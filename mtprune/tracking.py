@@ -86,6 +86,7 @@ class Tracker:
         self._last = 0
         self._waiting: list[_Reading] = []
         self._before: _Before | None = None
+        self._now: tuple[int, Weights] = (0, {})
 
     def note(self, losses: Mapping[str, Tensor]) -> None:
         """Take in the losses of a batch, scalars; only their sums are kept."""
@@ -96,6 +97,7 @@ class Tracker:
 
     def tick(self, step: int, weights: Weights) -> None:
         """Write losses and weights if that is due after ``step`` optimizer steps."""
+        self._now = (step, weights)
         if step - self._last >= self._every:
             self._read(step, weights)
         while self._waiting and self._waiting[0].arrived:
@@ -124,7 +126,7 @@ class Tracker:
             counts: The numbers of all pruned layers.
             weights: What each task's loss counts.
         """
-        self._read(step, weights)
+        self._now = (step, weights)
         self.flush()
         values: dict[str, Value | None] = {**_numbers(counts)}
         if self._before is not None:
@@ -135,6 +137,12 @@ class Tracker:
         self._before = None
         known = {f"mtprune/{name}": value for name, value in values.items() if value is not None}
         self._writer.log(known, step)
+
+    def write(self) -> None:
+        """Write losses and weights now, as they were after the last step."""
+        step, weights = self._now
+        self._read(step, weights)
+        self.flush()
 
     def flush(self) -> None:
         """Write all that has been read."""

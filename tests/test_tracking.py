@@ -80,9 +80,9 @@ def test_losses_are_means_since_the_last_write():
     run.pruner.track(rows, every=4)
     run.train()
     curve = rows.curve("loss/a")
-    assert list(curve) == [2, 5, 8, 12]  # every update, then four steps after the last
-    for begin, end in ((0, 2), (2, 5), (5, 8), (8, 12)):
-        mean = sum(losses["a"] for losses in run.losses[begin:end]) / (end - begin)
+    assert list(curve) == [4, 8, 12]
+    for end in curve:
+        mean = sum(losses["a"] for losses in run.losses[end - 4 : end]) / 4
         assert curve[end] == pytest.approx(mean, rel=1e-6)
     assert rows.curve("weight/b") == dict.fromkeys(curve, 1.0)
 
@@ -154,7 +154,7 @@ def test_a_run_that_is_tracked_is_the_run_that_is_not(method, backend):
     assert same(plain.pruner.masks, tracked.pruner.masks)
     assert same(plain.model.state_dict(), tracked.model.state_dict())
     assert rows.curve("sparsity/all")
-    assert set(rows.curve("loss/b")) >= set(range(1, STEPS))
+    assert list(rows.curve("loss/b")) == list(range(1, STEPS + 1))
 
 
 class Reads(TorchDispatchMode):
@@ -241,7 +241,7 @@ def test_pruning_without_a_loop_is_written_too():
     pruner.track(rows)
     pruner.prune(run.batches, forward=lambda m, x: m["trunk"](x))
     assert list(rows.curve("sparsity/all")) == [0, 1, 2, 3]
-    assert rows.curve("loss/a")[0] > 0
+    assert list(rows.curve("loss/a")) == [0, 1, 2, 3]
 
 
 def test_numbers_that_lie_where():
