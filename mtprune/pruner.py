@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtprune import checkpoint, distributed
+from mtprune import checkpoint, checks, distributed
 from mtprune.facts import Facts, GroupRow, everywhere
 from mtprune.holding import make_masking
 from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
-from mtprune.methods.base import check_method, describe
+from mtprune.methods.base import Ballot, check_method, describe
 from mtprune.methods.inventory import Selection, check_parts, take_inventory
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
@@ -42,6 +42,7 @@ from mtprune.observing.supply import Supply
 from mtprune.observing.sweeps import backward, check_fold
 from mtprune.progress import bar
 from mtprune.report import Report, make_report
+from mtprune.tracking import Tracker
 from mtprune.weighting import Weigher, parse_weighting
 
 __all__ = ["MultitaskPruner"]
@@ -138,6 +139,7 @@ class MultitaskPruner:
         )
         self._task_masks: PackedTaskMasks | None = None
         self._facts = Facts.before(inventory.layers)
+        self._trackers: list[Tracker] = []
         self._finalized = False
         handles = accept_pruned_keys(inventory.layers)
         self._release = weakref.finalize(self, _remove, handles)
@@ -251,6 +253,8 @@ class MultitaskPruner:
             if self._is_ready(update):
                 self._warn_of_haste(update)
                 changed = self._update(update)
+        for tracker in self._trackers:
+            tracker.tick(self._clock.step, self._weigher.current)
         self._round.listen(self._clock.near)
         return changed
 
@@ -295,7 +299,9 @@ class MultitaskPruner:
                     )
                 if update != updates[-1]:
                     self._update(update)
+                    self._write_losses()
         self._update(updates[-1])
+        self._write_losses()
         self._round.listen(self._clock.near)
         return self.report()
 
@@ -313,12 +319,47 @@ class MultitaskPruner:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
         return self._weigher.weigh(present)
 
+    def track(self, writer: Any, *, every: int = 50, layers: Collection[str] = ()) -> Tracker:
+        """Write curves of the run while it goes on; names begin with ``mtprune/``.
+
+        Every so many steps each task's ``loss`` and ``weight``; at an update also ``sparsity`` and
+        ``kept``, the share of all kept weights, by component and by task, the share of a task's
+        weights it would keep alone (``wanted``), thresholds, the overlap of the masks before and
+        after (``iou``), histograms of ``worth`` and of the decimal logarithms of each task's
+        ``saliency``, and a layer's ``mask`` as a picture. Losses are means over the steps since the
+        last write, of this process, and are not waited for: on a GPU they are written once they
+        have arrived. Of several processes only the first writes.
+
+        Args:
+            writer: TensorBoard's ``SummaryWriter``, a W&B run, the module ``mlflow``, a Lightning
+                logger, or an object with ``log(mapping, step)``, which gets the numbers alone.
+            every: How many steps lie between two writes of losses and weights.
+            layers: The layers whose masks are drawn, as `masks` names them; the largest of those
+                that most tasks use unless given.
+
+        Returns:
+            The tracker; its ``write()`` writes losses and weights at once.
+        """
+        self._check_alive("track")
+        checks.whole("every", every, least=1)
+        known = [layer.name for layer in self._inventory.layers]
+        if unknown := sorted(set(layers) - set(known)):
+            raise ValueError(f"`layers` names {unknown}. Prunable here: {known}.")
+        from mtprune.integrations.trackers import writer_of  # most runs do not need it
+
+        tracker = Tracker(writer_of(writer), every, list(layers))
+        if distributed.rank() == 0:
+            self._trackers.append(tracker)
+        return tracker
+
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
 
         Masks, sparsity and report stay readable.
         """
         if not self._finalized:
+            for tracker in self._trackers:
+                tracker.flush()
             if self._task_masks is not None:
                 remember_task_masks(self._model, self._task_masks)
             self._hold.release()
@@ -492,6 +533,8 @@ class MultitaskPruner:
         present: Mapping[str, Tensor] = scalars(losses)
         if not torch.is_grad_enabled():
             return
+        for tracker in self._trackers:
+            tracker.note(present)
         own, known = losses, losses if strict else present
         soon = final is not None or self._clock.near(self._round.earliest)
         if soon:
@@ -538,7 +581,7 @@ class MultitaskPruner:
 
     def _update(self, step: int) -> bool:
         """Make the update of ``step`` from the evidence; whether anything changed."""
-        layers, subjects, decision = self._round.decide(step)
+        layers, subjects, decision = self._round.decide(step, self._show)
         device = layers[0].parameter.device
         layers[0].part.check_equal(tensor.to(device) for tensor in decision.tensors())
         layers[0].sharding.reshard()
@@ -557,7 +600,20 @@ class MultitaskPruner:
         ).remembering(step, self._weigher.weights)
         self._round.next()
         self._clock.done = step
+        for tracker in self._trackers:
+            now = max(step, self._clock.step)
+            tracker.update(now, decision, self._facts.counts, self._weigher.current)
         return changed
+
+    def _write_losses(self) -> None:
+        """Let trackers write the losses of an update where there is no loop to write them in."""
+        for tracker in self._trackers:
+            tracker.write()
+
+    def _show(self, ballot: Ballot) -> None:
+        """Let trackers see what an update is decided on."""
+        for tracker in self._trackers:
+            tracker.look(ballot, self._method.worths)
 
     def _warn_of_haste(self, update: int) -> None:
         """Warn if all is pruned in a loop by scores of weights that no step has trained."""

@@ -187,6 +187,13 @@ class Method(ABC, Generic[D]):
     def decide(self, ballot: Ballot, step: int) -> D:
         """The decision of the update of ``step``."""
 
+    def worths(self, ballot: Ballot) -> Sequence[Tensor]:
+        """What each weight is worth to the decision, ``[n]`` for each layer, for those who watch.
+
+        Empty if there is no such number.
+        """
+        return ()
+
     def fits(self, layer: Layer) -> str:
         """Why a layer is left dense; empty if it is not."""
         return ""
@@ -245,6 +252,7 @@ _BROUGHT = (
     "weighting",
     "regrows",
     "wants_training",
+    "worths",
     "fits",
     "check",
     "needs_whole",

@@ -81,7 +81,8 @@ class SoftThreshold(Method[SoftThresholds]):
         max_sparsity: The most a component is pruned, one number or a mapping component -> number;
             unless given, every component keeps a tenth of the overall density.
         weighting: What `MultitaskPruner.weigh` does: ``"uniform"``, ``"noise"``,
-            ``"pruning_sensitivity"``, ``"worst"`` or any weighting (`mtprune.weighting`).
+            ``"pruning_sensitivity"``, ``"worst"``, any weighting (`mtprune.weighting`), or a module
+            that makes one loss of a vector of losses, such as a scalarizer of torchjd.
         debias: Multiply what is left of every layer so that it is as large, in Euclidean norm, as
             before. A threshold shrinks all weights, the large ones too; without this a network that
             cannot grow them back, for lack of steps or learning rate, is damaged for good.

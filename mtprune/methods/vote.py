@@ -7,6 +7,7 @@ from math import isclose, prod
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -51,7 +52,7 @@ from mtprune.model.units import is_single
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
-from mtprune.selection import Quota
+from mtprune.selection import Quota, rank, worths
 from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -423,15 +424,28 @@ class Vote(Method[Masks]):
 
     def _decide(self, ballot: Ballot, step: int) -> Masks:
         """The masks of the update of ``step``; masked weights stay masked."""
+        decision = self._elect(self._with_voters(ballot), step)
+        return replace(decision, voters=tuple(map(_name, self.voters)))
+
+    def _with_voters(self, ballot: Ballot) -> Ballot:
+        """The ballot with the voters that are no tasks beside the tasks."""
         if not self.voters:
-            return self._elect(ballot, step)
+            return ballot
         columns = {_name(v): ballot.statistics[_ballot(v)] for v in self.voters}
         scores = [
             {**layer, **{name: next(iter(of[place].values())) for name, of in columns.items()}}
             for place, layer in enumerate(ballot.scores)
         ]
-        everyone = replace(ballot, statistics={**ballot.statistics, "saliency": scores})
-        return replace(self._elect(everyone, step), voters=tuple(columns))
+        return replace(ballot, statistics={**ballot.statistics, "saliency": scores})
+
+    @override
+    def worths(self, ballot: Ballot) -> Sequence[Tensor]:
+        if ballot.units is not None or isinstance(self.target, PerTaskKeep):
+            return ()
+        scores = self._with_voters(ballot).scores
+        if not all(scores):
+            return ()  # masks are drawn at random
+        return list(worths(scores, self.vote, rank(scores, self.priority)))
 
     def _elect(self, ballot: Ballot, step: int) -> Masks:
         progress, target = due(self.schedule, step, self._final), self.target

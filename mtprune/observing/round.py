@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtprune.facts import Subject
 from mtprune.holding import Decision, Hold
-from mtprune.methods.base import Method, Needs
+from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.parallel import check_replicas
@@ -246,8 +246,14 @@ class Round(Generic[D]):
         self._check()
         return self._stability.enough(*self._question(step))
 
-    def decide(self, step: int) -> tuple[list[Layer], list[Subject], D]:
+    def decide(
+        self, step: int, look: Callable[[Ballot], object] = lambda ballot: None
+    ) -> tuple[list[Layer], list[Subject], D]:
         """The layers that are pruned, and the decision about them.
+
+        Args:
+            step: The step of the update.
+            look: Sees what is decided on.
 
         Raises:
             RuntimeError: If the evidence is not finite, or what was declared shared is not. It is
@@ -263,7 +269,7 @@ class Round(Generic[D]):
         if self._cumulative:
             self._keep()
         try:
-            return self._decide(step)
+            return self._decide(step, look)
         except Exception:
             self._reach.settled = settled  # which layers are pruned is as before too
             raise
@@ -367,7 +373,9 @@ class Round(Generic[D]):
 
         return min(self.evidence.counts.values()), masks
 
-    def _decide(self, step: int) -> tuple[list[Layer], list[Subject], D]:
+    def _decide(
+        self, step: int, look: Callable[[Ballot], object] = lambda ballot: None
+    ) -> tuple[list[Layer], list[Subject], D]:
         users = self._reach.now(self.evidence)
         active = self._reach.active(users)
         subjects = self._reach.subjects(users)
@@ -375,6 +383,7 @@ class Round(Generic[D]):
         if self._cumulative:
             evidence = replace(evidence, statistics=self._kept.statistics)
         ballot = self._pollster.ballot(evidence, active, subjects, self.memory)
+        look(ballot)
         return [layer for _, layer in active], subjects, self._method.decide(ballot, step)
 
 
