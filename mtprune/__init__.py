@@ -46,6 +46,7 @@ if _TYPE_CHECKING:
         recalibrate_bn,
         refit,
         save,
+        switch_tasks,
     )
     from mtprune.explaining import explained, priorities
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
@@ -95,6 +96,7 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "switch_tasks",
     "testing",
     "votes",
     "weighting",
@@ -125,6 +127,7 @@ _COMPRESSION = (
     "recalibrate_bn",
     "refit",
     "save",
+    "switch_tasks",
 )
 
 
