@@ -197,7 +197,10 @@ def damaged(folder, change):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda m, t: t.update({"task_masks/0": t["task_masks/1"].clone()}), r"mask of shape \(3, 3\)"),
+        (
+            lambda m, t: t.update({"task_masks/0": t["task_masks/1"].clone()}),
+            r"mask of shape \(3, 3\)",
+        ),
         (lambda m, t: t.update({"task_masks/1": torch.ones(1)}), r"mask of shape \(1, 3\)"),
         (lambda m, t: t.pop("task_masks/1"), "must have keys among"),
         (lambda m, t: m["bits"].pop("task_masks/1"), "left over"),
