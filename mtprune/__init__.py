@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from mtprune import saliency, votes
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Erk, Floor, PerOutput
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
@@ -68,6 +68,7 @@ __all__ = [
     "MultitaskPruner",
     "Neuron",
     "OneShot",
+    "PerOutput",
     "PerTaskKeep",
     "Plan",
     "Refit",
