@@ -1,15 +1,14 @@
 """Outputs: each output of a layer keeps the same share of its weights, those of highest worth."""
 
-from collections.abc import Mapping
-from math import inf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mtprune.allocation import Budget
 from mtprune.holding import Masks
-from mtprune.methods.voting.election import Alone, Election
-from mtprune.selection import worths
+from mtprune.methods.voting.election import Election
+from mtprune.methods.voting.grouped import keep_in_groups
 
 __all__ = ["keep_outputs"]
 
@@ -28,37 +27,37 @@ def keep_outputs(election: Election, sparsity: float, progress: float) -> Masks:
     budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
     counts = [quota.keep for quota in election.allocation.at(progress).quotas(budget)]
 
-    def best(worth: Tensor, layer: int) -> Tensor:
-        return _best(worth.view(ballot.shapes[layer][0], -1), counts[layer]).view(-1)
-
-    masks = [
-        best(worth.masked_fill(~mask, -inf), layer) & mask
-        for layer, (worth, mask) in enumerate(
-            zip(
-                worths(ballot.scores, election.vote, election.rankings),
-                ballot.masks,
-                strict=True,
-            )
-        )
-    ]
-
-    def alone(voter: str) -> Mapping[int, Tensor]:
-        layers = enumerate(ballot.scores)
-        return {layer: best(scores[voter], layer) for layer, scores in layers if voter in scores}
-
-    return Masks(masks, Alone(election.rankings, alone))
+    shapes = zip(ballot.shapes, counts, strict=True)
+    return keep_in_groups(election, [_Outputs(shape[0], count) for shape, count in shapes])
 
 
-def _best(worth: Tensor, count: int) -> Tensor:
-    """The highest of each row, earlier ones first among equals, ``count`` in all.
+@dataclass(frozen=True)
+class _Outputs:
+    """The weights of each output of a layer.
 
-    Args:
-        worth: ``[outputs, n]``.
-        count: How many are kept. The first rows keep one more if it is no multiple of the rows.
+    Attributes:
+        outputs: How many there are.
+        count: How many weights are kept in all. The first outputs keep one more if it is no
+            multiple of the outputs.
     """
-    outputs = len(worth)
-    each = torch.full((outputs, 1), count // outputs, device=worth.device)
-    each[: count % outputs] += 1
-    order = worth.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(worth.shape[1], device=worth.device).expand_as(order)
-    return torch.empty_like(worth, dtype=torch.bool).scatter_(1, order, place < each)
+
+    outputs: int
+    count: int
+
+    def split(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values.view(self.outputs, -1)
+
+    def join(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values.reshape(-1)
+
+    def best(self, worth: Tensor, which: Tensor | None = None) -> Tensor:
+        """See `Groups`."""
+        each, more = divmod(self.count, self.outputs)
+        keep = torch.full((self.outputs, 1), each, device=worth.device)
+        keep[:more] += 1
+        keep = keep if which is None else keep[which]
+        order = worth.argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(worth.shape[1], device=worth.device).expand_as(order)
+        return torch.empty_like(worth, dtype=torch.bool).scatter_(1, order, place < keep)
