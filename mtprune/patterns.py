@@ -196,7 +196,13 @@ PATTERNS: tuple[Pattern, ...] = (
         head_size="v_head_dim",
         interleaved=True,
     ),
-    _packed("timm", "qkv", "proj", tables=(("relative_position_bias_table", 1),)),
+    _packed(
+        "timm",
+        "qkv",
+        "proj",
+        counts=("num_heads", "attn_dim"),
+        tables=(("relative_position_bias_table", 1),),
+    ),
     FeedForward(
         "BERT",
         up=("intermediate.dense.weight",),
