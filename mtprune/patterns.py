@@ -201,8 +201,17 @@ PATTERNS: tuple[Pattern, ...] = (
         "qkv",
         "proj",
         counts=("num_heads", "attn_dim"),
-        tables=(("relative_position_bias_table", 1),),
+        number="num_heads",
+        tables=(
+            ("relative_position_bias_table", 1),
+            ("q_bias", 0),
+            ("k_bias", 0),
+            ("v_bias", 0),
+            ("logit_scale", 0),
+            ("cpb_mlp.2.weight", 0),
+        ),
     ),
+    _separate("EVA", "q_proj", "k_proj", "v_proj", "proj"),
     FeedForward(
         "BERT",
         up=("intermediate.dense.weight",),
@@ -222,6 +231,7 @@ PATTERNS: tuple[Pattern, ...] = (
         "fc2",
         along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),  # SegFormer
     ),
+    FeedForward("GLU of timm", ("fc1.weight", "fc1.weight"), "fc2.weight"),
     _plain("Wav2Vec 2", "intermediate_dense", "output_dense"),
     _plain("ALBERT", "ffn", "ffn_output"),
     _plain("T5", "wi", "wo"),

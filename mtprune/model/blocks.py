@@ -41,6 +41,7 @@ class Attention:
         interleaved: Whether what is packed into one tensor is so head by head.
         tables: Paths of further tensors with entries for each query head, as many for each, and the
             dimension along which they lie; those that are not there do not count.
+        number: The path of the number of query heads, for blocks that do not keep the size.
         needs: Paths that must be there.
         stack: The name of the list whose blocks share their heads, if they do: what one of them
             adds to its scores, all of them add.
@@ -74,6 +75,7 @@ class Attention:
     ratios: tuple[str, ...] = ()
     interleaved: bool = False
     tables: tuple[tuple[str, int], ...] = ()
+    number: str = ""
     needs: tuple[str, ...] = ()
     stack: str = ""
     why_not: str = ""
@@ -154,15 +156,16 @@ def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
     """The heads of a module, or None if the pattern does not fit."""
     paths = (pattern.query, pattern.key, pattern.value)
     weights, out = [_matrix(module, path) for path in paths], _matrix(module, pattern.out)
-    size = next((n for n in _found(module, pattern.head_size.split("|")) if n > 0), 0)
-    if out is None or not all(weights) or not size or out.inputs % size:
+    if out is None or not all(weights):
         return None
-    queries = out.inputs // size
+    size, queries = _split(module, pattern, out.inputs)
+    if size * queries != out.inputs or not queries:
+        return None
     lengths = _lengths([w.outputs for w in weights if w], pattern, out.inputs)
     keys = lengths[2] // size if lengths else 0
     if not lengths or not keys or lengths[2] % size or lengths[1] % keys:
         return None
-    if not queries or lengths[0] % queries or queries % keys:
+    if lengths[0] % queries or queries % keys:
         return None
     alone = keys == 1 < queries  # keys that all queries share are no part of any of them
     count = queries if alone else keys
@@ -185,6 +188,14 @@ def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
     changing = (*pattern.counts, *(pattern.ratios if alone else pattern.key_counts))
     counts = tuple(block + path for path in changing if _found(module, [path]))
     return Group(f"{block}heads", count, tuple(members), counts=counts)
+
+
+def _split(module: nn.Module, pattern: Attention, width: int) -> tuple[int, int]:
+    """The size of a head in the output, and the number of query heads; 0 if they are not told."""
+    if sizes := [n for n in _found(module, pattern.head_size.split("|")) if n > 0]:
+        return sizes[0], width // sizes[0]
+    numbers = [n for n in _found(module, [pattern.number]) if n > 0] if pattern.number else []
+    return (width // numbers[0], numbers[0]) if numbers else (0, 0)
 
 
 def _lengths(outputs: Sequence[int], pattern: Attention, width: int) -> tuple[int, ...] | None:
