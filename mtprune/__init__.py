@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from mtprune import saliency, votes
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Erk, Floor, PerOutput
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
@@ -56,6 +56,7 @@ if _TYPE_CHECKING:
         recalibrate_bn,
         refit,
         save,
+        switch_tasks,
     )
     from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
@@ -79,6 +80,7 @@ __all__ = [
     "MultitaskPruner",
     "Neuron",
     "OneShot",
+    "PerOutput",
     "PerTaskKeep",
     "Plan",
     "Refit",
@@ -110,6 +112,7 @@ __all__ = [
     "sampling",
     "save",
     "sweep",
+    "switch_tasks",
     "testing",
     "votes",
     "weighting",
@@ -141,6 +144,7 @@ _COMPRESSION = (
     "recalibrate_bn",
     "refit",
     "save",
+    "switch_tasks",
 )
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "Floor",
     "Global",
     "Layerwise",
+    "PerOutput",
     "Proportional",
     "Uniform",
     "apportion",
@@ -91,6 +92,11 @@ class Allocation(ABC):
     def layerwise(self) -> "Layerwise | None":
         """The allocation that says how many weights each layer keeps; None if layers compete."""
         return None
+
+    @property
+    def by_output(self) -> bool:
+        """Whether the weights of each output compete with each other alone."""
+        return False
 
     def at(self, progress: float) -> "Allocation":
         """The allocation when that share of the final sparsity is due."""
@@ -363,6 +369,37 @@ class ByComponent(Layerwise):
             TypeError: Always.
         """
         raise TypeError("An allocation by component spreads single weights, not units.")
+
+
+@dataclass(frozen=True)
+class PerOutput(Allocation):
+    """The same density in every output of every layer: the weights of one compete alone.
+
+    Outputs are a weight's first dimension. Where shares are no whole numbers, earlier outputs keep
+    one weight more, so that the total is exact.
+
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024.
+    """
+
+    @property
+    @override
+    def by_output(self) -> bool:
+        """See `Allocation`."""
+        return True
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`; of layers."""
+        return Uniform().quotas(budget)
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """Units may lie in several outputs.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("An allocation by output spreads single weights, not units.")
 
 
 AllocationLike = str | Allocation | Mapping[str, float]

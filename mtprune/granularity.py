@@ -256,6 +256,9 @@ class Neuron:
 
     Attributes:
         patterns: Where to look (`mtprune.patterns`); all known places unless given.
+        example_inputs: What the model is called with when units are removed on trial: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -264,12 +267,14 @@ class Neuron:
     """
 
     patterns: Any = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
         from mtprune.patterns import PATTERNS, neurons  # most runs do without
 
-        return neurons(model, PATTERNS if self.patterns is None else self.patterns)
+        known = PATTERNS if self.patterns is None else self.patterns
+        return neurons(model, known, self.example_inputs)
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,9 @@ class Head:
 
     Attributes:
         patterns: Where to look (`mtprune.patterns`); all known places unless given.
+        example_inputs: What the model is called with when units are removed on trial: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -286,12 +294,14 @@ class Head:
     """
 
     patterns: Any = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
         from mtprune.patterns import PATTERNS, heads  # most runs do without
 
-        return heads(model, PATTERNS if self.patterns is None else self.patterns)
+        known = PATTERNS if self.patterns is None else self.patterns
+        return heads(model, known, self.example_inputs)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import Ballot, check_method, describe
 from mtprune.methods.inventory import Selection, check_parts, take_inventory
+from mtprune.model.graph import bare
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free, leave
@@ -288,7 +290,9 @@ class MultitaskPruner:
             for update in updates:
                 self._round.listen(lambda lead: True)
                 for batch in bar(supply.of(update), progress, "observing"):
-                    losses = compute(self._losses, run(self._model, batch), batch, None)
+                    with bare() if self._round.by_graph else nullcontext():
+                        outputs = run(self._model, batch)
+                    losses = compute(self._losses, outputs, batch, None)
                     self._collect(losses, None, strict=True, final=update)
                     if not self._round.missing_tasks() and self._round.is_enough(update):
                         break

@@ -36,6 +36,7 @@ __all__ = [
     "snip",
     "taylor",
     "taylor_magnitude",
+    "wanda",
 ]
 
 Saliency = Callable[..., Tensor]
@@ -161,6 +162,30 @@ def random(
     # Drawn on the generator's own device, so that masks do not depend on where the model lives.
     device = weight.device if generator is None else generator.device
     return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
+
+
+def wanda(weight: Tensor, grad: Tensor | None = None, *, inputs: Tensor) -> Tensor:
+    """Size of a weight times that of what it multiplies, ``(|w| * ||x||)^2``: no backward.
+
+    The square orders weights as ``|w| * ||x||`` does, and adds up over batches as the square of the
+    norm of all their inputs. Each task has the inputs from batches of its own. They are gathered in
+    the forward, and no gradient is computed, so this is for models too large to differentiate.
+
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024.
+
+    Args:
+        weight: The effective weight ``w``, any shape.
+        grad: Not looked at.
+        inputs: Those of the layer, ``[rows, columns]``.
+
+    Returns:
+        The saliency, same shape as ``weight``.
+
+    Example:
+        >>> wanda(torch.tensor([[2.0, -3.0]]), inputs=torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+        tensor([[100.,   9.]])
+    """
+    return weight.square() * inputs.square().sum(0).view(weight[:1].shape)
 
 
 IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

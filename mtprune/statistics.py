@@ -12,8 +12,9 @@ is the usual one, a saliency; a statistic of one's own may have any shape::
 
 What a statistic asks for decides when it is computed. One that asks for the gradient is computed
 in every task's sweep, for that task. One that asks for inputs alone is computed while the model
-runs, layer by layer, so that inputs of different layers are never kept together. One that asks for
-neither looks at no data, and is computed when masks are made.
+runs, layer by layer, so that inputs of different layers are never kept together; it adds up over
+all batches, or, for a saliency, over those that each task's loss was computed from. One that asks
+for neither looks at no data, and is computed when masks are made.
 """
 
 from abc import ABC, abstractmethod
@@ -138,11 +139,13 @@ class Statistic(ABC):
     Attributes:
         asks: What it must be given besides the weight: ``"grad"``, ``"inputs"``, both or none;
             ``"task"`` if it differs between tasks without asking for a gradient.
+        apart: Where it asks for inputs alone, whether each task has a sum of its own.
         dtype: Of its sums; the pruner's ``score_dtype`` unless given.
         per_weight: Whether it is a number for each weight, flat, in the weights' order.
     """
 
     asks: frozenset[str] = frozenset({"grad"})
+    apart: bool = False
     dtype: torch.dtype | None = None
     per_weight: bool = False
 
@@ -218,6 +221,7 @@ class PerWeight(Statistic):
     saliency: Saliency
     pool: Callable[[Layer, Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
+    apart: bool = field(default=True, init=False, repr=False)
     _space: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property

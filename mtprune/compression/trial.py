@@ -14,7 +14,7 @@ from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import ROUNDING, difference
 from mtprune.structure import NOBODY, Group
 
-__all__ = ["complete"]
+__all__ = ["complete", "why_not"]
 
 
 @torch.no_grad()
@@ -101,6 +101,27 @@ def _removable(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> _Pairs
 
 def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     """Whether all these units can be removed together once no weight reads them."""
+    return not _obstacle(base, pairs, batches)
+
+
+@torch.no_grad()
+def why_not(model: nn.Module, group: Group, batches: Sequence[Any]) -> str:
+    """Why a group does not pass the trial; empty if it does.
+
+    Args:
+        model: The model; it is left as it is.
+        group: The group.
+        batches: The example inputs that the model is run on.
+    """
+    random = torch.Generator().manual_seed(0)
+    base = _perturbed_copy(model, batches, random)
+    with unnested(base):
+        dead = _some_units(base, group, random)
+        return _obstacle(base, [(group, dead)], batches) if dead.any() else "it has a single unit"
+
+
+def _obstacle(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> str:
+    """Why these units cannot be removed together once no weight reads them; empty if they can."""
     masked = copy.deepcopy(base)
     for group, dead in pairs:
         for member in group.members:
@@ -113,12 +134,12 @@ def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     try:
         resize(masked, removal_of(masked, [g for g, _ in pairs], [dead for _, dead in pairs]))
         got = run(masked, batches)
-    except ValueError:
-        return False
+    except ValueError as error:
+        return f"without some of them the model does not run: {error.__cause__ or error}"
     for before, after in zip(expected, got, strict=True):
         tensors = dict(named_tensors(after))
         for name, tensor in named_tensors(before):
             off = difference(tensor, tensors[name]) if name in tensors else float("inf")
             if off > ROUNDING.get(tensor.dtype, 0.0):
-                return False
-    return True
+                return "without some of them, which nobody reads, the model gives other outputs"
+    return ""

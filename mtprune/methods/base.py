@@ -41,6 +41,8 @@ class Needs:
         apart: Whether each task's loss is scored on its own; False scores their sum.
         observations: How many observations of every task an update needs, or ``"auto"``: at least
             4, until masks no longer change.
+        by_graph: Whether the graphs of the losses alone tell which task uses which layer, so that
+            no backward is run for it. They mislead where losses are taken from one stack.
         over_the_run: Whether statistics add up over all updates instead of starting anew.
         macs: Whether the multiply-adds of every layer are asked for.
         example_inputs: What the model is called with to measure them.
@@ -49,6 +51,7 @@ class Needs:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     apart: bool = True
     observations: int | Literal["auto"] = 1
+    by_graph: bool = False
     over_the_run: bool = False
     macs: bool = False
     example_inputs: Any = None

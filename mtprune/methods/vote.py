@@ -37,6 +37,7 @@ from mtprune.holding.straight_through import StraightThrough
 from mtprune.methods.base import Ballot, Method, Needs, describe
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.exchange import draw, exchange, lasting_counts
+from mtprune.methods.voting.outputs import keep_outputs
 from mtprune.methods.voting.patterns import keep_pattern
 from mtprune.methods.voting.units import (
     UnitBudget,
@@ -275,6 +276,11 @@ class Vote(Method[Masks]):
                 f"An allocation by component counts single weights, and a unit of {what} may lie "
                 f"in two components. Use one of {NAMES}."
             )
+        if self._allocation.by_output:
+            raise ValueError(
+                f"{self._allocation!r} counts the single weights of each output. Leave it out with "
+                f"{what}, or take one of {NAMES}."
+            )
         if isinstance(self.granularity, NM) and (
             isinstance(self.target, PerTaskKeep) or self._allocation not in (Floor(), Uniform())
         ):
@@ -289,6 +295,7 @@ class Vote(Method[Masks]):
         pool = None if units is None else pool_of(units)
         # There are few units, and each is a sum of many weights.
         dtype = None if units is None else torch.float32
+        asked_for = saliencies.asks(self.saliency)
         asked = {"saliency": self.saliency, **{_ballot(v): v for v in self.voters}}
         return Needs(
             statistics={
@@ -297,6 +304,7 @@ class Vote(Method[Masks]):
             },
             apart=self.disentangled,
             observations=self.observations,
+            by_graph="inputs" in asked_for and "grad" not in asked_for,
             over_the_run=self.straight_through,
             macs=self.inputs_to_measure is not None,
             example_inputs=self.inputs_to_measure,
@@ -459,6 +467,8 @@ class Vote(Method[Masks]):
         if isinstance(self.granularity, NM):
             return keep_pattern(election, self.granularity, progress)
         assert target is not None
+        if self._allocation.by_output:
+            return keep_outputs(election, target, progress)
         if not isinstance(self.schedule, Regrow):
             return keep_best(election, target, progress)
         if step == 0:

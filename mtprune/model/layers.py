@@ -22,7 +22,9 @@ __all__ = [
     "Layer",
     "default_attributes",
     "find_layers",
+    "is_conv1d",
     "is_embedding",
+    "is_stack",
     "never_pruned",
 ]
 
@@ -45,8 +47,10 @@ _NORMS = (
 )
 KINDS = (
     "Linear, Bilinear, Conv1d-3d, ConvTranspose1d-3d, RNN, LSTM, GRU and their cells, "
-    "MultiheadAttention"
+    "MultiheadAttention, transformers' Conv1D, and stacks of experts' matrices"
 )
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_shared_experts")
+"""Attributes of modules for the number of experts whose matrices they hold in one tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +189,35 @@ def default_attributes(module: nn.Module) -> list[str]:
         return ["weight_ih", "weight_hh"]
     if isinstance(module, nn.RNNBase):
         return [a for group in module._all_weights for a in group if a.startswith("weight")]
-    return ["weight"] if isinstance(module, _PLAIN) else []
+    if isinstance(module, _PLAIN) or is_conv1d(module):
+        return ["weight"]
+    names = [
+        name.removesuffix("_orig")  # as it is called under a mask
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_stack(module, parameter.shape)
+    ]
+    return [name for name in names if not never_pruned(module, name)]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a Linear whose weight is ``[inputs, outputs]``."""
+    if type(module).__name__ != "Conv1D":
+        return False
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    return (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and weight.dim() == 2
+        and tuple(bias.shape) == (weight.shape[1],)
+    )
+
+
+def is_stack(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is a stack of matrices, one for each expert of the module."""
+    if len(shape) != 3:
+        return False
+    counts = (getattr(module, name, None) for name in _EXPERTS)
+    return any(isinstance(n, int) and n == shape[0] for n in counts)
 
 
 def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]) -> list[str]:

@@ -86,6 +86,7 @@ class Collector:
         self._layers = layers
         self._hold = hold
         self._apart = needs.apart
+        self._by_graph = needs.by_graph
         self._swept = {name: s for name, s in needs.statistics.items() if s.when == "sweep"}
         self._store = store
         self._generator = generator
@@ -159,7 +160,7 @@ class Collector:
                 else:
                     rest += [scored[task] for task in able]
             if valid:
-                self._inputs.add_to(self.evidence)
+                self._inputs.add_to(self.evidence, valid, self._apart)
             for task, loss in scored.items():
                 self._count(task, loss, finite[task], task in valid)
         if losses.folds and rest:
@@ -212,6 +213,10 @@ class Collector:
         targets = self._targets(task, losses.scored[task], users)
         scored = self._apart and bool(self._swept)
         if not scored and users is not None:
+            return True
+        if self._by_graph and not scored:
+            yes = torch.tensor(True)
+            self.evidence.hits.setdefault(task, {}).update(dict.fromkeys(targets, yes))
             return True
         voter = task if scored else None
         return self._sweep(losses, _Sweep([task], targets, voter, users is None, folding))

@@ -224,7 +224,7 @@ class Evidence:
                 whose = " of the summed losses" if voter == JOINT else f" of task '{voter}'"
                 cause = "loss"
                 if statistics[name].when == "forward":
-                    whose, cause = "", "inputs"
+                    whose, cause = "" if voter == JOINT else whose, "inputs"
                 what = "Saliency" if name == "saliency" else f"Statistic '{name}'"
                 return (
                     f"{what}{whose} is not finite in '{layers[index].name}' "

@@ -103,11 +103,12 @@ class Pollster:
         """The sums of one statistic in one layer, for each voter."""
         layer, seen = self._inventory.layers[index], evidence.statistics.get(name, {})
         if statistic.when == "forward":
+            owners = voters if statistic.apart and self._needs.apart else [JOINT]
             if statistic.fits(layer):
-                return {JOINT: self._zero(statistic, layer)}
-            if index not in seen.get(JOINT, {}):
+                return dict.fromkeys(owners, self._zero(statistic, layer))
+            if any(index not in seen.get(owner, {}) for owner in owners):
                 raise RuntimeError(unseen(layer))
-            return {JOINT: seen[JOINT][index]}
+            return {owner: seen[owner][index] for owner in owners}
         sums = {voter: seen.get(voter, {}).get(index) for voter in voters}
         return {
             # Used, but not in this graph: a gradient of zero.

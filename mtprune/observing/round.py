@@ -137,6 +137,11 @@ class Round(Generic[D]):
         return roll.losses
 
     @property
+    def by_graph(self) -> bool:
+        """Whether nothing is differentiated: graphs alone tell which task uses which layer."""
+        return self._needs.by_graph
+
+    @property
     def wanted(self) -> int | None:
         """How many batches with all tasks an update is made from; None if that is found out."""
         wanted = self._needs.observations

@@ -105,13 +105,19 @@ class Ranking:
         return low, high
 
     def tabulate(self, grid: Grid) -> None:
-        """Prepare `on_grid`, `reach` and `edges`."""
+        """Prepare `on_grid`, `cells`, `reach` and `edges`."""
         self._grid_low, self._grid_high = grid.cell(self._low), grid.cell(self._high)
         self._by_code = self._grid_low.to(torch.int16)[self._cells]
+        self._top_by_code = self._grid_high.to(torch.int16)[self._cells]
 
     def on_grid(self, values: Tensor, out: Tensor) -> None:
         """Write the grid cell of the lowest percentile of each of ``values``, int16."""
         torch.index_select(self._by_code, 0, _codes(values), out=out)
+
+    def cells(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid cells of the lowest and highest percentile of each of ``values``, int16."""
+        codes = _codes(values)
+        return self._by_code[codes], self._top_by_code[codes]
 
     def reach(self, cuts: Tensor) -> Tensor:
         """For each cut, the highest cell of a percentile whose lower bound is below it, int32.

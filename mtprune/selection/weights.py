@@ -24,9 +24,9 @@ from mtprune.selection.arrays import chunk_size, count_true, highest, positions,
 from mtprune.selection.ranking import GRID, Grid, Ranking, rank
 from mtprune.votes import Vote
 
-__all__ = ["Quota", "select"]
+__all__ = ["NOT_A_VOTE", "Quota", "exact_worths", "select"]
 
-_NOT_A_VOTE = (
+NOT_A_VOTE = (
     "The vote is not one: a weight lost worth when a task's percentile rose. A vote must be "
     "non-decreasing in every percentile."
 )
@@ -96,7 +96,8 @@ def select(
         contests = [_AnyVote(selection, quota) for quota in quotas]
     for contest in contests:
         contest.open(masks)
-    worths = _exact_worths(selection, [part for contest in contests for part in contest.undecided])
+    undecided = [part for contest in contests for part in contest.undecided]
+    worths = exact_worths(scores, vote, rankings, undecided, census)
     for contest in contests:
         contest.close(masks, [next(worths) for _ in contest.undecided])
     return masks
@@ -178,7 +179,7 @@ class _Contest(ABC):
         for (layer, index, _), best in zip(rest, chosen, strict=True):
             masks[layer][index[best]] = True
         if sum(self._kept(masks)) != self._quota.keep:
-            raise ValueError(_NOT_A_VOTE)
+            raise ValueError(NOT_A_VOTE)
 
     def _kept(self, masks: Sequence[Tensor]) -> list[int]:
         """How many weights each layer keeps."""
@@ -308,7 +309,7 @@ class _AnyVote(_Contest):
             rows = [r.percentile(r.counts.new_tensor([0, r.total])) for r in rankings]
             low, high = votes.tally(selection.vote, torch.stack(rows)).tolist()
             if high < low:
-                raise ValueError(_NOT_A_VOTE)
+                raise ValueError(NOT_A_VOTE)
             ranges.append((low, high))
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
@@ -340,7 +341,7 @@ class _AnyVote(_Contest):
                     cells = cells if eligible is None else cells[eligible]
                     counts[row] += torch.bincount(cells, minlength=GRID + 1)
             if self._selection.census.number(wrong, counts):
-                raise ValueError(_NOT_A_VOTE)
+                raise ValueError(NOT_A_VOTE)
             counts = self._selection.census.sum(counts)
             from_top = counts.flip(1).cumsum(1).flip(1)
             lows.append(from_top[0])
@@ -355,39 +356,51 @@ class _AnyVote(_Contest):
         return torch.minimum(common_in, floor_in), torch.minimum(common_out, floor_out)
 
 
-def _exact_worths(
-    selection: _Selection, undecided: Sequence[tuple[int, Tensor]]
+def exact_worths(
+    scores: Sequence[Mapping[str, Tensor]],
+    vote: Vote,
+    rankings: Mapping[str, Ranking],
+    undecided: Sequence[tuple[int, Tensor]],
+    census: Census = HERE,
 ) -> Iterator[Tensor]:
-    """The exact worth of some weights of each layer."""
-    queries: dict[str, list[Tensor]] = {task: [] for task in selection.rankings}
+    """The exact worth of some weights of some layers, float64.
+
+    Args:
+        scores: See `select`.
+        vote: The vote.
+        rankings: What `rank` gives for ``scores``.
+        undecided: Layers, each with the positions of weights.
+        census: Counts over all ranks, where each has a part of every layer.
+    """
+    queries: dict[str, list[Tensor]] = {task: [] for task in rankings}
     rows_of, bounds_of, inexact_of = [], [], []
     for layer, index in undecided:
-        pairs = [selection.rankings[t].bounds(v[index]) for t, v in selection.scores[layer].items()]
+        pairs = [rankings[t].bounds(v[index]) for t, v in scores[layer].items()]
         low, high = (torch.stack(rows) for rows in zip(*pairs, strict=True))
-        bound = selection.vote(low) if index.numel() else low[0]
+        bound = vote(low) if index.numel() else low[0]
         # A percentile with equal bounds is exact already.
         inexact = high > low
-        if selection.vote is votes.unanimous:
+        if vote is votes.unanimous:
             # A task whose highest percentile is below another's lowest has no say in this weight,
             # and need not be ranked among the thousands around it.
             inexact &= high >= bound
-        for (task, values), mask in zip(selection.scores[layer].items(), inexact, strict=True):
+        for (task, values), mask in zip(scores[layer].items(), inexact, strict=True):
             queries[task].append(values[index[mask]])
         rows_of.append(low)
         bounds_of.append(bound)
         inexact_of.append(inexact)
     answers = {
-        task: iter(torch.split(selection.rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
+        task: iter(torch.split(rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
         for task, v in queries.items()
         if v
     }
     for (layer, _), rows, bound, inexact in zip(
         undecided, rows_of, bounds_of, inexact_of, strict=True
     ):
-        for task, row, mask in zip(selection.scores[layer], rows, inexact, strict=True):
+        for task, row, mask in zip(scores[layer], rows, inexact, strict=True):
             row[mask] = next(answers[task])
-        worth = selection.vote(rows) if bound.numel() else bound
-        wrong = count_true(worth < bound - 1e-9)  # allows for a vote's own rounding
-        if selection.census.number(wrong, worth):
-            raise ValueError(_NOT_A_VOTE)
+        worth = vote(rows) if bound.numel() else bound
+        wrong = count_true(~(worth >= bound - 1e-9))  # allows for a vote's own rounding
+        if census.number(wrong, worth):
+            raise ValueError(NOT_A_VOTE)
         yield worth
