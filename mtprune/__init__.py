@@ -49,8 +49,11 @@ if _TYPE_CHECKING:
     )
     from mtprune.explaining import explained, priorities
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
+    from mtprune.named import METHODS
+    from mtprune.notation import method_from
 
 __all__ = [
+    "METHODS",
     "NM",
     "Block",
     "Channel",
@@ -86,6 +89,7 @@ __all__ = [
     "explained",
     "load",
     "measure",
+    "method_from",
     "metrics",
     "plan_of",
     "priorities",
@@ -101,7 +105,6 @@ __all__ = [
 ]
 
 
-_CHOOSING = ("Choice", "choose")
 _MODULES = (
     "affinity",
     "budget",
@@ -112,34 +115,34 @@ _MODULES = (
     "testing",
     "weighting",
 )
-_METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
-_EXPLAINING = ("explained", "priorities")
-_COMPRESSION = (
-    "Plan",
-    "Sizes",
-    "carry_optimizer",
-    "compress",
-    "load",
-    "measure",
-    "plan_of",
-    "recalibrate_bn",
-    "refit",
-    "save",
-)
+_LATER = {
+    "choosing": ("Choice", "choose"),
+    "compression": (
+        "Plan",
+        "Sizes",
+        "carry_optimizer",
+        "compress",
+        "load",
+        "measure",
+        "plan_of",
+        "recalibrate_bn",
+        "refit",
+        "save",
+    ),
+    "explaining": ("explained", "priorities"),
+    "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
+    "named": ("METHODS",),
+    "notation": ("method_from",),
+}
 
 
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in _MODULES:
         return _import_module(f"mtprune.{name}")
-    if name in _CHOOSING:
-        return getattr(_import_module("mtprune.choosing"), name)
-    if name in _METHODS:
-        return getattr(_import_module("mtprune.methods"), name)
-    if name in _EXPLAINING:
-        return getattr(_import_module("mtprune.explaining"), name)
-    if name in _COMPRESSION:
-        return getattr(_import_module("mtprune.compression"), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(_import_module(f"mtprune.{module}"), name)
     if name == "__version__":
         return _import_module("importlib.metadata").version("mtprune")
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")

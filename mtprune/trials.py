@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtprune import checks, metrics, saliency
-from mtprune.methods import Method, Vote
+from mtprune import checks, metrics
+from mtprune.methods import Method
 from mtprune.methods.base import check_method
 from mtprune.metrics import DeltaT, delta_t
 from mtprune.model.selectors import Spec
+from mtprune.named import dense
 from mtprune.observing.losses import LossFunction
 from mtprune.pruner import MultitaskPruner
-from mtprune.schedule import OneShot, Rounds
+from mtprune.schedule import Rounds
 
 __all__ = [
     "Bench",
@@ -44,8 +45,6 @@ Results = dict[str, dict[str, float]]
 
 _NAMELESS = "value"
 """The metric of a task for which there is a number and no name."""
-
-_NEVER = 2**62
 
 _SLACK = 1.1
 """A candidate may keep so many times the weights it should: units are not always divisible."""
@@ -123,8 +122,7 @@ class Bench:
 
     def dense(self, steps: int, seed: int) -> Any:
         """What it says after training without pruning."""
-        never = Vote(0.0, saliency=saliency.random, schedule=OneShot(at=_NEVER))
-        model, pruner = self._begin(never, seed)
+        model, pruner = self._begin(dense(), seed)
         self.train(model, pruner, steps)
         _check_steps(pruner, steps)
         pruner.finalize()
