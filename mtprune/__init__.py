@@ -34,6 +34,7 @@ from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
     from mtprune import affinity, budget, choosing, metrics, recipes, sampling, testing, weighting
+    from mtprune.cards import Card
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
         Plan,
@@ -48,6 +49,7 @@ if _TYPE_CHECKING:
         save,
     )
     from mtprune.explaining import explained, priorities
+    from mtprune.integrations.hub import push_to_hub
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
     from mtprune.named import METHODS
     from mtprune.notation import method_from
@@ -56,6 +58,7 @@ __all__ = [
     "METHODS",
     "NM",
     "Block",
+    "Card",
     "Channel",
     "Choice",
     "Cubic",
@@ -93,6 +96,7 @@ __all__ = [
     "metrics",
     "plan_of",
     "priorities",
+    "push_to_hub",
     "recalibrate_bn",
     "recipes",
     "refit",
@@ -116,6 +120,7 @@ _MODULES = (
     "weighting",
 )
 _LATER = {
+    "cards": ("Card",),
     "choosing": ("Choice", "choose"),
     "compression": (
         "Plan",
@@ -130,6 +135,7 @@ _LATER = {
         "save",
     ),
     "explaining": ("explained", "priorities"),
+    "integrations.hub": ("push_to_hub",),
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
     "named": ("METHODS",),
     "notation": ("method_from",),

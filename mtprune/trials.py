@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from math import nan
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtprune import checks, metrics
 from mtprune.methods import Method
 from mtprune.methods.base import check_method
 from mtprune.metrics import DeltaT, delta_t
@@ -21,6 +20,7 @@ from mtprune.model.selectors import Spec
 from mtprune.named import dense
 from mtprune.observing.losses import LossFunction
 from mtprune.pruner import MultitaskPruner
+from mtprune.results import Results, not_finite, read
 from mtprune.schedule import Rounds
 
 __all__ = [
@@ -28,23 +28,15 @@ __all__ = [
     "Candidate",
     "Judge",
     "OutError",
-    "Results",
     "Trial",
-    "directions",
     "in_loop",
     "made",
     "random_state_kept",
-    "read_dense",
+    "seed_all",
 ]
 
 Candidate = Method[Any] | Callable[[int], Method[Any]]
 """A method, or what makes one for a run of so many steps."""
-
-Results = dict[str, dict[str, float]]
-"""``{task: {metric: value}}``."""
-
-_NAMELESS = "value"
-"""The metric of a task for which there is a number and no name."""
 
 _SLACK = 1.1
 """A candidate may keep so many times the weights it should: units are not always divisible."""
@@ -117,7 +109,7 @@ class Bench:
 
     def untrained(self) -> Any:
         """What `evaluate` says of the model as it is."""
-        _seed(0)
+        seed_all(0)
         return self.evaluate(self._copy()[0])
 
     def dense(self, steps: int, seed: int) -> Any:
@@ -139,7 +131,7 @@ class Bench:
             model, pruner = self._begin(method, seed)
             if not in_loop(method):
                 pruner.prune(self.batches, forward=self.forward, progress=False)
-            _seed(seed)
+            seed_all(seed)
             self.train(model, pruner, steps)
         _check_steps(pruner, steps)
         kept, due = 1 - pruner.sparsity, 1 - self.sparsity
@@ -154,7 +146,7 @@ class Bench:
 
     def _begin(self, method: Method[Any], seed: int) -> tuple[nn.Module, _Counted]:
         model, shared, options = self._copy()
-        _seed(seed)
+        seed_all(seed)
         return model, _Counted(model, self.task_losses, shared, method=method, seed=seed, **options)
 
     def _copy(self) -> tuple[nn.Module, Spec, Mapping[str, Any]]:
@@ -230,8 +222,8 @@ class Judge:
         return Trial(name, number, steps, fmean(means), tasks, means)
 
     def _change(self, found: Any, dense: Results) -> DeltaT:
-        pruned = _read(found, self.tasks)
-        if problem := _not_finite(pruned):
+        pruned = read(found, self.tasks)
+        if problem := not_finite(pruned):
             raise OutError(f"{problem}.")
         for task in self.tasks:
             if pruned[task].keys() != dense[task].keys():
@@ -240,82 +232,6 @@ class Judge:
                     f"model, and {list(dense[task])} without pruning. Both must be the same."
                 )
         return delta_t(pruned, dense, self.lower)
-
-
-# What `evaluate` returns.
-
-
-def _read(found: Any, tasks: Sequence[str]) -> Results:
-    """What `evaluate` returned, with a name for each metric."""
-    must = "must return a mapping task -> value or task -> {metric: value}"
-    if not isinstance(found, Mapping):
-        raise TypeError(checks.message("evaluate", found, must))
-    if set(found) != set(tasks):
-        raise ValueError(
-            f"`evaluate` must return a result for each task {list(tasks)}, and no others. "
-            f"Got {list(found)}."
-        )
-    named = {t: found[t] if isinstance(found[t], Mapping) else {_NAMELESS: found[t]} for t in tasks}
-    results: Results = {}
-    for task, values in named.items():
-        try:
-            results[task] = {metric: float(value) for metric, value in values.items()}
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                checks.message("evaluate", found[task], must, f" for '{task}'")
-            ) from None
-    return results
-
-
-def read_dense(found: Any, tasks: Sequence[str], which: str) -> Results:
-    """The same of a model that is not pruned, whose results must be finite.
-
-    Args:
-        found: What `evaluate` returned.
-        tasks: The tasks.
-        which: How the model came about.
-    """
-    results = _read(found, tasks)
-    if problem := _not_finite(results):
-        raise ValueError(f"{problem}, of the model {which}. Nothing can be compared with that.")
-    return results
-
-
-def _not_finite(results: Results) -> str:
-    """Which result is NaN or infinite, in words; empty if none is."""
-    for task, found in results.items():
-        for metric, value in found.items():
-            if not isfinite(value):
-                return f"`evaluate` returned {value} for {_metric(task, metric)}"
-    return ""
-
-
-def _metric(task: str, metric: str) -> str:
-    return f"task '{task}'" if metric == _NAMELESS else f"'{metric}' of task '{task}'"
-
-
-def directions(
-    results: Results, lower: bool | Mapping[str, Iterable[str]] | None
-) -> Mapping[str, set[str]]:
-    """Which metrics are errors, as `delta_t` wants to be told."""
-    if isinstance(lower, bool):
-        return {task: set(found) if lower else set() for task, found in results.items()}
-    if lower is not None:
-        checks.mapping("lower_is_better", lower, "task -> metrics, True or False")
-        told = {task: set(names) for task, names in lower.items()}
-        ones = {task: dict.fromkeys(found, 1.0) for task, found in results.items()}
-        delta_t(ones, ones, told)  # which refuses names that are not there
-        return told
-    known = metrics.LOWER_IS_BETTER | metrics.HIGHER_IS_BETTER
-    for task, found in results.items():
-        for name in found:
-            if name not in known:
-                raise ValueError(
-                    f"Is {_metric(task, name)} better when it is lower? Say it by "
-                    "`lower_is_better`: True for losses and errors, False for scores, or "
-                    "{task: {metric, ...}}, those that are errors."
-                )
-    return metrics.lower_is_better(results)
 
 
 @contextmanager
@@ -333,7 +249,8 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

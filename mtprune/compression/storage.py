@@ -14,22 +14,26 @@ from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.plan import Plan
-from mtprune.files import digest, read_json, replace, write
+from mtprune.files import digest, read_json, replace, write, write_text
 from mtprune.model.names import unwrap
 from mtprune.reading import Entry
+
+if TYPE_CHECKING:
+    from mtprune.cards import Card
 
 __all__ = ["load", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
 PRETRAINED = "config.json"
+CARD = "README.md"
 _DRAFT = ".new"
 _FORMAT = 2
 _ADVICE = "Take the folder as mtprune.save wrote it, or save the model again."
@@ -40,6 +44,7 @@ def save(
     directory: str | PathLike[str],
     *,
     arguments: Mapping[str, Any] | None = None,
+    card: "Card | None" = None,
 ) -> None:
     """Save a compressed model: its tensors as safetensors, its plan and its class's name as JSON.
 
@@ -53,6 +58,8 @@ def save(
             process is killed, what was saved there before can still be loaded.
         arguments: The keyword arguments that the model's class was called with, as JSON can hold
             them, for `load` to call it again.
+        card: What there is to know about the model, `mtprune.Card.of(pruner)`; written as
+            ``README.md``, which is replaced.
 
     Raises:
         ValueError: If `compress` did not make this model.
@@ -99,6 +106,8 @@ def save(
     write(drafts[1], lambda file: file.write(text.encode() + b"\n"))
     for draft in drafts:
         replace(draft, draft.with_suffix(""))
+    if card is not None:
+        write_text(folder / CARD, card.markdown(plan))
 
 
 def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
