@@ -44,6 +44,7 @@ from common.options import (
     Options,
     Problem,
     assignment,
+    build,
     make_method,
     parse,
     positive,
@@ -154,7 +155,7 @@ def is_tuned(spec: str) -> bool:
     name, when = (*spec.split(":"), "")[:2]
     if name in (*CHAINS, TUNED):
         return name != "lth"
-    return (when or METHODS[name][1]) in ("trained", "gradual", "rounds")
+    return (when or METHODS[name]) in ("trained", "gradual", "rounds")
 
 
 def rates(spec: str, options: Options) -> list[float | None]:
@@ -185,9 +186,16 @@ def looks_at_losses(spec: str) -> bool:
     if name in (*CHAINS, TUNED):
         return False
     stand_in = argparse.Namespace(
-        sparsity=0.5, steps=10, update_every=1, freeze=5, dense_steps=1, when=None, pretrained=None
+        method=name,
+        sparsity=0.5,
+        steps=10,
+        update_every=1,
+        freeze=5,
+        dense_steps=1,
+        when=None,
+        pretrained=None,
     )
-    method = METHODS[name][0](stand_in)
+    method = build(stand_in)
     return not hasattr(method, "saliency") or "grad" in asks(method.saliency)
 
 

@@ -44,6 +44,7 @@ if _TYPE_CHECKING:
         testing,
         weighting,
     )
+    from mtprune.cards import Card
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
         Plan,
@@ -60,12 +61,17 @@ if _TYPE_CHECKING:
     )
     from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
+    from mtprune.integrations.hub import push_to_hub
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
+    from mtprune.named import METHODS
+    from mtprune.notation import method_from
     from mtprune.sweeping import sweep
 
 __all__ = [
+    "METHODS",
     "NM",
     "Block",
+    "Card",
     "Channel",
     "Choice",
     "Cubic",
@@ -101,10 +107,12 @@ __all__ = [
     "explained",
     "load",
     "measure",
+    "method_from",
     "metrics",
     "plan_of",
     "plots",
     "priorities",
+    "push_to_hub",
     "recalibrate_bn",
     "recipes",
     "refit",
@@ -119,7 +127,6 @@ __all__ = [
 ]
 
 
-_CHOOSING = ("Choice", "choose")
 _MODULES = (
     "affinity",
     "budget",
@@ -131,39 +138,39 @@ _MODULES = (
     "testing",
     "weighting",
 )
-_METHODS = ("LowRank", "SigmoidThreshold", "SoftThreshold")
-_EXPLAINING = ("explained", "priorities")
-_COMPRESSION = (
-    "Plan",
-    "Sizes",
-    "carry_optimizer",
-    "compress",
-    "load",
-    "measure",
-    "plan_of",
-    "recalibrate_bn",
-    "refit",
-    "save",
-    "switch_tasks",
-)
+_LATER = {
+    "cards": ("Card",),
+    "choosing": ("Choice", "choose"),
+    "compression": (
+        "Plan",
+        "Sizes",
+        "carry_optimizer",
+        "compress",
+        "load",
+        "measure",
+        "plan_of",
+        "recalibrate_bn",
+        "refit",
+        "save",
+        "switch_tasks",
+    ),
+    "curves": ("Sweep",),
+    "explaining": ("explained", "priorities"),
+    "integrations.hub": ("push_to_hub",),
+    "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
+    "named": ("METHODS",),
+    "notation": ("method_from",),
+    "sweeping": ("sweep",),
+}
 
 
 def __getattr__(name: str) -> _Any:
     """What most runs do not need is imported when somebody asks for it."""
     if name in _MODULES:
         return _import_module(f"mtprune.{name}")
-    if name in _CHOOSING:
-        return getattr(_import_module("mtprune.choosing"), name)
-    if name == "Sweep":
-        return _import_module("mtprune.curves").Sweep
-    if name == "sweep":
-        return _import_module("mtprune.sweeping").sweep
-    if name in _METHODS:
-        return getattr(_import_module("mtprune.methods"), name)
-    if name in _EXPLAINING:
-        return getattr(_import_module("mtprune.explaining"), name)
-    if name in _COMPRESSION:
-        return getattr(_import_module("mtprune.compression"), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(_import_module(f"mtprune.{module}"), name)
     if name == "__version__":
         return _import_module("importlib.metadata").version("mtprune")
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")

@@ -27,6 +27,7 @@ from mtprune.model.selectors import Spec
 from mtprune.observing.losses import LossFunction, parse
 from mtprune.progress import bar
 from mtprune.pruner import MultitaskPruner
+from mtprune.results import directions, read_dense
 from mtprune.schedule import OneShot
 from mtprune.text import columns
 from mtprune.trials import (
@@ -34,12 +35,10 @@ from mtprune.trials import (
     Candidate,
     Judge,
     Trial,
-    directions,
     in_loop,
     inner,
     made,
     random_state_kept,
-    read_dense,
 )
 
 __all__ = ["Candidate", "Choice", "Trial", "choose", "halving", "usual"]

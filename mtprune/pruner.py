@@ -377,6 +377,16 @@ class MultitaskPruner:
     # What there is to read.
 
     @property
+    def method(self) -> Method[Any]:
+        """How masks come about."""
+        return self._method
+
+    @property
+    def seed(self) -> int:
+        """The seed of the pruner's own generator."""
+        return self._generator.initial_seed()
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """``{parameter name: mask}``, True = keep; names as before pruning."""
         return {x.name: x.part.shown(self._hold.mask(x).clone()) for x in self._active}

@@ -29,18 +29,9 @@ from mtprune.observing.losses import LossFunction, compute, parse
 from mtprune.progress import bar
 from mtprune.pruner import MultitaskPruner
 from mtprune.refitting import Refit
+from mtprune.results import Results, directions, read, read_dense
 from mtprune.schedule import OneShot
-from mtprune.trials import (
-    Results,
-    Subject,
-    copied,
-    directions,
-    inner,
-    random_state_kept,
-    read,
-    read_dense,
-    start_from,
-)
+from mtprune.trials import Subject, copied, inner, random_state_kept, seed_all
 
 __all__ = ["sweep"]
 
@@ -191,7 +182,7 @@ class _Bench:
             known = _layers(model, options)
             put([known[name] for name in self.ballot.names], decision, job.places)
             kept = sum(int(decision.masks[place].count_nonzero()) for place in job.places)
-        start_from(0)
+        seed_all(0)
         return _Trial(job, size, kept, _listed(self.evaluate(model)))
 
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from math import nan
 from statistics import fmean
 from typing import Any
 
@@ -13,48 +13,39 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtprune import checks, distributed, metrics, saliency
-from mtprune.methods import Method, Vote
+from mtprune import checks, distributed
+from mtprune.methods import Method
 from mtprune.methods.base import check_method
 from mtprune.metrics import DeltaT, delta_t
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free
 from mtprune.model.selectors import Spec
+from mtprune.named import dense
 from mtprune.observing.losses import LossFunction
 from mtprune.pruner import MultitaskPruner
-from mtprune.schedule import OneShot, Rounds
+from mtprune.results import Results, not_finite, read
+from mtprune.schedule import Rounds
 
 __all__ = [
     "Bench",
     "Candidate",
     "Judge",
     "OutError",
-    "Results",
+    "Subject",
     "Trial",
     "copied",
-    "directions",
     "in_loop",
     "inner",
     "made",
     "random_state_kept",
-    "read",
-    "read_dense",
-    "start_from",
+    "seed_all",
 ]
 
 Candidate = Method[Any] | Callable[[int], Method[Any]]
 """A method, or what makes one for a run of so many steps."""
 
-Results = dict[str, dict[str, float]]
-"""``{task: {metric: value}}``."""
-
 Subject = tuple[nn.Module, Spec, Mapping[str, Any]]
 """A model, what its tasks share, and the options of pruners."""
-
-_NAMELESS = "value"
-"""The metric of a task for which there is a number and no name."""
-
-_NEVER = 2**62
 
 _SLACK = 1.1
 """A candidate may keep so many times the weights it should: units are not always divisible."""
@@ -127,13 +118,12 @@ class Bench:
 
     def untrained(self) -> Any:
         """What `evaluate` says of the model as it is."""
-        start_from(0)
+        seed_all(0)
         return self.evaluate(copied(self.subject)[0])
 
     def dense(self, steps: int, seed: int) -> Any:
         """What it says after training without pruning."""
-        never = Vote(0.0, saliency=saliency.random, schedule=OneShot(at=_NEVER))
-        model, pruner = self._begin(never, seed)
+        model, pruner = self._begin(dense(), seed)
         self.train(model, pruner, steps)
         _check_steps(pruner, steps)
         pruner.finalize()
@@ -150,7 +140,7 @@ class Bench:
             model, pruner = self._begin(method, seed)
             if not in_loop(method):
                 pruner.prune(self.batches, forward=self.forward, progress=False)
-            start_from(seed)
+            seed_all(seed)
             self.train(model, pruner, steps)
         _check_steps(pruner, steps)
         kept, due = 1 - pruner.sparsity, 1 - self.sparsity
@@ -165,7 +155,7 @@ class Bench:
 
     def _begin(self, method: Method[Any], seed: int) -> tuple[nn.Module, _Counted]:
         model, shared, options = copied(self.subject)
-        start_from(seed)
+        seed_all(seed)
         return model, _Counted(model, self.task_losses, shared, method=method, seed=seed, **options)
 
 
@@ -272,7 +262,7 @@ class Judge:
 
     def _change(self, found: Any, dense: Results) -> DeltaT:
         pruned = read(found, self.tasks)
-        if problem := _not_finite(pruned):
+        if problem := not_finite(pruned):
             raise OutError(f"{problem}.")
         for task in self.tasks:
             if pruned[task].keys() != dense[task].keys():
@@ -281,87 +271,6 @@ class Judge:
                     f"model, and {list(dense[task])} without pruning. Both must be the same."
                 )
         return delta_t(pruned, dense, self.lower)
-
-
-# What `evaluate` returns.
-
-
-def read(found: Any, tasks: Sequence[str]) -> Results:
-    """What `evaluate` returned, with a name for each metric.
-
-    Raises:
-        TypeError: If it is no mapping, or a value is no number.
-        ValueError: If it is of other tasks.
-    """
-    must = "must return a mapping task -> value or task -> {metric: value}"
-    if not isinstance(found, Mapping):
-        raise TypeError(checks.message("evaluate", found, must))
-    if set(found) != set(tasks):
-        raise ValueError(
-            f"`evaluate` must return a result for each task {list(tasks)}, and no others. "
-            f"Got {list(found)}."
-        )
-    named = {t: found[t] if isinstance(found[t], Mapping) else {_NAMELESS: found[t]} for t in tasks}
-    results: Results = {}
-    for task, values in named.items():
-        try:
-            results[task] = {metric: float(value) for metric, value in values.items()}
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                checks.message("evaluate", found[task], must, f" for '{task}'")
-            ) from None
-    return results
-
-
-def read_dense(found: Any, tasks: Sequence[str], which: str) -> Results:
-    """The same of a model that is not pruned, whose results must be finite.
-
-    Args:
-        found: What `evaluate` returned.
-        tasks: The tasks.
-        which: How the model came about.
-    """
-    results = read(found, tasks)
-    if problem := _not_finite(results):
-        raise ValueError(f"{problem}, of the model {which}. Nothing can be compared with that.")
-    return results
-
-
-def _not_finite(results: Results) -> str:
-    """Which result is NaN or infinite, in words; empty if none is."""
-    for task, found in results.items():
-        for metric, value in found.items():
-            if not isfinite(value):
-                return f"`evaluate` returned {value} for {_metric(task, metric)}"
-    return ""
-
-
-def _metric(task: str, metric: str) -> str:
-    return f"task '{task}'" if metric == _NAMELESS else f"'{metric}' of task '{task}'"
-
-
-def directions(
-    results: Results, lower: bool | Mapping[str, Iterable[str]] | None
-) -> Mapping[str, set[str]]:
-    """Which metrics are errors, as `delta_t` wants to be told."""
-    if isinstance(lower, bool):
-        return {task: set(found) if lower else set() for task, found in results.items()}
-    if lower is not None:
-        checks.mapping("lower_is_better", lower, "task -> metrics, True or False")
-        told = {task: set(names) for task, names in lower.items()}
-        ones = {task: dict.fromkeys(found, 1.0) for task, found in results.items()}
-        delta_t(ones, ones, told)  # which refuses names that are not there
-        return told
-    known = metrics.LOWER_IS_BETTER | metrics.HIGHER_IS_BETTER
-    for task, found in results.items():
-        for name in found:
-            if name not in known:
-                raise ValueError(
-                    f"Is {_metric(task, name)} better when it is lower? Say it by "
-                    "`lower_is_better`: True for losses and errors, False for scores, or "
-                    "{task: {metric, ...}}, those that are errors."
-                )
-    return metrics.lower_is_better(results)
 
 
 @contextmanager
@@ -379,8 +288,8 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def start_from(seed: int) -> None:
-    """Set the random state of torch, numpy and Python."""
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

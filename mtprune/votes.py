@@ -70,7 +70,19 @@ def at_least(m: int) -> Vote:
         tensor([0.0000, 0.5000, 0.0000])
     """
     checks.whole("m", m, least=1, must="must be a whole number of tasks, at least 1")
-    return partial(mth_smallest, m=m)
+    return _AtLeast(mth_smallest, m=m)
+
+
+class _AtLeast(partial[Tensor]):
+    """A partial that equals another with the same number, so that methods with it are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        """Whether as many voters are meant."""
+        return isinstance(other, _AtLeast) and self.keywords == other.keywords
+
+    def __hash__(self) -> int:
+        """The same for equal ones."""
+        return hash(tuple(self.keywords.items()))
 
 
 def mean(percentiles: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_runs_to_the_sparsity_asked_for(train, tmp_path, capsys, name, method):
 @pytest.mark.parametrize("method", [name for name in options.METHODS if name not in METHODS])
 def test_every_other_method(train, tmp_path, method):
     start = []
-    if options.METHODS[method][1] == "rounds":
+    if options.METHODS[method] == "rounds":
         train("census", "--method", "dense", out=tmp_path)
         start = ["--pretrained", str(tmp_path / "model.pt")]
     found = train("census", "--method", method, "--steps", "4", *start)

@@ -11,7 +11,8 @@ import torch
 from common.data import Layout, Source
 from common.losses import Task
 from common.nets import SCENES
-from mtprune import Cubic, OneShot, Refit, Rounds, SoftThreshold, Vote, recipes, saliency, votes
+from mtprune import METHODS as NAMED
+from mtprune import Cubic, OneShot, Regrow, Rounds, Vote
 
 Options = argparse.Namespace
 ROUNDS = 4
@@ -43,51 +44,40 @@ class Problem:
     augment: bool = True
 
 
-# Methods: what to call, and when it prunes. ``None`` is when the method itself says.
+# Methods: those of the package by name, and when they prune. Without an entry it is when the method
+# itself says.
 
-METHODS: dict[str, tuple[Callable[[Options], Any], str | None]] = {
-    "dense": (lambda o: Vote(0.0, schedule=OneShot(o.steps + 1)), None),  # never due
-    "best": (lambda o: _best(o), "rounds"),
-    "best_without_voters": (lambda o: replace(_trained(o), voters=()), "rounds"),
-    "best_with_refit": (lambda o: replace(_trained(o), refit=Refit()), "rounds"),
-    "best_lamp_voter": (lambda o: replace(_trained(o), voters=(saliency.lamp,)), "rounds"),
-    "best_joint": (lambda o: replace(_trained(o), disentangled=False), "rounds"),
-    "best_elsewhere": (lambda o: recipes.best(o.sparsity, trained="elsewhere"), "rounds"),
-    "vote": (lambda o: Vote(o.sparsity), "gradual"),
-    "majority": (lambda o: Vote(o.sparsity, vote=votes.majority), "gradual"),
-    "mean": (lambda o: Vote(o.sparsity, vote=votes.mean), "gradual"),
-    "intersection": (lambda o: Vote(o.sparsity, vote=votes.intersection), "gradual"),
-    "joint": (lambda o: Vote(o.sparsity, disentangled=False), "gradual"),
-    "disparse_static": (lambda o: recipes.disparse_static(o.sparsity), "init"),
-    "disparse_pretrained": (lambda o: recipes.disparse_pretrained(o.sparsity), "trained"),
-    "disparse_dynamic": (
-        lambda o: recipes.disparse_dynamic(o.sparsity, every=o.update_every, end=o.freeze),
-        None,
-    ),
-    "snip": (lambda o: recipes.snip(o.sparsity), "init"),
-    "rigl": (lambda o: recipes.rigl(o.sparsity, every=o.update_every, end=o.freeze), None),
-    "set_": (lambda o: recipes.set_(o.sparsity, every=o.update_every, end=o.freeze), None),
-    "magnitude": (lambda o: recipes.magnitude(o.sparsity), "trained"),
-    "lamp": (lambda o: recipes.lamp(o.sparsity), "trained"),
-    "gradual_magnitude": (
-        lambda o: replace(recipes.magnitude(o.sparsity), schedule=_cubic(o)),
-        "gradual",
-    ),
-    "movement": (lambda o: recipes.movement(o.sparsity, o.steps), None),
-    "flop": (lambda o: recipes.flop(o.sparsity, o.steps), None),
-    "flop_saliency": (lambda o: recipes.flop(o.sparsity, o.steps, gates="saliency"), None),
-    "adapmtl": (lambda o: _adapmtl(o), "init"),
-    "adapmtl_uniform": (lambda o: replace(_adapmtl(o), allocation="uniform"), "init"),
-    "adapmtl_worst": (lambda o: replace(_adapmtl(o), weighting="worst"), "init"),
-    "adapmtl_published": (lambda o: recipes.adapmtl_published(o.sparsity, o.steps), None),
-    "random": (lambda o: recipes.random(o.sparsity), "init"),
+_WHEN = {
+    **dict.fromkeys(("best", "best_without_voters", "best_with_refit"), "rounds"),
+    **dict.fromkeys(("best_lamp_voter", "best_joint", "best_elsewhere"), "rounds"),
+    **dict.fromkeys(("vote", "majority", "mean", "intersection", "joint"), "gradual"),
+    "gradual_magnitude": "gradual",
+    **dict.fromkeys(("disparse_static", "snip", "random"), "init"),
+    **dict.fromkeys(("adapmtl", "adapmtl_uniform", "adapmtl_worst"), "init"),
+    **dict.fromkeys(("disparse_pretrained", "magnitude", "lamp"), "trained"),
 }
+
+METHODS: dict[str, str | None] = {
+    name: _WHEN.get(name) for name in NAMED if name != "best_from_scratch"
+}
+"""When each method prunes. ``best`` is the one from scratch where there is nothing pretrained."""
+
+
+def build(options: Options) -> Any:
+    """The method of that name, with its own schedule."""
+    name = options.method
+    if name == "best" and options.pretrained is None:
+        name = "best_from_scratch"
+    method = NAMED[name](options.sparsity, options.steps)
+    if isinstance(method.schedule, Regrow):
+        times = {"every": options.update_every, "end": options.freeze}
+        return replace(method, schedule=replace(method.schedule, **times))
+    return _later(method, options) if name.startswith("adapmtl") else method
 
 
 def make_method(options: Options) -> Any:
     """The method that the options describe."""
-    build, when = METHODS[options.method]
-    method, when = build(options), options.when or when
+    method, when = build(options), options.when or METHODS[options.method]
     if not isinstance(method, Vote):
         return method
     if when == "init":
@@ -118,27 +108,13 @@ def scoring_batches(options: Options) -> int:
     return options.observations if isinstance(schedule, OneShot) and schedule.at == 0 else 0
 
 
-def _best(options: Options) -> Vote | SoftThreshold:
-    """What the recipe takes for the net at hand."""
-    if options.pretrained is None:
-        return recipes.best(options.sparsity, options.steps, trained=False)
-    return _trained(options)
-
-
-def _trained(options: Options) -> Vote:
-    method = recipes.best(options.sparsity)
-    assert isinstance(method, Vote)
-    return method
-
-
-def _adapmtl(options: Options) -> SoftThreshold:
+def _later(method: Any, options: Options) -> Any:
     """Thresholds that rise from the first step; or after the dense phase."""
-    method = recipes.adapmtl(options.sparsity, options.steps)
     if options.when in (None, "init"):
         return method
     if options.when in ("trained", "rounds"):
         raise ValueError(
-            f"--when {options.when} leaves adapmtl no time in which thresholds could rise."
+            f"--when {options.when} leaves {options.method} no time in which thresholds could rise."
         )
     rise = _cubic(options)
     every = max(1, (rise.end - rise.begin) // 50)
@@ -279,7 +255,7 @@ def settle(problem: Problem, options: Options) -> Options:
             raise ValueError("--distil needs --pretrained or --teacher: the net to learn from.")
     elif options.teacher or options.temperature:
         raise ValueError("--teacher and --temperature are for --distil. Give it, too.")
-    if options.when and METHODS[options.method][1] is None:
+    if options.when and METHODS[options.method] is None:
         raise ValueError(f"--when does not apply to --method {options.method}.")
     if options.dense_steps is None:
         options.dense_steps = 0 if options.pretrained else options.steps // 2
@@ -294,7 +270,7 @@ def settle(problem: Problem, options: Options) -> Options:
         options.update_every = max(1, options.steps // 400, min(25, options.steps // 10))
     options.freeze = max(1, options.steps * 3 // 4)
     options.save_every = options.save_every or max(1, options.steps // 10)
-    at_once, when = scoring_batches(options), options.when or METHODS[options.method][1]
+    at_once, when = scoring_batches(options), options.when or METHODS[options.method]
     if at_once and options.pretrained is None and when == "rounds":
         raise ValueError("--when rounds needs --pretrained: a trained net to prune.")
     if not at_once and options.rewind:

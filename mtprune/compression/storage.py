@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.plan import Plan
 from mtprune.compression.stored_masks import masks_of, numbered, read_masks
 from mtprune.compression.switching import forget, switch_tasks, whole
-from mtprune.files import digest, read_json, replace, write
+from mtprune.files import digest, read_json, replace, write, write_text
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import (
     PackedTaskMasks,
@@ -36,11 +36,15 @@ from mtprune.model.task_masks import (
 )
 from mtprune.reading import Entry
 
+if TYPE_CHECKING:
+    from mtprune.cards import Card
+
 __all__ = ["META", "PRETRAINED", "Saved", "load", "read", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
 PRETRAINED = "config.json"
+CARD = "README.md"
 _DRAFT = ".new"
 _FORMAT = 2
 _ADVICE = "Take the folder as mtprune.save wrote it, or save the model again."
@@ -52,6 +56,7 @@ def save(
     *,
     arguments: Mapping[str, Any] | None = None,
     task_masks: TaskMasks | None = None,
+    card: "Card | None" = None,
 ) -> None:
     """Save a model: its tensors as safetensors, its plan and its class's name as JSON.
 
@@ -71,6 +76,8 @@ def save(
         task_masks: ``pruner.task_masks``, with the finalized model or the one from before it was
             pruned. Known already if the model is the very one that a pruner has finalized, or if
             `load` made it.
+        card: What there is to know about the model, `mtprune.Card.of(pruner)`; written as
+            ``README.md``, which is replaced.
 
     Raises:
         ValueError: If `compress` did not make this model, and there are no task masks.
@@ -83,13 +90,14 @@ def save(
     with whole(model):
         tensors, aliases, strides = _state_of(model)
     cls, bits = type(model), {} if masks is None else numbered(masks)
+    plan = plan_of(model) if masks is None else None
     tensors.update((key, masks.bits[task][name]) for key, (task, name) in bits.items() if masks)
     content = safetensors.save(tensors)
     meta = {
         "format": _FORMAT,
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "arguments": None if arguments is None else dict(arguments),
-        "plan": None if masks is not None else plan_of(model).to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
         "aliases": aliases,
         "strides": strides,
         "tensors": hashlib.sha256(content).hexdigest(),
@@ -109,6 +117,8 @@ def save(
     write(drafts[1], lambda file: file.write(text.encode() + b"\n"))
     for draft in drafts:
         replace(draft, draft.with_suffix(""))
+    if card is not None:
+        write_text(folder / CARD, card.markdown(plan))
 
 
 def load(

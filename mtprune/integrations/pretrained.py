@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
-from mtprune.files import read_json
+from mtprune.compression.storage import CARD
+from mtprune.files import read_json, write_text
 from mtprune.model.names import unwrap
 from mtprune.reading import Entry
 
@@ -37,6 +38,9 @@ try:
 except ImportError:
     AUTO_QUANTIZER_MAPPING = None
     HfQuantizer = QuantizationConfigMixin = object
+
+if TYPE_CHECKING:
+    from mtprune.cards import Card
 
 __all__ = ["HEADS", "METHOD", "PlanConfig", "PlanQuantizer", "load", "save_pretrained"]
 
@@ -140,7 +144,12 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def save_pretrained(
-    model: nn.Module, directory: str | PathLike[str], *, encoder: str = "", heads: str = ""
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    encoder: str = "",
+    heads: str = "",
+    card: "Card | None" = None,
 ) -> None:
     """Save a compressed encoder of transformers so that ``from_pretrained`` loads it.
 
@@ -155,6 +164,8 @@ def save_pretrained(
         encoder: The name of the encoder in the model; the whole model unless given.
         heads: The name of a ``ModuleDict`` in the model: its modules are saved beside the encoder,
             in ``heads/<key>.safetensors``.
+        card: What there is to know about the model, `mtprune.Card.of(pruner)`; written as
+            ``README.md``, which is replaced.
 
     Raises:
         TypeError: If the encoder is not a model of transformers.
@@ -182,6 +193,8 @@ def save_pretrained(
         for key, head in model.get_submodule(heads).named_children():
             state = {name: value.contiguous() for name, value in head.state_dict().items()}
             safetensors.save_file(state, str(folder / HEADS / f"{key}.safetensors"))
+    if card is not None:
+        write_text(folder / CARD, card.markdown(plan))
 
 
 def load(directory: str | PathLike[str]) -> nn.Module:

@@ -248,6 +248,25 @@ class Method(ABC, Generic[D]):
         hold: Any = MaskHold(masks)
         return hold  # type: ignore[no-any-return]
 
+    def to_dict(self, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The method as plain data that JSON can hold; `mtprune.method_from` reads it.
+
+        Args:
+            own: Functions, classes and values that are not of this package, by name: a saliency,
+                a schedule.
+
+        Raises:
+            ValueError: If it has parts of your own that ``own`` does not name.
+
+        Example:
+            >>> from mtprune import Vote, votes
+            >>> Vote(0.9, vote=votes.at_least(2)).to_dict()["vote"]
+            {'function': 'votes.at_least', 'm': 2}
+        """
+        from mtprune.notation import noted  # most runs do without
+
+        return noted(self, own)
+
 
 _OWN = ("sparsity", "schedule", "needs", "decide")
 _BROUGHT = (

@@ -20,6 +20,7 @@ from tests import encoders
 from tests.compression.fakes import FakeTimes, prefer, zero_
 from tests.encoders import PRETRAINED
 from tests.long import few
+from tests.test_cards import pruned
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -488,3 +489,13 @@ def test_what_is_loaded_owns_its_memory(tmp_path):
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 0)
     assert torch.equal(encoder.states(loaded), encoder.states(fast))
+
+
+def test_a_card_goes_with_it(tmp_path):
+    _, fast = compressed("Bert", "both")
+    card = mtprune.Card.of(pruned()[1])
+    save_pretrained(fast, tmp_path, card=card)
+    text = (tmp_path / "README.md").read_text()
+    assert text == card.markdown(mtprune.plan_of(fast))
+    assert "removed: encoder.layer.0.attention.self.query" in text
+    assert equal(transformers.AutoModel.from_pretrained(tmp_path), fast)
