@@ -378,6 +378,7 @@ _NAMED: Mapping[str, Allocation] = {
 }
 
 NAMES = tuple(_NAMED)
+"""The allocations that have a name."""
 
 
 def parse_allocation(given: object) -> Allocation:

@@ -90,6 +90,7 @@ class FeedForward:
 
 
 Pattern = Attention | FeedForward
+"""A shape of module in which heads or neurons are found."""
 
 PATTERNS: tuple[Pattern, ...] = (
     Attention(
