@@ -5,6 +5,7 @@ then the rest. In pages, code such as ``recipes.best(0.9)`` leads to what it cal
 name of the API stays code.
 """
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -92,11 +93,22 @@ def show_colon(
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def readable_defaults(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str]:
+    """Defaults that are made anew, or are functions, as they would be written."""
+    if signature:
+        signature = re.sub(r"<factory>", "...", signature)
+        signature = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", signature)
+    return signature, returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register role and look-ups."""
     app.add_role("name", name_role)
     app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", show_colon, priority=600)
+    app.connect("autodoc-process-signature", readable_defaults)
     app.connect("missing-reference", link)
     app.connect("doctree-resolved", link_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,7 +18,9 @@ def build(out: Path) -> int:
         source.mkdir()
         stage(source)
         cache = str(Path(folder) / "doctrees")
-        return build_main(["-W", "--keep-going", "-q", "-b", "html", "-d", cache, str(source), str(out)])
+        return build_main(
+            ["-W", "--keep-going", "-q", "-b", "html", "-d", cache, str(source), str(out)]
+        )
 
 
 def main() -> int:

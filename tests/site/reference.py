@@ -46,7 +46,11 @@ class Name:
     def directive(self) -> list[str]:
         """What documents it, in reStructuredText."""
         if self.kind == "data":
-            return [f".. py:data:: {self.path}", "", *(f"   {line}" for line in self.doc.split("\n"))]
+            return [
+                f".. py:data:: {self.path}",
+                "",
+                *(f"   {line}" for line in self.doc.split("\n")),
+            ]
         options = ["   :members:", "   :show-inheritance:"] * (self.kind == "autoclass")
         return [f".. {self.kind}:: {self.path}", *options]
 

@@ -8,9 +8,7 @@ import ast
 import contextlib
 import io
 import json
-import os
 import re
-import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,10 +83,16 @@ def keep(script: Path) -> None:
         for figure in drawn:
             names.append(f"{script.stem}-{number}.png")
             figure.savefig(script.parent / names[-1], dpi=120)
-        outputs.append(
-            {"code": code(script)[number].text, "printed": printed, "pictures": names}
-        )
+        outputs.append({"code": code(script)[number].text, "printed": printed, "pictures": names})
     kept(script).write_text(json.dumps(outputs, indent=1) + "\n")
+
+
+def is_current(script: Path) -> bool:
+    """Whether the outputs that are kept are those of the code as it is, but for its layout."""
+    outputs = json.loads(kept(script).read_text())
+    now, then = [cell.text for cell in code(script)], [output["code"] for output in outputs]
+    same = (ast.dump(ast.parse(a)) == ast.dump(ast.parse(b)) for a, b in zip(now, then))
+    return len(now) == len(then) and all(same)
 
 
 def kept(script: Path) -> Path:
@@ -107,7 +111,8 @@ def page(script: Path) -> str:
         output = next(outputs)
         parts.append(f"```{{code-block}} python\n{cell.text}\n```")
         if output["printed"].strip():
-            parts.append(f"```{{code-block}} text\n:class: printed\n{output['printed'].rstrip()}\n```")
+            printed = output["printed"].rstrip()
+            parts.append(f"```{{code-block}} text\n:class: printed\n{printed}\n```")
         parts += [f"![What the cell above drew]({name})" for name in output["pictures"]]
     parts.append(f"The script: {{download}}`{script.name}`, as cells for any notebook.")
     return "\n\n".join(parts) + "\n"
