@@ -415,6 +415,7 @@ _NAMED: Mapping[str, Allocation] = {
 }
 
 NAMES = tuple(_NAMED)
+"""The allocations that have a name."""
 
 
 def parse_allocation(given: object) -> Allocation:

@@ -62,6 +62,7 @@ class Pieces(Protocol):
 
 
 Granularity = Spanning | Pieces | tuple[Spanning, ...]
+"""Units that span layers, pieces that lie inside one, or several of the former."""
 
 
 @dataclass(frozen=True)

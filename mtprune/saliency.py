@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 Saliency = Callable[..., Tensor]
+"""A function of weight and gradient, or of what else it names (see above)."""
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
