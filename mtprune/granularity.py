@@ -5,6 +5,7 @@ several layers: a neuron, a head, a channel. `Pieces` cut every layer on its own
 weights, blocks, patterns. Several spanning ones, in a tuple, share one budget.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -309,7 +310,9 @@ class Head:
 class Channel:
     """Channels of convolutional networks, with all entries that must go with a channel.
 
-    torch-pruning (extra ``[structured]``) finds these dependencies by running the model.
+    torch-pruning (extra ``[structured]``) finds these dependencies by running the model, and each
+    group of channels is tried on a copy. Groups that do not pass stay whole, and a warning names
+    them. Of images a corner of 64 pixels is looked at, if the model runs on it.
 
     Attributes:
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
@@ -324,9 +327,18 @@ class Channel:
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
-        from mtprune.integrations.torch_pruning import channels  # needs an extra
+        from mtprune.integrations.torch_pruning import found  # needs an extra
 
-        return channels(model, self.example_inputs)
+        groups, refused = found(model, self.example_inputs)
+        if refused:
+            names = "; ".join(f"'{name}': {why}" for name, why in refused.items())
+            if not groups:
+                raise ValueError(
+                    f"{type(model).__name__} has channels that cannot be removed: {names}. Prune "
+                    "its weights one by one, or in blocks."
+                )
+            warnings.warn(f"Left out: {names}.", stacklevel=2)
+        return groups
 
 
 def check_granularity(granularity: object) -> None:
