@@ -67,6 +67,12 @@ class Layer:
     shape: tuple[int, ...]
 
     @property
+    def matrices(self) -> int:
+        """How many matrices it holds: one for each expert, or one."""
+        is_stacked = any(is_stack(module, self.shape) for module, _ in self.places)
+        return self.shape[0] if is_stacked else 1
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The Parameter as it is now, pruned or not."""
         module, attribute = self.places[0]

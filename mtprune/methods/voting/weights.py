@@ -23,7 +23,9 @@ def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
     ballot = election.ballot
     keep = ballot.total - round(sparsity * progress * ballot.total)
     upper = [int(mask.sum()) for mask in ballot.masks]
-    budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
+    budget = Budget(
+        ballot.shapes, ballot.components, keep, upper, election.min_keep, ballot.matrices
+    )
     masks = select(
         ballot.scores,
         election.vote,
