@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from math import prod
 
 from typing_extensions import override
@@ -56,6 +57,7 @@ class Budget:
         keep: The total, exact.
         upper: The most each layer can keep, that is, the weights not yet pruned for good.
         min_keep: The least each layer keeps, as far as the total allows.
+        matrices: How many matrices each layer holds, along its first dimension; one unless given.
     """
 
     shapes: Sequence[Shape]
@@ -63,6 +65,7 @@ class Budget:
     keep: int
     upper: Sequence[int]
     min_keep: int = 1
+    matrices: Sequence[int] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -82,6 +85,7 @@ class Budget:
             components=[self.components[i] for i in layers],
             keep=keep,
             upper=[self.upper[i] for i in layers],
+            matrices=[self.matrices[i] for i in layers] if self.matrices else (),
         )
 
 
@@ -192,9 +196,13 @@ class Proportional(Layerwise):
         return apportion(self._ideal(budget), budget.keep, budget.floors, budget.sizes)
 
     def _ideal(self, budget: Budget) -> list[float]:
-        sizes = budget.sizes
-        densities = self.densities(budget.shapes, budget.keep / max(sum(sizes), 1))
-        return [d * n for d, n in zip(densities, sizes, strict=True)]
+        sizes, counts = budget.sizes, budget.matrices or [1] * len(budget.shapes)
+        # A stack is as many layers as it has matrices; these are alike, and so are their densities.
+        single = [s[1:] if n > 1 else s for s, n in zip(budget.shapes, counts, strict=True)]
+        every = [shape for shape, n in zip(single, counts, strict=True) for _ in range(n)]
+        densities = self.densities(every, budget.keep / max(sum(sizes), 1))
+        firsts = accumulate(counts[:-1], initial=0)
+        return [densities[i] * n for i, n in zip(firsts, sizes, strict=True)]
 
     @override
     def quotas(self, budget: Budget) -> list[Quota]:

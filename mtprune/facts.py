@@ -40,6 +40,7 @@ class Subject:
         shape: Its shape.
         tasks: The tasks that use it.
         cost: Multiply-adds of each of its weights, if that was measured.
+        matrices: How many matrices it holds, one behind the other along the first dimension.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Subject:
     shape: tuple[int, ...]
     tasks: tuple[str, ...]
     cost: Fraction | None = None
+    matrices: int = 1
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Block:
 
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
-        return ""
+        return "a stack of experts' matrices is not cut into blocks" if layer.matrices > 1 else ""
 
     def pool(self, saliency: Tensor) -> Tensor:
         """See `Pieces`."""

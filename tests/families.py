@@ -176,7 +176,9 @@ FAMILIES = {
     ),
     "mixtral": _decoder("Mixtral", {**SIZED, **EXPERTS}, neurons=(3, 3)),
     "qwen3 moe": _decoder(
-        "Qwen3Moe", {**SIZED, "num_experts": 4, "moe_intermediate_size": 24}, neurons=(3, 3)
+        "Qwen3Moe",
+        {**SIZED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        neurons=(3, 3),
     ),
     "gpt oss": _decoder("GptOss", {**SIZED, **EXPERTS}, neurons=(3, 3)),
     "deepseek": _decoder("DeepseekV3", LATENT, heads=(4, 4), neurons=(24, 2, 16)),

@@ -1,5 +1,6 @@
 """Families of transformers: pruned by heads and neurons, made smaller, saved, and loaded."""
 
+import json
 import re
 
 import pytest
@@ -93,6 +94,70 @@ def test_from_a_vote_to_a_loaded_model(name, tmp_path):
     if model.can_generate():
         tokens = [generated(net, inputs).tolist() for net in (model, fast, loaded)]
         assert tokens[0] == tokens[1] == tokens[2]
+
+
+@torch.no_grad()
+def smaller(name, find, dead):
+    """A model without the units of which `dead` says so, for each group and its number."""
+    model = families.build(name)
+    groups = find(model)
+    for number, group in enumerate(groups):
+        for member in group.members:
+            if member.role == "in":
+                unread = dead(number, member.index())
+                model.get_parameter(member.tensor).movedim(member.dim, 0)[unread] = 0
+    return compress(model, families.inputs(model), groups=groups, measure=dense)
+
+
+def half(_, units):
+    return units % 2 == 0
+
+
+PLAIN = [
+    ("llama", heads, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}),
+    ("gpt2", neurons, {"n_inner": 12}),
+    ("t5", heads, {"num_heads": 2, "d_kv": 8}),
+    ("mixtral", neurons, {"intermediate_size": 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "find", "numbers"), PLAIN, ids=[name for name, *_ in PLAIN])
+def test_layers_alike_are_a_plain_model(name, find, numbers, tmp_path):
+    fast = smaller(name, find, half)
+    before = fast.config.to_dict()
+    save_pretrained(fast, tmp_path)
+    assert fast.config.to_dict() == before
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in saved
+    assert saved.items() >= numbers.items()
+    loaded = families.loader(name).from_pretrained(tmp_path)
+    inputs = families.inputs(fast, 1, 3, 9)
+    got, again = outputs(fast, inputs), outputs(loaded, inputs)
+    assert all(torch.equal(got[k], again[k]) for k in got)
+    assert generated(fast, inputs).tolist() == generated(loaded, inputs).tolist()
+
+
+UNLIKE = {
+    "another number of each": ("llama", neurons, lambda number, units: units < 5 + number),
+    "a size that follows from the number": ("bert", heads, half),
+    "some layers whole": ("llama", heads, lambda number, units: (units == 0) & (number == 0)),
+}
+
+
+@pytest.mark.parametrize("why", UNLIKE)
+def test_layers_that_no_configuration_describes_have_a_plan(why, tmp_path):
+    name, find, dead = UNLIKE[why]
+    fast = smaller(name, find, dead)
+    save_pretrained(fast, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["quantization_config"]["quant_method"] == "mtprune"
+    loaded = families.loader(name).from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    shapes = {k: v.shape for k, v in fast.named_parameters()}
+    assert {k: v.shape for k, v in loaded.named_parameters()} == shapes
+    if name == "llama":
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert generated(loaded, families.inputs(fast)).shape == (2, 11)
 
 
 def test_what_cannot_lose_heads_is_refused_with_the_reason():

@@ -107,6 +107,11 @@ class Ballot:
         return [subject.shape for subject in self.subjects]
 
     @property
+    def matrices(self) -> list[int]:
+        """How many matrices each layer holds."""
+        return [subject.matrices for subject in self.subjects]
+
+    @property
     def names(self) -> list[str]:
         """The layers' names."""
         return [subject.name for subject in self.subjects]

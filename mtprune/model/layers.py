@@ -70,6 +70,12 @@ class Layer:
     sharding: Sharding = field(default_factory=Sharding)
 
     @property
+    def matrices(self) -> int:
+        """How many matrices it holds: one for each expert, or one."""
+        is_stacked = any(is_stack(module, self.shape) for module, _ in self.places)
+        return self.shape[0] if is_stacked else 1
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The Parameter as it is now, pruned or not: the one that an optimizer has."""
         return self.sharding.parameter(*self.places[0], self._found)

@@ -28,7 +28,8 @@ def lasting_counts(
     shapes, components = [s.shape for s in subjects], [s.component for s in subjects]
     sizes = [prod(shape) for shape in shapes]
     keep = sum(sizes) - round(sparsity * sum(sizes))
-    return layerwise.counts(Budget(shapes, components, keep, sizes, min_keep))
+    matrices = [s.matrices for s in subjects]
+    return layerwise.counts(Budget(shapes, components, keep, sizes, min_keep, matrices))
 
 
 def draw(election: Election, sparsity: float) -> Masks:

@@ -22,7 +22,14 @@ def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
     """
     ballot = election.ballot
     keep = ballot.total - round(sparsity * progress * ballot.total)
-    budget = Budget(ballot.shapes, ballot.components, keep, ballot.kept, election.min_keep)
+    budget = Budget(
+        ballot.shapes,
+        ballot.components,
+        keep,
+        ballot.kept,
+        election.min_keep,
+        ballot.matrices,
+    )
     masks = select(
         ballot.scores,
         election.vote,
