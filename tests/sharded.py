@@ -5,6 +5,7 @@ The back-end follows `MTPRUNE_TEST_DEVICE`: NCCL where that is cuda and there ar
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         widths = (6, 7, 11, 5)
-        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.heads = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(5, 1)})
         self.checkpointed = checkpointed
 
@@ -98,13 +99,14 @@ class Loop:
         late: bool = False,
         checkpointed: bool = False,
         optimizer: bool = True,
+        tasks: Any = TASKS,
         **options: Any,
     ) -> None:
         self.rank, self.world = rank, world
         self.net = kind(checkpointed).to(device_of(rank), dtype)
         self.inputs = inputs or dtype
         options = {"backend": "inplace", "method": method, **options}
-        make = lambda more: mtprune.MultitaskPruner(self.net, TASKS, "trunk", **more)  # noqa: E731
+        make = lambda more: mtprune.MultitaskPruner(self.net, tasks, "trunk", **more)  # noqa: E731
         if late:
             self.pruner = make(options)
         self.model = self.net if spread is None else spread(self.net)
