@@ -99,13 +99,14 @@ class Loop:
         late: bool = False,
         checkpointed: bool = False,
         optimizer: bool = True,
+        tasks: Any = TASKS,
         **options: Any,
     ) -> None:
         self.rank, self.world = rank, world
         self.net = kind(checkpointed).to(device_of(rank), dtype)
         self.inputs = inputs or dtype
         options = {"backend": "inplace", "method": method, **options}
-        make = lambda more: mtprune.MultitaskPruner(self.net, TASKS, "trunk", **more)  # noqa: E731
+        make = lambda more: mtprune.MultitaskPruner(self.net, tasks, "trunk", **more)  # noqa: E731
         if late:
             self.pruner = make(options)
         self.model = self.net if spread is None else spread(self.net)
