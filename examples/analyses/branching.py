@@ -139,7 +139,8 @@ def follow(bench: Bench, seed: int, cut: Cut, weights: int | None) -> tuple[list
     run.pruner.finalize()
     about: Row = {"line": cut.line, "at": cut.at, "groups": cut.groups, "seed": seed}
     about["parameters"] = sum(parameter.numel() for parameter in net.parameters())
-    rows = [{**about, "stage": DENSE, "kept": None, "found": bench.test(run)}]
+    tested = bench.test(run)
+    rows = [{**about, "stage": DENSE, "sparsity": 0.0, "kept": None, "found": tested}]
     state = {name: x.detach().clone() for name, x in net.state_dict().items()}
     total = run.pruner.report().parameters
     zeros = bench.options.zeros if weights is None else 1 - weights / total
@@ -147,9 +148,8 @@ def follow(bench: Bench, seed: int, cut: Cut, weights: int | None) -> tuple[list
     run = with_net(bench, seed, net, Vote(zeros, observations=few), tuned=True)
     bench.prune(run)
     bench.train(run, start=bench.trainer.steps)
-    kept = run.pruner.report().kept
-    rows.append({**about, "stage": PRUNED, "kept": kept, "found": bench.test(run)})
-    return rows, state
+    about |= {"stage": PRUNED, "sparsity": bench.options.zeros, "kept": run.pruner.report().kept}
+    return [*rows, {**about, "found": bench.test(run)}], state
 
 
 def measure(bench: Bench) -> Found:
@@ -179,7 +179,7 @@ def table(found: Found) -> str:
     """What was suggested, and the change from the net that shares everything."""
     parts = [f"Seed {one['seed']}:\n{one['table']}" for one in found["suggestions"]]
     for stage in (DENSE, PRUNED):
-        rows = [{**row, "sparsity": 0.0} for row in found["rows"] if row["stage"] == stage]
+        rows = [row for row in found["rows"] if row["stage"] == stage]
         parts.append(f"{stage}, against the net that shares everything:")
         parts.append(changes(rows, "delta", "worst"))
         for name in names(rows, "line"):
