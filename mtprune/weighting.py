@@ -32,7 +32,6 @@ Weights = Mapping[str, Any]
 """For each task, a number or a 0-dim tensor."""
 
 Weighting = Callable[[Mapping[str, Tensor]], Weights]
-"""A function of the losses to a weight for each task."""
 
 
 def uniform(losses: Mapping[str, Tensor]) -> Weights:
@@ -275,9 +274,9 @@ def parse_weighting(weighting: object) -> Any:
         return weighting
     if type(weighting).__module__.startswith("torchjd.aggregation"):
         raise TypeError(
-            f"`weighting` weighs losses, and {weighting!r} combines gradients. Leave it to "
-            "torchjd: backward(losses), pruner.observe_jacobian(losses), "
-            "jac_to_grad(parameters, aggregator)."
+            f"`weighting` weighs losses, and {weighting!r} combines gradients. Leave that to "
+            "torchjd: backward(losses), pruner.observe_jacobian(losses), jac_to_grad(parameters, "
+            "aggregator)."
         )
     if isinstance(weighting, type) or not callable(weighting):
         raise TypeError(
