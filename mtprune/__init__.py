@@ -53,6 +53,7 @@ if _TYPE_CHECKING:
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
     from mtprune.named import METHODS
     from mtprune.notation import method_from
+    from mtprune.studying import Study, study
 
 __all__ = [
     "METHODS",
@@ -82,6 +83,7 @@ __all__ = [
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",
+    "Study",
     "Vote",
     "affinity",
     "budget",
@@ -103,6 +105,7 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "study",
     "testing",
     "votes",
     "weighting",
@@ -139,6 +142,7 @@ _LATER = {
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
     "named": ("METHODS",),
     "notation": ("method_from",),
+    "studying": ("Study", "study"),
 }
 
 
