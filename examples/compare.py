@@ -55,6 +55,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from mtprune.files import write_text
+from mtprune.paired import Difference, spread
 from mtprune.saliency import asks
 
 TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census", "digits", "multimnist")
@@ -267,8 +268,8 @@ def table(rows: Sequence[Mapping[str, Any]], options: Options) -> str:
             name += ", " + ", ".join(f"{task} x{x:g}" for task, x in options.loss_scale)
         cells = [zeros, name, f"{row['rate']:g}", f"{len(row['seeds'])}"]
         for what in ("delta", "worst"):
-            cells += [judging.spread(row[what])]
-            cells += [judging.difference(behind[what], comparisons) if behind else ""]
+            cells += [spread(row[what])]
+            cells += [str(Difference(tuple(behind[what]), comparisons)) if behind else ""]
         cells += [f"{statistics.fmean(row['loss']):.2f}"]
         cells += [f"{statistics.fmean(row['tasks'][task]):.1f}" for task in tasks]
         lines.append("| " + " | ".join(cells) + " |")

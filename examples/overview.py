@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import judging
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from mtprune.files import write_text
+from mtprune.paired import Difference, interval
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -71,7 +71,7 @@ def table(studies: Mapping[str, Rows], method: str) -> str:
             line += [""] * 3
         else:
             rival = others[0] if mine is leader else leader
-            told = judging.difference(pairs(mine, rival, "delta"), comparisons)
+            told = str(Difference(tuple(pairs(mine, rival, "delta")), comparisons))
             line += [*_means(mine), f"{rival['method']}: {told}"]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
@@ -85,7 +85,7 @@ def _beyond(values: Sequence[float], comparisons: int) -> bool:
     """Whether a mean difference is further from zero than its interval is wide."""
     if len(values) < 2:
         return False
-    return abs(statistics.fmean(values)) > judging.interval(values, comparisons)
+    return abs(statistics.fmean(values)) > interval(values, comparisons)
 
 
 def draw(studies: Mapping[str, Rows], methods: Sequence[str]) -> Figure:
@@ -102,7 +102,7 @@ def draw(studies: Mapping[str, Rows], methods: Sequence[str]) -> Figure:
                 continue
             xs = [places.index(sparsity) for sparsity in mine]
             means = [statistics.fmean(row["delta"]) for row in mine.values()]
-            widths = [judging.interval(row["delta"]) for row in mine.values()]
+            widths = [interval(row["delta"]) for row in mine.values()]
             color, thick = colors[i % 10], 2.4 if i == 0 else 1.4
             if len(places) == 1:  # no line to put a band around
                 xs = [0.1 * (i - (len(methods) - 1) / 2)]

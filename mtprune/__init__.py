@@ -65,6 +65,7 @@ if _TYPE_CHECKING:
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
     from mtprune.named import METHODS
     from mtprune.notation import method_from
+    from mtprune.studying import Study, study
     from mtprune.sweeping import sweep
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "SigmoidThreshold",
     "Sizes",
     "SoftThreshold",
+    "Study",
     "Sweep",
     "Vote",
     "affinity",
@@ -119,6 +121,7 @@ __all__ = [
     "saliency",
     "sampling",
     "save",
+    "study",
     "sweep",
     "switch_tasks",
     "testing",
@@ -160,6 +163,7 @@ _LATER = {
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
     "named": ("METHODS",),
     "notation": ("method_from",),
+    "studying": ("Study", "study"),
     "sweeping": ("sweep",),
 }
 

@@ -6,7 +6,7 @@ import statistics
 
 import compare
 import pytest
-from common import fixture, judging, results
+from common import fixture, results
 from matplotlib.figure import Figure
 
 pytestmark = pytest.mark.slow
@@ -146,15 +146,6 @@ def test_both_routes_have_as_many_steps():
         assert steps(spec) == [13]
         assert steps(spec, "--scratch-steps", "7") == [7]
     assert steps("lth") == [8, 8]
-
-
-def test_interval_is_student_s():
-    assert judging.interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert judging.interval([1.0]) != judging.interval([1.0])  # nan
-    # One of fifty: the quantile at 0.9995.
-    assert judging.interval([1.0, 2.0, 3.0], 50) == pytest.approx(31.59905 / 3**0.5, rel=1e-5)
-    assert judging.difference([1.0, 2.0, 3.0], 2) == "+2.00 ± 2.48 (3.58)"
-    assert judging.difference([2.0, 2.1, 1.9], 2).endswith(" *")
 
 
 @pytest.mark.parametrize(

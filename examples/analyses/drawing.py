@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from common.judging import spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mtprune.paired import spread
 
 COLORS = ("#08519c", "#d94801", "#238b45", "#7a0177", "#b8860b", "#525252", "#e7298a", "#17a2b8")
 GREY = "0.82"

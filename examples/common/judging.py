@@ -4,10 +4,8 @@ A run is what `results.json` holds; runs of one method stand under their seeds.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from scipy.stats import t as student
 
 from mtprune.metrics import DeltaT, delta_t, lower_is_better
 
@@ -92,33 +90,3 @@ def best_rate(tries: Mapping[float, Seeds], dense: Seeds) -> float:
         for rate, runs in sorted(tries.items())
     }
     return max(means, key=lambda rate: means[rate])
-
-
-def interval(values: Sequence[float], comparisons: int = 1) -> float:
-    """Half the width of the 95 % confidence interval of the mean (Student's t).
-
-    Args:
-        values: What it is the mean of.
-        comparisons: How many intervals shall hold at once (Bonferroni).
-    """
-    if len(values) < 2:
-        return float("nan")
-    quantile = float(student.ppf(1 - 0.025 / comparisons, len(values) - 1))
-    return quantile * statistics.stdev(values) / len(values) ** 0.5
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    mean = f"{statistics.fmean(values):.2f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} \N{PLUS-MINUS SIGN} {statistics.stdev(values):.2f}"
-
-
-def difference(values: Sequence[float], comparisons: int) -> str:
-    """A mean with its interval alone and among all; a star where the second leaves out zero."""
-    if len(values) < 2:
-        return f"{statistics.fmean(values):+.2f}" if values else ""
-    mean, wide = statistics.fmean(values), interval(values, comparisons)
-    star = " *" if abs(mean) > wide else ""
-    return f"{mean:+.2f} \N{PLUS-MINUS SIGN} {interval(values):.2f} ({wide:.2f}){star}"
