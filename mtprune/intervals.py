@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import cos, inf, isfinite, pi, sin, sqrt, tan
+from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
 
 from mtprune.metrics import delta_t
+from mtprune.paired import student
 
-__all__ = ["Change", "changes", "student"]
+__all__ = ["Change", "changes"]
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -80,38 +81,6 @@ def changes(
         else Change(-inf)
         for task in means
     }
-
-
-def student(level: float, freedom: int) -> float:
-    r"""The t with :math:`P(|T| \le t)` = ``level``, of Student's distribution.
-
-    Args:
-        level: In (0, 1).
-        freedom: Degrees of freedom, at least 1.
-
-    Example:
-        >>> [round(student(0.95, n), 3) for n in (1, 2, 10, 1000)]
-        [12.706, 4.303, 2.228, 1.962]
-    """
-    below, above = 0.0, pi / 2
-    for _ in range(60):  # of the angle, whose tangent is t over the root of the freedom
-        middle = (below + above) / 2
-        if _inside(middle, freedom) < level:
-            below = middle
-        else:
-            above = middle
-    return sqrt(freedom) * tan(below)
-
-
-def _inside(angle: float, freedom: int) -> float:
-    """P(|T| <= t) with t = sqrt(freedom) tan(angle), as the finite sum of a whole freedom."""
-    odd, square = freedom % 2, cos(angle) ** 2
-    term = cos(angle) if odd else 1.0
-    total = 0.0
-    for i in range(freedom // 2):
-        total += term
-        term *= square * ((2 * i + 2) / (2 * i + 3) if odd else (2 * i + 1) / (2 * i + 2))
-    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
 
 
 def _means(batches: Sequence[Results]) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ from mtprune import (
     sweep,
 )
 from mtprune.curves import Alone, Point
-from mtprune.intervals import Change, changes, student
+from mtprune.intervals import Change, changes
 
 TASKS = ("a", "b")
 
@@ -356,14 +356,6 @@ def test_what_is_no_longer_finite_is_worse_than_anything(tmp_path):
 
 
 # Intervals.
-
-
-def test_student_is_scipy_s():
-    for level in (0.5, 0.9, 0.95, 0.999):
-        for freedom in (1, 2, 3, 4, 9, 10, 33, 200):
-            assert student(level, freedom) == pytest.approx(
-                stats.t.ppf((1 + level) / 2, freedom), rel=1e-9
-            )
 
 
 def test_of_a_dense_model_that_is_always_the_same_it_is_the_interval_of_a_mean():

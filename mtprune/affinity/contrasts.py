@@ -7,17 +7,17 @@ held against, if less.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import atan, cos, inf, isnan, nan, pi, sin, sqrt
+from math import inf, isnan, nan, sqrt
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from mtprune import checks
+from mtprune.paired import student
 
 if TYPE_CHECKING:
     from mtprune.affinity.overlap import Affinity
 
-__all__ = ["Contrast", "Contrasts", "contrast", "mean_within", "spread", "student"]
+__all__ = ["Contrast", "Contrasts", "contrast", "mean_within", "spread"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Contrast:
         draws = len(self._known)
         if draws < 2:
             return -inf, inf
-        reach = student(draws - 1, 1 - (1 - confidence) / of) * sqrt(1 + 1 / draws)
+        reach = student(1 - (1 - confidence) / of, draws - 1) * sqrt(1 + 1 / draws)
         reach *= spread(self._known)
         return self.excess - reach, self.excess + reach
 
@@ -155,7 +155,7 @@ def mean_within(values: Sequence[float], confidence: float = 0.95) -> tuple[floa
     draws = len(values)
     if draws < 2:
         return -inf, inf
-    reach = student(draws - 1, confidence) * spread(values) / sqrt(draws)
+    reach = student(confidence, draws - 1) * spread(values) / sqrt(draws)
     return fmean(values) - reach, fmean(values) + reach
 
 
@@ -163,37 +163,3 @@ def spread(values: Sequence[float]) -> float:
     """The standard deviation of two draws or more."""
     middle = fmean(values)
     return sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
-
-
-@cache
-def student(freedom: int, confidence: float) -> float:
-    """The t within which a Student variable stays with a probability, on both sides.
-
-    Args:
-        freedom: Degrees of freedom.
-        confidence: The probability.
-
-    Example:
-        >>> round(student(7, 0.95), 4), round(student(1, 0.95), 3), round(student(15, 0.99), 4)
-        (2.3646, 12.706, 2.9467)
-    """
-    low, high = 0.0, 1.0
-    while _inside(high, freedom) < confidence:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _inside(middle, freedom) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _inside(t: float, freedom: int) -> float:
-    """The probability that a Student variable lies within ±t: a finite sum for whole degrees."""
-    angle = atan(t / sqrt(freedom))
-    odd = freedom % 2
-    term = cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for i in range(3 if odd else 2, freedom - 1, 2):
-        term *= (i - 1) / i * cos(angle) ** 2
-        total += term
-    total *= sin(angle)
-    return 2 / pi * (angle + total) if odd else total
