@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -408,6 +410,16 @@ def test_help_tells_the_exit_codes(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("inspect", "compare", "report", "Exit codes: 0 done, 1"))
+
+
+def test_the_console_script_is_the_same_program():
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    script = config["options.entry_points"]["console_scripts"].strip()
+    name, _, target = script.partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "mtprune"
+    assert getattr(import_module(module), function) is main
 
 
 @pytest.mark.slow
