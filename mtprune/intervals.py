@@ -82,21 +82,21 @@ def changes(
     }
 
 
-def student(level: float, freedom: int) -> float:
-    r"""The t with :math:`P(|T| \le t)` = ``level``, of Student's distribution.
+def student(freedom: int, confidence: float) -> float:
+    """The t within which a Student variable stays with a probability, on both sides.
 
     Args:
-        level: In (0, 1).
         freedom: Degrees of freedom, at least 1.
+        confidence: The probability, in (0, 1).
 
     Example:
-        >>> [round(student(0.95, n), 3) for n in (1, 2, 10, 1000)]
+        >>> [round(student(n, 0.95), 3) for n in (1, 2, 10, 1000)]
         [12.706, 4.303, 2.228, 1.962]
     """
     below, above = 0.0, pi / 2
     for _ in range(60):  # of the angle, whose tangent is t over the root of the freedom
         middle = (below + above) / 2
-        if _inside(middle, freedom) < level:
+        if _inside(middle, freedom) < confidence:
             below = middle
         else:
             above = middle
@@ -139,4 +139,4 @@ def _error(
         share = (-1 if metric in lower else 1) / abs(mean) / len(metrics)
         for i, (value, was) in enumerate(zip(values, before, strict=True)):
             away[i] += share * (value - ratio * was)
-    return 100 * student(0.95, number - 1) * stdev(away) / sqrt(number)
+    return 100 * student(number - 1, 0.95) * stdev(away) / sqrt(number)

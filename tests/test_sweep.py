@@ -400,7 +400,7 @@ def test_what_is_no_longer_finite_is_worse_than_anything(tmp_path):
 def test_student_is_scipy_s():
     for level in (0.5, 0.9, 0.95, 0.999):
         for freedom in (1, 2, 3, 4, 9, 10, 33, 200):
-            assert student(level, freedom) == pytest.approx(
+            assert student(freedom, level) == pytest.approx(
                 stats.t.ppf((1 + level) / 2, freedom), rel=1e-9
             )
 
