@@ -421,7 +421,10 @@ class Known(LayerAffinity):
 
 
 def test_the_interval_of_an_excess_is_a_band(voted, tmp_path):
-    layers = tuple(Known(f"layer{i}", 0.9 - i / 2, 0.1, {}, 0.3, (0.4, 0.8)) for i in range(2))
+    layers = tuple(
+        Known(f"layer{i}", 0.9 - i / 2, 0.1, {}, expected=0.3, interval=(0.4, 0.8))
+        for i in range(2)
+    )
     found = {"a, b": Affinity(layers, 0.5, 0.1)}
     text = voted.report().save(tmp_path / "r.html", affinity=found).read_text(encoding="utf-8")
     table = Page(text).tables["Overlap of masks, that of unrelated tasks, and the excess."]
