@@ -65,6 +65,15 @@ PATTERNS: tuple[Pattern, ...] = (
         ),
     ),
     _separate(
+        "YOLOS",
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "output.dense",
+        head_size="attention.attention_head_size",
+        counts=("attention.num_attention_heads", "attention.all_head_size"),
+    ),
+    _separate(
         "DeBERTa",
         "self.query_proj",
         "self.key_proj",
@@ -232,6 +241,13 @@ PATTERNS: tuple[Pattern, ...] = (
         along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),  # SegFormer
     ),
     FeedForward("GLU of timm", ("fc1.weight", "fc1.weight"), "fc2.weight"),
+    _plain(
+        "PVT, GLPN",
+        "dense1",
+        "dense2",
+        along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),
+    ),
+    _plain("XLM", "lin1", "lin2"),
     _plain("Wav2Vec 2", "intermediate_dense", "output_dense"),
     _plain("ALBERT", "ffn", "ffn_output"),
     _plain("T5", "wi", "wo"),
