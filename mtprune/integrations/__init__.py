@@ -3,5 +3,6 @@
 - `transformers`: a callback for ``transformers.Trainer``, and ``save_pretrained``.
 - `pretrained`: the format of compressed models that ``from_pretrained`` loads; registered by an
   `import_hook`, because ``import mtprune`` does not import transformers.
+- `dcp`: a pruner in a checkpoint of ``torch.distributed.checkpoint``.
 - `torch_pruning`: the channels of a model, found by torch-pruning.
 """
