@@ -18,6 +18,9 @@ import mtprune
 from tests.ranks import device_of
 
 TASKS = ("a", "b")
+SCATTER = next(
+    name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name)
+)
 
 
 class Net(nn.Module):
@@ -148,13 +151,13 @@ def quiet() -> None:
 @contextmanager
 def watched() -> Any:
     """How many bytes every collective sends from this rank, by its name."""
-    names = ("all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast", "all_gather_object")
+    names = ("all_reduce", "all_gather", SCATTER, "broadcast", "all_gather_object")
     sent: list[tuple[str, int]] = []
     before = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Any:
         def call(*args: Any, **options: Any) -> Any:
-            tensor = args[1] if name in ("all_gather", "reduce_scatter_tensor") else args[0]
+            tensor = args[1] if name in ("all_gather", SCATTER) else args[0]
             size = tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
             sent.append((name, size))
             return before[name](*args, **options)

@@ -84,7 +84,10 @@ def messages(rank: int, world: int) -> dict[str, Any]:
     net = shard(Encoder(*SIZES[json.loads(os.environ[SETTINGS])[0]]).to(device_of(rank)))
     x = torch.randn(4, 32, net.heads["a"].in_features, device=device_of(rank))
     found: dict[str, Any] = {"weights": sum(p.numel() for p in net.parameters())}
-    for name, method in {"vote": Vote(0.9), "soft": SoftThreshold(0.9, schedule=OneShot(0))}.items():
+    for name, method in {
+        "vote": Vote(0.9),
+        "soft": SoftThreshold(0.9, schedule=OneShot(0)),
+    }.items():
         pruner = MultitaskPruner(net, TASKS, "trunk", method=method, backend="inplace")
         losses = net(x)
         with watched() as sent:
