@@ -6,7 +6,8 @@ r"""The figures of the papers on your data, one command each.
 
 | command | figure |
 |---|---|
-| iou | mask IoU of tasks before training, beside shuffled labels |
+| iou | mask IoU of tasks before training, beside that of unrelated tasks |
+| branching | a trunk that branches where its masks say, or elsewhere, after training |
 | watershed | the same over depth, and of nets trained for one task each |
 | thresholds | hard against soft thresholds at equal sparsity |
 | sensitivity | a trained net with one component pruned at a time |
@@ -32,6 +33,7 @@ import torch
 from analyses import (
     arbiters,
     balancing,
+    branching,
     components,
     overlap,
     sensitivity,
@@ -49,6 +51,7 @@ PROBLEMS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census")
 STUDIES: tuple[Study, ...] = (
     overlap.STUDY,
     watershed.STUDY,
+    branching.STUDY,
     thresholds.STUDY,
     sensitivity.STUDY,
     components.STUDY,

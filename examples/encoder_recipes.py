@@ -6,11 +6,12 @@ other. Every method then prunes it and fine-tunes it for --steps, with the same 
 * ``here`` and ``elsewhere``: `recipes.best` for weights that were trained on these tasks, and for
   weights that were trained on something else;
 * ``vote``, ``joint`` and ``magnitude``: ``|w g|`` by vote, ``|w g|`` of the sum of the losses, and
-  the size of the weights.
+  the size of the weights;
+* ``units`` and ``units_joint``: whole attention heads and neurons, by vote and of the sum.
 
 Each is followed by ``:rounds``, four of them before the first of the steps, or ``:gradual``, from a
-tenth of the steps to six tenths. ``tuned`` is the dense net with as many steps more. All have a
-floor under every layer.
+tenth of the steps to six tenths. ``tuned`` is the dense net with as many steps more. All but units
+have a floor under every layer. With ``--dense-steps 0`` the heads are new when they prune.
 
     python encoder_recipes.py --data DIR --tasks sst2 trec subj sick_e --seeds 3 --out DIR
 
@@ -31,9 +32,10 @@ from typing import Any
 import compare
 import torch
 from common import checkpoints, judging, text
-from common.options import positive, positive_float
+from common.options import positive, positive_float, whole
 from encoder_multitask import (
     PACKAGE,
+    UNITS,
     Net,
     World,
     metrics,
@@ -61,16 +63,19 @@ def methods(sparsity: float) -> dict[str, Vote]:
     assert isinstance(elsewhere, Vote)
     assert isinstance(here, Vote)
     joint = replace(elsewhere, disentangled=False)
+    units = replace(elsewhere, granularity=UNITS, min_keep=0, allocation="global")
     return {
         "here": here,
         "elsewhere": elsewhere,
         "vote": elsewhere,
         "joint": joint,
         "magnitude": replace(joint, saliency=saliency.magnitude),
+        "units": units,
+        "units_joint": replace(units, disentangled=False),
     }
 
 
-def scheduled(spec: str, sparsity: float, steps: int, tasks: int) -> Vote:
+def scheduled(spec: str, sparsity: float, steps: int, tasks: int, observations: int = 4) -> Vote:
     """A method with its schedule.
 
     Args:
@@ -78,11 +83,12 @@ def scheduled(spec: str, sparsity: float, steps: int, tasks: int) -> Vote:
         sparsity: Share of zeros.
         steps: Length of the run.
         tasks: How many; a step has a batch of one, and an update needs one of each.
+        observations: Batches of every task before each round.
     """
     name, how = spec.split(":")
     method = methods(sparsity)[name]
     if how == "rounds":
-        return replace(method, schedule=Rounds(ROUNDS), observations=4)
+        return replace(method, schedule=Rounds(ROUNDS), observations=observations)
     begin, end = max(tasks, steps // 10), max(tasks, 6 * steps // 10)
     every = max(tasks, (end - begin) // 8)
     return replace(method, schedule=Cubic(begin=begin, end=end, every=every), observations=1)
@@ -234,7 +240,7 @@ class Study:
         if spec == TUNED:
             self.tune(net, None, batches, steps, lr)
             return
-        method = scheduled(spec, sparsity, steps, len(self.tasks))
+        method = scheduled(spec, sparsity, steps, len(self.tasks), self.options.observations)
         pruner = MultitaskPruner(  # mtprune
             net,
             {name: self.loss_of(name) for name in self.tasks},
@@ -331,8 +337,9 @@ def read(arguments: Sequence[str] | None) -> Options:
     add("--reference", help="the method that the others are held against; the first unless given")
     add("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9], help="shares of zeros")
     add("--seeds", type=positive, default=3, help="how many")
-    add("--dense-steps", type=positive, default=240, help="of fine-tuning before pruning")
+    add("--dense-steps", type=whole, default=240, help="of fine-tuning before pruning")
     add("--steps", type=positive, default=80, help="of fine-tuning with it, and after")
+    add("--observations", type=positive, default=4, help="batches of a task before each round")
     add("--batch", type=positive, default=8, help="sentences in a batch")
     add("--lr", type=positive_float, default=3e-4, help="of AdamW for the dense encoder")
     add(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from mtprune import saliency, votes
-from mtprune.allocation import Erk, Floor
+from mtprune.allocation import Erk, Floor, PerOutput
 from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
@@ -33,7 +33,17 @@ from mtprune.report import Report
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
-    from mtprune import affinity, budget, choosing, metrics, recipes, sampling, testing, weighting
+    from mtprune import (
+        affinity,
+        budget,
+        choosing,
+        metrics,
+        plots,
+        recipes,
+        sampling,
+        testing,
+        weighting,
+    )
     from mtprune.cards import Card
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
@@ -47,13 +57,16 @@ if _TYPE_CHECKING:
         recalibrate_bn,
         refit,
         save,
+        switch_tasks,
     )
+    from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
     from mtprune.integrations.hub import push_to_hub
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
     from mtprune.named import METHODS
     from mtprune.notation import method_from
     from mtprune.studying import Study, study
+    from mtprune.sweeping import sweep
 
 __all__ = [
     "METHODS",
@@ -74,6 +87,7 @@ __all__ = [
     "MultitaskPruner",
     "Neuron",
     "OneShot",
+    "PerOutput",
     "PerTaskKeep",
     "Plan",
     "Refit",
@@ -84,6 +98,7 @@ __all__ = [
     "Sizes",
     "SoftThreshold",
     "Study",
+    "Sweep",
     "Vote",
     "affinity",
     "budget",
@@ -97,6 +112,7 @@ __all__ = [
     "method_from",
     "metrics",
     "plan_of",
+    "plots",
     "priorities",
     "push_to_hub",
     "recalibrate_bn",
@@ -106,6 +122,8 @@ __all__ = [
     "sampling",
     "save",
     "study",
+    "sweep",
+    "switch_tasks",
     "testing",
     "votes",
     "weighting",
@@ -117,6 +135,7 @@ _MODULES = (
     "budget",
     "choosing",
     "metrics",
+    "plots",
     "recipes",
     "sampling",
     "testing",
@@ -136,13 +155,16 @@ _LATER = {
         "recalibrate_bn",
         "refit",
         "save",
+        "switch_tasks",
     ),
+    "curves": ("Sweep",),
     "explaining": ("explained", "priorities"),
     "integrations.hub": ("push_to_hub",),
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
     "named": ("METHODS",),
     "notation": ("method_from",),
     "studying": ("Study", "study"),
+    "sweeping": ("sweep",),
 }
 
 

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from math import prod
 
 from typing_extensions import override
@@ -37,6 +38,7 @@ __all__ = [
     "Floor",
     "Global",
     "Layerwise",
+    "PerOutput",
     "Proportional",
     "Uniform",
     "apportion",
@@ -55,6 +57,7 @@ class Budget:
         keep: The total, exact.
         upper: The most each layer can keep, that is, the weights not yet pruned for good.
         min_keep: The least each layer keeps, as far as the total allows.
+        matrices: How many matrices each layer holds, along its first dimension; one unless given.
     """
 
     shapes: Sequence[Shape]
@@ -62,6 +65,7 @@ class Budget:
     keep: int
     upper: Sequence[int]
     min_keep: int = 1
+    matrices: Sequence[int] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -81,6 +85,7 @@ class Budget:
             components=[self.components[i] for i in layers],
             keep=keep,
             upper=[self.upper[i] for i in layers],
+            matrices=[self.matrices[i] for i in layers] if self.matrices else (),
         )
 
 
@@ -91,6 +96,11 @@ class Allocation(ABC):
     def layerwise(self) -> "Layerwise | None":
         """The allocation that says how many weights each layer keeps; None if layers compete."""
         return None
+
+    @property
+    def by_output(self) -> bool:
+        """Whether the weights of each output compete with each other alone."""
+        return False
 
     def at(self, progress: float) -> "Allocation":
         """The allocation when that share of the final sparsity is due."""
@@ -186,9 +196,13 @@ class Proportional(Layerwise):
         return apportion(self._ideal(budget), budget.keep, budget.floors, budget.sizes)
 
     def _ideal(self, budget: Budget) -> list[float]:
-        sizes = budget.sizes
-        densities = self.densities(budget.shapes, budget.keep / max(sum(sizes), 1))
-        return [d * n for d, n in zip(densities, sizes, strict=True)]
+        sizes, counts = budget.sizes, budget.matrices or [1] * len(budget.shapes)
+        # A stack is as many layers as it has matrices; these are alike, and so are their densities.
+        single = [s[1:] if n > 1 else s for s, n in zip(budget.shapes, counts, strict=True)]
+        every = [shape for shape, n in zip(single, counts, strict=True) for _ in range(n)]
+        densities = self.densities(every, budget.keep / max(sum(sizes), 1))
+        firsts = accumulate(counts[:-1], initial=0)
+        return [densities[i] * n for i, n in zip(firsts, sizes, strict=True)]
 
     @override
     def quotas(self, budget: Budget) -> list[Quota]:
@@ -365,6 +379,37 @@ class ByComponent(Layerwise):
         raise TypeError("An allocation by component spreads single weights, not units.")
 
 
+@dataclass(frozen=True)
+class PerOutput(Allocation):
+    """The same density in every output of every layer: the weights of one compete alone.
+
+    Outputs are a weight's first dimension. Where shares are no whole numbers, earlier outputs keep
+    one weight more, so that the total is exact.
+
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024.
+    """
+
+    @property
+    @override
+    def by_output(self) -> bool:
+        """See `Allocation`."""
+        return True
+
+    @override
+    def quotas(self, budget: Budget) -> list[Quota]:
+        """See `Allocation`; of layers."""
+        return Uniform().quotas(budget)
+
+    @override
+    def units(self, queue: Queue, sure: Marks) -> Marks:
+        """Units may lie in several outputs.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("An allocation by output spreads single weights, not units.")
+
+
 AllocationLike = str | Allocation | Mapping[str, float]
 """An allocation, its name, or a mapping component -> sparsity."""
 
@@ -378,6 +423,7 @@ _NAMED: Mapping[str, Allocation] = {
 }
 
 NAMES = tuple(_NAMED)
+"""The allocations that have a name."""
 
 
 def parse_allocation(given: object) -> Allocation:

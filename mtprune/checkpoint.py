@@ -24,7 +24,9 @@ __all__ = [
     "check_counts",
     "check_promise",
     "check_seal",
+    "is_one",
     "opened",
+    "parsed",
     "random_state",
     "sealed",
 ]
@@ -45,23 +47,28 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "digest": digest(state)}
 
 
-def opened(state: object, mine: Mapping[str, Any]) -> dict[str, Entry]:
-    """The entries of a checkpoint of the present version, whatever its own is.
+def is_one(value: object) -> bool:
+    """Whether a value may be a checkpoint of a pruner, whole or damaged."""
+    return isinstance(value, Mapping) and {"version", "method", "evidence"} <= set(value)
+
+
+def parsed(state: object, method: str | None = None) -> dict[str, Entry]:
+    """The entries of a checkpoint as those of the present version, whatever its own is.
 
     Args:
         state: What somebody says is a checkpoint.
-        mine: The entries in which it must agree with the pruner that loads it.
+        method: The method of the pruner that loads it, if one does.
 
     Raises:
-        ValueError: If it is none, is damaged, or is of other tasks, layers or another method.
+        ValueError: If it is none, or is damaged.
     """
     whole = Entry(state, "This checkpoint", _ADVICE)
-    if not isinstance(state, Mapping) or not {"version", "method", "evidence"} <= set(state):
+    if not isinstance(state, Mapping) or not is_one(state):
         raise ValueError(f"This is not a state_dict of a MultitaskPruner. {_ADVICE}")
     version = whole["version"].whole()
     if version == 1:
         try:
-            state = _upgraded(state, mine["method"])
+            state = _upgraded(state, state["method"] if method is None else method)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"This checkpoint says that it is of version 1, and is not: {error!r}. {_ADVICE}"
@@ -73,9 +80,23 @@ def opened(state: object, mine: Mapping[str, Any]) -> dict[str, Entry]:
             f"{VERSION}. Load it with the version of mtprune that wrote it, or with a later one."
         )
     entries = whole.fields(_FIELDS, optional=["digest"])
-    _check_same(entries, mine)
     if version == VERSION and "digest" not in entries:
         raise whole.wrong("must be a mapping that has 'digest'")
+    return entries
+
+
+def opened(state: object, mine: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries of a checkpoint of the present version, whatever its own is.
+
+    Args:
+        state: What somebody says is a checkpoint.
+        mine: The entries in which it must agree with the pruner that loads it.
+
+    Raises:
+        ValueError: If it is none, is damaged, or is of other tasks, layers or another method.
+    """
+    entries = parsed(state, mine["method"])
+    _check_same(entries, mine)
     return entries
 
 

@@ -20,11 +20,9 @@ from typing import Any
 
 from torch import nn
 
-from mtprune import checks, distributed, recipes, saliency
+from mtprune import checks, recipes, saliency
 from mtprune.methods import Method, Vote
 from mtprune.methods.base import describe
-from mtprune.model.names import unwrap
-from mtprune.model.owner import check_free
 from mtprune.model.selectors import Spec
 from mtprune.observing.losses import LossFunction, parse
 from mtprune.progress import bar
@@ -38,6 +36,7 @@ from mtprune.trials import (
     Judge,
     Trial,
     in_loop,
+    inner,
     made,
     random_state_kept,
 )
@@ -269,7 +268,7 @@ def choose(
     plan = halving(len(found), trials, steps, seeds)
     tasks = tuple(parse(task_losses))
     bench = Bench(
-        (_inner(model), shared_modules, options),
+        (inner(model, "choose"), shared_modules, options),
         task_losses,
         batches,
         sparsity,
@@ -377,20 +376,6 @@ def _checked(candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
             must = "must be a method, or a function of steps -> method"
             raise TypeError(checks.message("candidates", candidate, must, f" '{name}'"))
     return dict(candidates)
-
-
-def _inner(model: Any) -> nn.Module:
-    """The model without wrappers, if trials can be made on copies of it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(checks.message("model", model, "must be a torch.nn.Module"))
-    if distributed.world() > 1:
-        raise RuntimeError(
-            "choose() makes its trials in one process, and there are "
-            f"{distributed.world()}. Call it before the process group is there."
-        )
-    inner = unwrap(model)
-    check_free(inner)
-    return inner
 
 
 def _check(sparsity: Any, steps: Any, seeds: Any, batches: Any, options: Mapping[str, Any]) -> None:

@@ -181,8 +181,12 @@ def _own_group(timeout: timedelta) -> Any:
     return _groups[default]
 
 
-def check_equal(masks: Iterable[Tensor]) -> None:
+def check_equal(masks: Iterable[Tensor], group: Any = None) -> None:
     """Refuse to go on with masks that differ between ranks.
+
+    Args:
+        masks: The masks.
+        group: The ranks that have the same; all of them unless given.
 
     Raises:
         RuntimeError: If they do.
@@ -195,8 +199,8 @@ def check_equal(masks: Iterable[Tensor]) -> None:
         digest.update(mask.cpu().numpy().tobytes())
     mine = torch.tensor(list(digest.digest()), dtype=torch.int32, device=device)
     low, high = mine.clone(), mine.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
     if not torch.equal(low, high):
         raise RuntimeError(
             "Masks differ between ranks. Every rank must build the same pruner on the same "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtprune.census import Census
 from mtprune.model import factors
 from mtprune.model.layers import Layer
 from mtprune.reading import Entry
@@ -20,6 +21,7 @@ __all__ = [
     "Subject",
     "count",
     "count_rank",
+    "everywhere",
     "mean",
     "share",
     "total",
@@ -38,6 +40,7 @@ class Subject:
         shape: Its shape.
         tasks: The tasks that use it.
         cost: Multiply-adds of each of its weights, if that was measured.
+        matrices: How many matrices it holds, one behind the other along the first dimension.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Subject:
     shape: tuple[int, ...]
     tasks: tuple[str, ...]
     cost: Fraction | None = None
+    matrices: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,11 @@ class Facts:
         sizes = {layer.name: layer.parameter.numel() for layer in layers}
         return cls(tuple(Count(name, "", n, n, {}, n) for name, n in sizes.items()))
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many weights each layer keeps, by name."""
+        return {row.name: row.kept for row in self.counts}
+
     def remembering(self, step: int, weights: Mapping[str, float]) -> "Facts":
         """The same with one more moment in the history: the state of these counts.
 
@@ -178,19 +187,18 @@ class Facts:
         }
 
     @classmethod
-    def read(cls, entry: Entry, layers: Sequence[Layer], tasks: Collection[str]) -> "Facts":
+    def read(cls, entry: Entry, sizes: Mapping[str, int], tasks: Collection[str]) -> "Facts":
         """The inverse of `state_dict`.
 
         Args:
             entry: What it returned.
-            layers: The layers that there are.
+            sizes: How many weights each layer has.
             tasks: The tasks.
 
         Raises:
             ValueError: If it is not that.
         """
         parts = entry.fields([f.name for f in fields(cls)])
-        sizes = {layer.name: layer.parameter.numel() for layer in layers}
         return cls(
             counts=tuple(_count(part, sizes, tasks) for part in parts["counts"].items()),
             observations=_whole(parts["observations"], tasks),
@@ -287,6 +295,34 @@ def count(
         threshold=threshold,
         cost=None if subject.cost is None else float(subject.cost),
     )
+
+
+def everywhere(counts: Sequence[Count], census: Census) -> list[Count]:
+    """The counts of all ranks together, from those of the parts of layers that are here."""
+    if not census.is_scattered:
+        return list(counts)
+    numbers = [number for row in counts for number in _numbers(row)]
+    totals = iter([total for _, total in census.places(numbers)])
+    found = []
+    for row in counts:
+        parameters, kept, unanimous, single, nobody = (next(totals) for _ in range(5))
+        found.append(
+            replace(
+                row,
+                parameters=parameters,
+                kept=kept,
+                unanimous=unanimous,
+                single=None if row.single is None else single,
+                nobody=None if row.nobody is None else nobody,
+                wanted={voter: next(totals) for voter in row.wanted},
+            )
+        )
+    return found
+
+
+def _numbers(row: Count) -> list[int]:
+    single, nobody = row.single or 0, row.nobody or 0
+    return [row.parameters, row.kept, row.unanimous, single, nobody, *row.wanted.values()]
 
 
 def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> Count:

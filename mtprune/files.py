@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -107,6 +108,11 @@ def read_torch(path: str | PathLike[str], device: str | torch.device | None = No
         *(RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError),
         *(pickle.UnpicklingError, AssertionError, RecursionError, OverflowError, MemoryError),
     ) as error:
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"'{path}' holds a {asked[1]}, and reading it would run code. Save "
+                "model.state_dict() or pruner.state_dict(): tensors, numbers, strings, containers."
+            ) from error
         raise ValueError(
             f"'{path}' is not a file that torch.save wrote, or is damaged: "
             f"{_first_line(error)} Take another file, or start anew without it."

@@ -5,6 +5,7 @@ several layers: a neuron, a head, a channel. `Pieces` cut every layer on its own
 weights, blocks, patterns. Several spanning ones, in a tuple, share one budget.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -62,6 +63,7 @@ class Pieces(Protocol):
 
 
 Granularity = Spanning | Pieces | tuple[Spanning, ...]
+"""Units that span layers, pieces that lie inside one, or several of the former."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Block:
 
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
-        return ""
+        return "a stack of experts' matrices is not cut into blocks" if layer.matrices > 1 else ""
 
     def pool(self, saliency: Tensor) -> Tensor:
         """See `Pieces`."""
@@ -256,6 +258,9 @@ class Neuron:
 
     Attributes:
         patterns: Where to look (`mtprune.patterns`); all known places unless given.
+        example_inputs: What the model is called with when units are removed on trial: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -264,12 +269,14 @@ class Neuron:
     """
 
     patterns: Any = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
         from mtprune.patterns import PATTERNS, neurons  # most runs do without
 
-        return neurons(model, PATTERNS if self.patterns is None else self.patterns)
+        known = PATTERNS if self.patterns is None else self.patterns
+        return neurons(model, known, self.example_inputs)
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,9 @@ class Head:
 
     Attributes:
         patterns: Where to look (`mtprune.patterns`); all known places unless given.
+        example_inputs: What the model is called with when units are removed on trial: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(16, 4, 32)
@@ -286,19 +296,23 @@ class Head:
     """
 
     patterns: Any = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
         from mtprune.patterns import PATTERNS, heads  # most runs do without
 
-        return heads(model, PATTERNS if self.patterns is None else self.patterns)
+        known = PATTERNS if self.patterns is None else self.patterns
+        return heads(model, known, self.example_inputs)
 
 
 @dataclass(frozen=True)
 class Channel:
     """Channels of convolutional networks, with all entries that must go with a channel.
 
-    torch-pruning (extra ``[structured]``) finds these dependencies by running the model.
+    torch-pruning (extra ``[structured]``) finds these dependencies by running the model, and each
+    group of channels is tried on a copy. Groups that do not pass stay whole, and a warning names
+    them. Of images a corner of 64 pixels is looked at, if the model runs on it.
 
     Attributes:
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
@@ -313,9 +327,18 @@ class Channel:
 
     def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
         """See `Spanning`."""
-        from mtprune.integrations.torch_pruning import channels  # needs an extra
+        from mtprune.integrations.torch_pruning import found  # needs an extra
 
-        return channels(model, self.example_inputs)
+        groups, refused = found(model, self.example_inputs)
+        if refused:
+            names = "; ".join(f"'{name}': {why}" for name, why in refused.items())
+            if not groups:
+                raise ValueError(
+                    f"{type(model).__name__} has channels that cannot be removed: {names}. Prune "
+                    "its weights one by one, or in blocks."
+                )
+            warnings.warn(f"Left out: {names}.", stacklevel=2)
+        return groups
 
 
 def check_granularity(granularity: object) -> None:

@@ -1,123 +1,96 @@
 """Patterns: where transformers keep their attention heads and feed-forward neurons.
 
-A pattern is data: the paths of the weights of one block, seen from the block. A block is any
-module of a model in which all paths of a pattern lead to weights whose shapes fit one another. A
-path that is named more than once leads to several weights packed into one tensor, in that order
-and in equal parts.
+A pattern is data (`Attention`, `FeedForward`): the paths of the weights of one block, seen from the
+block. Blocks are told by these paths and by the shapes they lead to, whatever their class is
+called. Before units are handed out, some of each group are removed on trial from a copy of the
+model, so that a block that only looks like one that is known is refused at once, and by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mtprune.structure import NOBODY, Group, Member, Role
+from mtprune.model.blocks import Attention, FeedForward, Pattern, match
+from mtprune.structure import Group
 
 __all__ = ["PATTERNS", "Attention", "FeedForward", "Pattern", "heads", "neurons"]
 
-
-@dataclass(frozen=True)
-class Attention:
-    """A block of multi-head attention.
-
-    Heads lie one after the other: along the rows of query, key and value, and the columns of the
-    output. If several query heads share keys and values, a unit is a key head with all its queries.
-
-    Attributes:
-        name: The name in errors.
-        query: The path of the weight of the queries.
-        key: The path of the weight of the keys.
-        value: The path of the weight of the values.
-        out: The path of the weight that reads all heads.
-        head_size: The path of the number of dimensions of one head.
-        counts: Paths of numbers that shrink with the number of heads, in proportion.
-        only: Paths with the values that a block must have there to fit.
-
-    Example:
-        >>> class Plain(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.size = 4  # 2 heads
-        ...         self.q, self.k = nn.Linear(6, 8), nn.Linear(6, 8)
-        ...         self.v, self.o = nn.Linear(6, 8), nn.Linear(8, 6)
-        >>> mine = Attention("plain", "q.weight", "k.weight", "v.weight", "o.weight", "size")
-        >>> group, = heads(nn.Sequential(Plain()), (*PATTERNS, mine))
-        >>> group.name, group.size, len(group.members)
-        ('0.heads', 2, 7)
-        >>> group.members[-1]
-        Member(tensor='0.o.weight', dim=1, units=(0, 0, 0, 0, 1, 1, 1, 1), role='in')
-    """
-
-    name: str
-    query: str
-    key: str
-    value: str
-    out: str
-    head_size: str
-    counts: tuple[str, ...] = ()
-    only: tuple[tuple[str, Any], ...] = ()
+_QUERIES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "all_head_size", "inner_dim")
+_KEYS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+_RATIOS = ("num_key_value_groups",)
+_SIZES = "head_dim|attention_head_size|head_size|key_value_proj_dim"
+_ALIBI = (
+    "the slopes that tell distances to its heads follow from their number, and not from a tensor"
+)
 
 
-@dataclass(frozen=True)
-class FeedForward:
-    """A block of two layers with an activation between them.
-
-    In a gated block several weights make the neurons, and the products of their outputs are read.
-
-    Attributes:
-        name: The name in errors.
-        up: The paths of the weights that make the neurons.
-        down: The path of the weight that reads the neurons.
-        activation: The path of the module or function between them; None in a gated block.
-        only: Paths with the values that a block must have there to fit.
-
-    Example:
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.up, self.act, self.down = nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)
-        >>> mine = FeedForward("mine", ("up.weight",), "down.weight", "act")
-        >>> [(group.name, group.size) for group in neurons(Block(), (mine,))]
-        [('neurons', 8)]
-    """
-
-    name: str
-    up: tuple[str, ...]
-    down: str
-    activation: str | None = None
-    only: tuple[tuple[str, Any], ...] = ()
+def _separate(name: str, query: str, key: str, value: str, out: str, **others: Any) -> Attention:
+    """Attention whose queries, keys and values are layers of their own."""
+    query, key, value, out = (f"{path}.weight" for path in (query, key, value, out))
+    usual = {"head_size": _SIZES, "counts": _QUERIES, "key_counts": _KEYS, "ratios": _RATIOS}
+    return Attention(name, query, key, value, out, **{**usual, **others})
 
 
-Pattern = Attention | FeedForward
+def _packed(name: str, inner: str, out: str, **others: Any) -> Attention:
+    """Attention whose queries, keys and values are one layer."""
+    return _separate(name, inner, inner, inner, out, **others)
+
+
+def _plain(name: str, up: str, down: str, **others: Any) -> FeedForward:
+    """A feed-forward block of two layers."""
+    return FeedForward(name, (f"{up}.weight",), f"{down}.weight", **others)
+
+
+def _gated(name: str, gate: str, up: str, down: str) -> FeedForward:
+    """A feed-forward block with gates."""
+    counts = ("intermediate_size",)
+    return FeedForward(name, (f"{gate}.weight", f"{up}.weight"), f"{down}.weight", counts=counts)
+
 
 PATTERNS: tuple[Pattern, ...] = (
-    Attention(
+    _separate(
         "BERT",
-        query="self.query.weight",
-        key="self.key.weight",
-        value="self.value.weight",
-        out="output.dense.weight",
+        "self.query",
+        "self.key",
+        "self.value",
+        "output.dense",
+        head_size="self.attention_head_size",
+        counts=("self.num_attention_heads", "self.all_head_size"),
+        tables=(
+            ("self.logit_scale", 0),  # Swin 2
+            ("self.continuous_position_bias_mlp.2.weight", 0),
+        ),
+    ),
+    _separate(
+        "DeBERTa",
+        "self.query_proj",
+        "self.key_proj",
+        "self.value_proj",
+        "output.dense",
         head_size="self.attention_head_size",
         counts=("self.num_attention_heads", "self.all_head_size"),
     ),
-    Attention(
-        "DistilBERT",
-        query="q_lin.weight",
-        key="k_lin.weight",
-        value="v_lin.weight",
-        out="out_lin.weight",
-        head_size="attention_head_size",
-        counts=("n_heads", "dim"),
+    _packed(
+        "DeBERTa",
+        "self.in_proj",
+        "output.dense",
+        head_size="self.attention_head_size",
+        counts=("self.num_attention_heads", "self.all_head_size"),
+        tables=(
+            ("self.q_bias", 0),
+            ("self.v_bias", 0),
+            ("self.pos_proj.weight", 0),
+            ("self.pos_q_proj.weight", 0),
+            ("self.pos_q_proj.bias", 0),
+        ),
+        interleaved=True,
     ),
-    Attention(
-        "ModernBERT",
-        query="Wqkv.weight",
-        key="Wqkv.weight",
-        value="Wqkv.weight",
-        out="Wo.weight",
-        head_size="head_dim",
-    ),
+    _separate("ALBERT", "query", "key", "value", "dense"),
+    _separate("DistilBERT", "q_lin", "k_lin", "v_lin", "out_lin", counts=("n_heads", "dim")),
+    _packed("ModernBERT", "Wqkv", "Wo"),
     Attention(
         "torch.nn.MultiheadAttention",
         query="in_proj_weight",
@@ -129,34 +102,181 @@ PATTERNS: tuple[Pattern, ...] = (
         # An added key takes part in every head, so that outputs are no averages of the values.
         only=(("bias_k", None), ("add_zero_attn", False)),
     ),
+    _separate(
+        "BEiT",
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        head_size="attention.head_dim",
+        counts=("attention.num_attention_heads",),
+        tables=(("relative_position_bias.relative_position_bias_table", 1),),
+        needs=("relative_position_bias.relative_position_bias_table",),
+    ),
+    _separate(
+        "Llama, ViT",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        tables=(
+            ("relative_position_bias.relative_position_bias_table", 1),  # Swin
+            ("sinks", 0),  # GPT-OSS
+        ),
+    ),
+    _separate("OPT, BART, CLIP, Whisper", "q_proj", "k_proj", "v_proj", "out_proj"),
+    _separate("Phi", "q_proj", "k_proj", "v_proj", "dense"),
+    _packed(
+        "Phi 3",
+        "qkv_proj",
+        "o_proj",
+        why_not="it takes the number of its heads from the configuration, which all layers share",
+    ),
+    _separate(
+        "T5",
+        "q",
+        "k",
+        "v",
+        "o",
+        head_size="key_value_proj_dim",
+        tables=(("relative_attention_bias.weight", 1),),
+        stack="block",
+    ),
+    _separate("MPNet", "q", "k", "v", "o", head_size="attention_head_size"),
+    _packed(
+        "GPT-BigCode",
+        "c_attn",
+        "c_proj",
+        only=(("multi_query", False),),
+        counts=("num_heads", "split_size", "embed_dim"),
+        key_counts=("kv_heads", "kv_dim"),
+        interleaved=True,
+    ),
+    _packed(
+        "GPT-BigCode",
+        "c_attn",
+        "c_proj",
+        only=(("multi_query", True),),
+        counts=("num_heads", "split_size", "embed_dim"),
+    ),
+    _packed("GPT-2", "c_attn", "c_proj", counts=("num_heads", "split_size")),
+    _separate(
+        "GPT-2, cross attention",
+        "q_attn",
+        "c_attn",
+        "c_attn",
+        "c_proj",
+        counts=("num_heads", "split_size"),
+    ),
+    _packed("BLOOM", "query_key_value", "dense", only=(("beta", 1.0),), why_not=_ALIBI),
+    _packed(
+        "Falcon with ALiBi",
+        "query_key_value",
+        "dense",
+        only=(("config.alibi", True),),
+        why_not=_ALIBI,
+    ),
+    _packed("GPT-NeoX, Falcon", "query_key_value", "dense", interleaved=True),
+    _packed("MPT", "Wqkv", "out_proj", why_not=_ALIBI),
+    _separate(
+        "DeepSeek",
+        "q_b_proj",
+        "kv_b_proj",
+        "kv_b_proj",
+        "o_proj",
+        head_size="v_head_dim",
+        interleaved=True,
+    ),
+    _separate(
+        "DeepSeek",
+        "q_proj",
+        "kv_b_proj",
+        "kv_b_proj",
+        "o_proj",
+        head_size="v_head_dim",
+        interleaved=True,
+    ),
+    _packed(
+        "timm",
+        "qkv",
+        "proj",
+        counts=("num_heads", "attn_dim"),
+        number="num_heads",
+        tables=(
+            ("relative_position_bias_table", 1),
+            ("q_bias", 0),
+            ("k_bias", 0),
+            ("v_bias", 0),
+            ("logit_scale", 0),
+            ("cpb_mlp.2.weight", 0),
+        ),
+    ),
+    _separate("EVA", "q_proj", "k_proj", "v_proj", "proj"),
     FeedForward(
         "BERT",
         up=("intermediate.dense.weight",),
         down="output.dense.weight",
         activation="intermediate.intermediate_act_fn",
     ),
-    FeedForward("DistilBERT", up=("lin1.weight",), down="lin2.weight", activation="activation"),
+    _plain("DistilBERT", "lin1", "lin2", activation="activation"),
     FeedForward("ModernBERT", up=("Wi.weight", "Wi.weight"), down="Wo.weight"),
+    _plain("torch.nn.TransformerEncoderLayer", "linear1", "linear2", activation="activation"),
+    _gated("Llama", "gate_proj", "up_proj", "down_proj"),
+    FeedForward("Phi 3", ("gate_up_proj.weight", "gate_up_proj.weight"), "down_proj.weight"),
+    _plain("MPT", "up_proj", "down_proj"),
+    _gated("SwiGLU of timm", "fc1_g", "fc1_x", "fc2"),
+    _plain(
+        "OPT, BART, ViT, Whisper",
+        "fc1",
+        "fc2",
+        along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),  # SegFormer
+    ),
+    FeedForward("GLU of timm", ("fc1.weight", "fc1.weight"), "fc2.weight"),
+    _plain("Wav2Vec 2", "intermediate_dense", "output_dense"),
+    _plain("ALBERT", "ffn", "ffn_output"),
+    _plain("T5", "wi", "wo"),
+    _gated("T5, gated", "wi_0", "wi_1", "wo"),
+    _plain("GPT-2", "c_fc", "c_proj"),
+    _plain("GPT-J", "fc_in", "fc_out"),
+    _plain("BLOOM, Falcon, GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),
+    _plain("XLNet", "layer_1", "layer_2"),
     FeedForward(
-        "torch.nn.TransformerEncoderLayer",
-        up=("linear1.weight",),
-        down="linear2.weight",
-        activation="activation",
+        "experts, interleaved",
+        ("gate_up_proj", "gate_up_proj"),
+        "down_proj",
+        only=(("is_concatenated", False),),
+        counts=("intermediate_dim", "intermediate_size"),
+        interleaved=True,
+        unit=8,
+    ),
+    FeedForward(
+        "experts",
+        ("gate_up_proj", "gate_up_proj"),
+        "down_proj",
+        counts=("intermediate_dim", "intermediate_size"),
+        unit=8,  # grouped products want rows of so many numbers, or of a multiple
     ),
 )
-"""All patterns known: BERT with RoBERTa, ELECTRA, MiniLM and others that name their layers alike,
-DistilBERT, ModernBERT, and torch's own layers."""
+"""All patterns known; each is named after models that have it, and fits others that are alike."""
 
 
-def heads(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Group]:
+def heads(
+    model: nn.Module, patterns: Sequence[Pattern] = PATTERNS, example_inputs: Any = None
+) -> list[Group]:
     """The attention heads of a model: one group for each block of attention.
 
     Args:
         model: Any model, with masks or without.
         patterns: The patterns to look for; the first that fits a block counts.
+        example_inputs: What the model is called with when heads are removed on trial: a tensor, a
+            tuple of arguments, a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
 
     Raises:
-        ValueError: If no block of the model fits a pattern.
+        ValueError: If no block of the model fits a pattern, or no block can lose heads.
+
+    Warns:
+        UserWarning: Of blocks that fit a pattern and cannot lose heads; they are left out.
 
     Example:
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), 2)
@@ -164,18 +284,27 @@ def heads(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Grou
         [('layers.0.self_attn.heads', 4), ('layers.1.self_attn.heads', 4)]
     """
     attentions = [p for p in patterns if isinstance(p, Attention)]
-    return _groups(model, attentions, _heads, "attention heads")
+    return _groups(model, attentions, "attention heads", example_inputs)
 
 
-def neurons(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Group]:
+def neurons(
+    model: nn.Module, patterns: Sequence[Pattern] = PATTERNS, example_inputs: Any = None
+) -> list[Group]:
     """The neurons between the two layers of feed-forward blocks: one group for each block.
+
+    The experts of a block are one group: a neuron is the same one in each of them.
 
     Args:
         model: Any model, with masks or without.
         patterns: The patterns to look for; the first that fits a block counts.
+        example_inputs: What the model is called with when neurons are removed on trial: as for
+            `heads`.
 
     Raises:
-        ValueError: If no block of the model fits a pattern.
+        ValueError: If no block of the model fits a pattern, or no block can lose neurons.
+
+    Warns:
+        UserWarning: Of blocks that fit a pattern and cannot lose neurons; they are left out.
 
     Example:
         >>> group, = neurons(nn.TransformerEncoderLayer(16, 4, 32))
@@ -183,156 +312,87 @@ def neurons(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> list[Gr
         (32, [('linear1.weight', 'out'), ('linear1.bias', 'out'), ('linear2.weight', 'in')])
     """
     feed_forwards = [p for p in patterns if isinstance(p, FeedForward)]
-    return _groups(model, feed_forwards, _neurons, "feed-forward neurons")
-
-
-P = TypeVar("P", Attention, FeedForward)
+    return _groups(model, feed_forwards, "feed-forward neurons", example_inputs)
 
 
 def _groups(
-    model: nn.Module,
-    patterns: Sequence[P],
-    match: Callable[[str, nn.Module, P], Group | None],
-    units: str,
+    model: nn.Module, patterns: Sequence[Pattern], units: str, example_inputs: Any
 ) -> list[Group]:
     """The group of every block, by the first pattern that fits it.
 
     Args:
         model: The model.
         patterns: The patterns.
-        match: From the prefix of a module's names, the module and a pattern to the group of the
-            module, or None if the pattern does not fit.
         units: The name of the units in errors.
+        example_inputs: What the model is called with, or None.
     """
-    groups: list[Group] = []
-    taken: set[str] = set()
-    for name, module in model.named_modules():
-        for pattern in patterns:
-            group = match(f"{name}." if name else "", module, pattern)
-            tensors = set() if group is None else {member.tensor for member in group.members}
-            if group is not None and not tensors & taken:
-                groups.append(group)
-                taken |= tensors
-    if not groups:
-        tried = ", ".join(f"'{pattern.name}'" for pattern in patterns) or "none"
+    from mtprune.compression.probe import refused  # it needs more than most runs do
+
+    found, refusals = _blocks(model, patterns)
+    if not found and not refusals:
+        tried = ", ".join(f"'{name}'" for name in dict.fromkeys(p.name for p in patterns)) or "none"
         raise ValueError(
             f"{type(model).__name__} has no {units} where the patterns look. Tried: {tried}. The "
             f"model has {_contents(model)}. Say where they are with a pattern of your own: see "
             "mtprune.patterns."
         )
+    refusals |= refused(model, found, example_inputs)
+    groups = [group for group in found if group.name not in refusals]
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has {units} that cannot be removed: {_listed(refusals)}. "
+            "Prune its weights one by one, or in blocks."
+        )
+    if refusals:
+        warnings.warn(f"Left out: {_listed(refusals)}.", stacklevel=3)
     return groups
 
 
-def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
-    """The heads of a module, or None if the pattern does not fit."""
-    paths = (pattern.query, pattern.key, pattern.value)
-    rows, columns = _row_counts(module, paths), _width(module, pattern.out)
-    size = _at(module, pattern.head_size)
-    if rows is None or columns is None or not isinstance(size, int) or size < 1:
-        return None
-    count = rows[2] // size
-    # The output has a column for each row of the queries.
-    if count == 0 or rows[2] % size or columns != rows[0] or any(n % count for n in rows):
-        return None
-    if not _has_values(module, pattern.only):
-        return None
-    members = _makers(block, module, paths, rows, count, ("with", "with", "out"))
-    reader = Member(block + pattern.out, 1, _runs(columns, count), "in")
-    counts = tuple(block + path for path in pattern.counts)
-    return Group(f"{block}heads", count, (*members, reader), counts=counts)
+def _blocks(model: nn.Module, patterns: Sequence[Pattern]) -> tuple[list[Group], dict[str, str]]:
+    """The group of every block, and why those of some cannot lose units, by the group's name."""
+    stacks: dict[str, list[Group]] = {}
+    refusals: dict[str, str] = {}
+    taken: set[str] = set()
+    for name, module in model.named_modules():
+        for pattern in patterns:
+            group = match(name, module, pattern)
+            if group is None or any(member.tensor in taken for member in group.members):
+                continue
+            taken.update(member.tensor for member in group.members)
+            if pattern.why_not:
+                refusals[group.name] = pattern.why_not
+            else:
+                stacks.setdefault(_stack(group.name, pattern), []).append(group)
+    return [_together(name, groups) for name, groups in stacks.items()], refusals
 
 
-def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | None:
-    """The neurons of a module, or None if the pattern does not fit."""
-    rows, columns = _row_counts(module, pattern.up), _width(module, pattern.down)
-    if rows is None or not columns or any(n != columns for n in rows):
-        return None
-    act = pattern.activation
-    if not (act is None or callable(_at(module, act))):
-        return None
-    if not _has_values(module, pattern.only):
-        return None
-    roles: list[Role] = ["out" for _ in rows]
-    members = _makers(block, module, pattern.up, rows, columns, roles)
-    return Group(
-        f"{block}neurons",
-        columns,
-        (*members, Member(block + pattern.down, 1, _runs(columns, columns), "in")),
-        between=None if act is None else block + act,
+def _stack(name: str, pattern: Pattern) -> str:
+    """The name of a group, without the number of its block if all of a stack lose the same."""
+    if isinstance(pattern, FeedForward) or not pattern.stack:
+        return name
+    return re.sub(rf"(^|\.){pattern.stack}\.\d+\.", rf"\1{pattern.stack}.*.", name)
+
+
+def _together(name: str, groups: Sequence[Group]) -> Group:
+    """One group of the units that several lose together."""
+    if len(groups) == 1 and groups[0].name == name:
+        return groups[0]
+    members = tuple(member for group in groups for member in group.members)
+    counts = tuple(path for group in groups for path in group.counts)
+    return Group(name, groups[0].size, members, counts=counts)
+
+
+def _listed(refusals: Mapping[str, str]) -> str:
+    """Groups by the reason why they are refused, a few names of each."""
+    alike: dict[str, list[str]] = {}
+    for name, why in refusals.items():
+        alike.setdefault(why, []).append(f"'{name}'")
+    return "; ".join(
+        ", ".join(names[:2])
+        + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        + f": {why}"
+        for why, names in alike.items()
     )
-
-
-def _makers(
-    block: str,
-    module: nn.Module,
-    paths: Sequence[str],
-    rows: Sequence[int],
-    count: int,
-    roles: Sequence[Role],
-) -> Iterator[Member]:
-    """The members of the weights that make units, and of their biases.
-
-    Args:
-        block: The prefix of the block's names.
-        module: The block.
-        paths: The paths of the weights.
-        rows: The number of rows of each weight.
-        count: The number of units.
-        roles: The role of each weight.
-    """
-    for i, path in enumerate(paths):
-        before = sum(rows[j] for j in range(i) if paths[j] == path)
-        after = sum(rows[j] for j in range(i + 1, len(paths)) if paths[j] == path)
-        units = (NOBODY,) * before + _runs(rows[i], count) + (NOBODY,) * after
-        yield Member(block + path, 0, units, roles[i])
-        bias = path.removesuffix("weight") + "bias"
-        if isinstance(_at(module, bias), Tensor):
-            yield Member(block + bias, 0, units, roles[i])
-
-
-def _runs(length: int, count: int) -> tuple[int, ...]:
-    """The unit of each index if units lie one after the other and are equally long."""
-    return tuple(i * count // length for i in range(length))
-
-
-def _row_counts(module: nn.Module, paths: Sequence[str]) -> list[int] | None:
-    """The number of rows of each weight, which may be packed; None if a weight is missing."""
-    counts = []
-    for path in paths:
-        weight, parts = _weight(module, path), paths.count(path)
-        if weight is None or len(weight) % parts:
-            return None
-        counts.append(len(weight) // parts)
-    return counts
-
-
-def _width(module: nn.Module, path: str) -> int | None:
-    """The number of columns of a weight; None if the weight is missing."""
-    weight = _weight(module, path)
-    return None if weight is None else weight.shape[1]
-
-
-def _weight(module: nn.Module, path: str) -> Tensor | None:
-    """The weight ``[outputs, inputs]`` at a path: of a Linear, or the block's own."""
-    owner = path.rpartition(".")[0]
-    # In other modules, rows may not be outputs.
-    if owner and not isinstance(_at(module, owner), nn.Linear):
-        return None
-    weight = _at(module, path)
-    return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
-
-
-def _has_values(module: nn.Module, only: Sequence[tuple[str, Any]]) -> bool:
-    """Whether a module has these values at these paths."""
-    return all(_at(module, path) == value for path, value in only)
-
-
-def _at(module: nn.Module, path: str) -> Any:
-    """The attribute at a path, or None."""
-    value: Any = module
-    for attribute in path.split("."):
-        value = getattr(value, attribute, None)
-    return value
 
 
 def _contents(model: nn.Module) -> str:

@@ -3,18 +3,20 @@
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtprune import checkpoint, distributed
-from mtprune.facts import Facts, GroupRow
+from mtprune import checkpoint, checks, distributed
+from mtprune.facts import Facts, GroupRow, everywhere
 from mtprune.holding import make_masking
 from mtprune.holding.prune import accept_pruned_keys
 from mtprune.methods import Method, Vote
-from mtprune.methods.base import check_method, describe
-from mtprune.methods.inventory import Selection, take_inventory
+from mtprune.methods.base import Ballot, check_method, describe
+from mtprune.methods.inventory import Selection, check_parts, take_inventory
+from mtprune.model.graph import bare
 from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free, leave
@@ -42,6 +44,7 @@ from mtprune.observing.supply import Supply
 from mtprune.observing.sweeps import backward, check_fold
 from mtprune.progress import bar
 from mtprune.report import Report, make_report
+from mtprune.tracking import Tracker
 from mtprune.weighting import Weigher, parse_weighting
 
 __all__ = ["MultitaskPruner"]
@@ -111,6 +114,7 @@ class MultitaskPruner:
         self._method: Method[Any] = _method_of(method, sparsity, steps)
         check_method(self._method)
         self._losses = parse(task_losses)
+        self._backend = backend
         inventory, needs = take_inventory(
             self._model,
             list(self._losses),
@@ -118,6 +122,7 @@ class MultitaskPruner:
             self._method,
         )
         self._inventory = inventory
+        check_parts(inventory, self._method, backend)
         self._optimizer = None if optimizer is None else raw(optimizer, inventory.layers)
         self._hold = self._method.hold(make_masking(backend, self._model), self._optimizer)
         self._weigher = Weigher(parse_weighting(self._method.weighting), list(self._losses))
@@ -136,6 +141,7 @@ class MultitaskPruner:
         )
         self._task_masks: PackedTaskMasks | None = None
         self._facts = Facts.before(inventory.layers)
+        self._trackers: list[Tracker] = []
         self._finalized = False
         handles = accept_pruned_keys(inventory.layers)
         self._release = weakref.finalize(self, _remove, handles)
@@ -249,6 +255,8 @@ class MultitaskPruner:
             if self._is_ready(update):
                 self._warn_of_haste(update)
                 changed = self._update(update)
+        for tracker in self._trackers:
+            tracker.tick(self._clock.step, self._weigher.current)
         self._round.listen(self._clock.near)
         return changed
 
@@ -282,7 +290,9 @@ class MultitaskPruner:
             for update in updates:
                 self._round.listen(lambda lead: True)
                 for batch in bar(supply.of(update), progress, "observing"):
-                    losses = compute(self._losses, run(self._model, batch), batch, None)
+                    with bare() if self._round.by_graph else nullcontext():
+                        outputs = run(self._model, batch)
+                    losses = compute(self._losses, outputs, batch, None)
                     self._collect(losses, None, strict=True, final=update)
                     if not self._round.missing_tasks() and self._round.is_enough(update):
                         break
@@ -293,7 +303,9 @@ class MultitaskPruner:
                     )
                 if update != updates[-1]:
                     self._update(update)
+                    self._write_losses()
         self._update(updates[-1])
+        self._write_losses()
         self._round.listen(self._clock.near)
         return self.report()
 
@@ -311,16 +323,51 @@ class MultitaskPruner:
             raise ValueError(f"None of the losses {list(chosen)} carries a gradient.")
         return self._weigher.weigh(present)
 
+    def track(self, writer: Any, *, every: int = 50, layers: Collection[str] = ()) -> Tracker:
+        """Write curves of the run while it goes on; names begin with ``mtprune/``.
+
+        Every so many steps each task's ``loss`` and ``weight``; at an update also ``sparsity`` and
+        ``kept``, the share of all kept weights, by component and by task, the share of a task's
+        weights it would keep alone (``wanted``), thresholds, the overlap of the masks before and
+        after (``iou``), histograms of ``worth`` and of the decimal logarithms of each task's
+        ``saliency``, and a layer's ``mask`` as a picture. Losses are means over the steps since the
+        last write, of this process, and are not waited for: on a GPU they are written once they
+        have arrived. Of several processes only the first writes.
+
+        Args:
+            writer: TensorBoard's ``SummaryWriter``, a W&B run, the module ``mlflow``, a Lightning
+                logger, or an object with ``log(mapping, step)``, which gets the numbers alone.
+            every: How many steps lie between two writes of losses and weights.
+            layers: The layers whose masks are drawn, as `masks` names them; the largest of those
+                that most tasks use unless given.
+
+        Returns:
+            The tracker; its ``write()`` writes losses and weights at once.
+        """
+        self._check_alive("track")
+        checks.whole("every", every, least=1)
+        known = [layer.name for layer in self._inventory.layers]
+        if unknown := sorted(set(layers) - set(known)):
+            raise ValueError(f"`layers` names {unknown}. Prunable here: {known}.")
+        from mtprune.integrations.trackers import writer_of  # most runs do not need it
+
+        tracker = Tracker(writer_of(writer), every, list(layers))
+        if distributed.rank() == 0:
+            self._trackers.append(tracker)
+        return tracker
+
     def finalize(self) -> None:
         """Bake the zeros in: plain modules, original parameter names, no hook of ours left.
 
         Masks, sparsity and report stay readable.
         """
         if not self._finalized:
+            for tracker in self._trackers:
+                tracker.flush()
             if self._task_masks is not None:
                 remember_task_masks(self._model, self._task_masks)
             self._hold.release()
-            self._facts = self._facts.left({x.name: self._hold.kept(x) for x in self._active})
+            self._facts = self._facts.left(self._kept())
             self._round.forget()
             self._round.listen(lambda lead: False)
             self._release()
@@ -342,7 +389,7 @@ class MultitaskPruner:
     @property
     def masks(self) -> dict[str, Tensor]:
         """``{parameter name: mask}``, True = keep; names as before pruning."""
-        return {layer.name: self._hold.mask(layer).clone() for layer in self._active}
+        return {x.name: x.part.shown(self._hold.mask(x).clone()) for x in self._active}
 
     @property
     def task_masks(self) -> dict[str, dict[str, Tensor]]:
@@ -369,7 +416,10 @@ class MultitaskPruner:
         Where ranks are pruned, of the parameters that are saved.
         """
         total = sum(layer.parameter.numel() for layer in self._active)
-        kept = sum(self._hold.kept(layer) for layer in self._active)
+        scattered = self._inventory.census.is_scattered
+        # What other ranks keep is known since the last update: nobody is asked here.
+        counts = self._facts.kept if scattered else self._kept()
+        kept = sum(counts[layer.name] for layer in self._active)
         return (total - kept) / total if total else 0.0
 
     def report(self) -> Report:
@@ -422,7 +472,8 @@ class MultitaskPruner:
         users = self._reach.read(entries["users"])
         layers = [layer for _, layer in self._reach.active(users)]
         step, done = self._clock.read(entries["step"], entries["done"])
-        facts = Facts.read(entries["facts"], self._inventory.layers, list(self._losses))
+        sizes = {layer.name: layer.parameter.numel() for layer in self._inventory.layers}
+        facts = Facts.read(entries["facts"], sizes, list(self._losses))
         held = self._hold.read(entries["hold"], layers)
         if done >= 0 and users is None:
             raise entries["users"].wrong("must tell which task uses which layer, after an update")
@@ -451,6 +502,12 @@ class MultitaskPruner:
     def _active(self) -> list[Layer]:
         """The layers that are pruned."""
         return [layer for _, layer in self._reach.active()]
+
+    def _kept(self) -> dict[str, int]:
+        """How many parameters each layer keeps, on all ranks together; they all must ask."""
+        layers = self._active
+        counts = self._inventory.census.places([self._hold.kept(layer) for layer in layers])
+        return {layer.name: total for layer, (_, total) in zip(layers, counts, strict=True)}
 
     def _identity(self) -> dict[str, Any]:
         """The entries of a checkpoint in which it must agree with the pruner that loads it."""
@@ -486,14 +543,16 @@ class MultitaskPruner:
             swept: Whether a backward has left their gradients in ``.jac``.
         """
         if fold:
-            check_fold(self._hold)
+            check_fold(self._hold, self._inventory.census)
         present: Mapping[str, Tensor] = scalars(losses)
         if not torch.is_grad_enabled():
             return
+        for tracker in self._trackers:
+            tracker.note(present)
         own, known = losses, losses if strict else present
         soon = final is not None or self._clock.near(self._round.earliest)
         if soon:
-            self._round.check_whole()
+            self._check_spread()
         if soon and distributed.world() > 1:
             if strict:
                 check_graphs(own, present)
@@ -513,6 +572,12 @@ class MultitaskPruner:
         others: list[Tensor] | None = [] if fold else None
         self._round.observe(Losses(present, others, scale, scaler is not None, jacobian), update)
 
+    def _check_spread(self) -> None:
+        """Refuse a model that has been spread over ranks, since we were built, in vain."""
+        if distributed.is_on():
+            check_parallel(self._model)
+            check_parts(self._inventory, self._method, self._backend)
+
     def _meet(self, call: str) -> None:
         """Wait until all ranks are in the same call, if there are several."""
         if distributed.world() > 1:
@@ -530,13 +595,15 @@ class MultitaskPruner:
 
     def _update(self, step: int) -> bool:
         """Make the update of ``step`` from the evidence; whether anything changed."""
-        layers, subjects, decision = self._round.decide(step)
+        layers, subjects, decision = self._round.decide(step, self._show)
         device = layers[0].parameter.device
-        distributed.check_equal(tensor.to(device) for tensor in decision.tensors())
+        layers[0].part.check_equal(tensor.to(device) for tensor in decision.tensors())
+        layers[0].sharding.reshard()
         changed = self._hold.take(layers, decision)
         self._round.memory = decision.memory
         self._weigher.note(decision.slopes)
-        counts, bits = decision.record(subjects)
+        here, bits = decision.record(subjects)
+        counts = everywhere(here, self._inventory.census)
         self._task_masks = PackedTaskMasks.of(self._losses, layers, bits)
         self._facts = Facts(
             tuple(counts),
@@ -547,7 +614,20 @@ class MultitaskPruner:
         ).remembering(step, self._weigher.weights)
         self._round.next()
         self._clock.done = step
+        for tracker in self._trackers:
+            now = max(step, self._clock.step)
+            tracker.update(now, decision, self._facts.counts, self._weigher.current)
         return changed
+
+    def _write_losses(self) -> None:
+        """Let trackers write the losses of an update where there is no loop to write them in."""
+        for tracker in self._trackers:
+            tracker.write()
+
+    def _show(self, ballot: Ballot) -> None:
+        """Let trackers see what an update is decided on."""
+        for tracker in self._trackers:
+            tracker.look(ballot, self._method.worths)
 
     def _warn_of_haste(self, update: int) -> None:
         """Warn if all is pruned in a loop by scores of weights that no step has trained."""

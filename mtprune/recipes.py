@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mtprune import checks, saliency
-from mtprune.allocation import AllocationLike, Erk
+from mtprune.allocation import AllocationLike, Erk, PerOutput
 from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold, Vote
 from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds, Schedule
 
@@ -28,6 +28,7 @@ __all__ = [
     "rigl",
     "set_",
     "snip",
+    "wanda",
 ]
 
 Observations = int | Literal["auto"]
@@ -236,6 +237,29 @@ def lamp(sparsity: float) -> Vote:
         sparsity: Share of zeros.
     """
     return Vote(sparsity, saliency=saliency.lamp, allocation="global", disentangled=False)
+
+
+def wanda(sparsity: float, *, observations: Observations = 1) -> Vote:
+    """Zero-shot: a vote on ``|w| * ||x||``, each output keeping the same share. No backward at all.
+
+    The inputs x are those of each task's own batches, so what a task feeds a shared layer with
+    decides for which weights it votes. Where all tasks share every batch, they agree in shared
+    layers. Which task uses which layer is told by the graphs of the losses, so compute each loss on
+    its own, not from a stack of all. In ``pruner.prune(batches)`` no activations are kept.
+
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024. They
+    leave embedding and output layer dense: pass ``exclude=``.
+
+    Args:
+        sparsity: Share of zeros.
+        observations: Batches of every task.
+    """
+    return Vote(
+        sparsity,
+        saliency=saliency.wanda,
+        allocation=PerOutput(),
+        observations=observations,
+    )
 
 
 def gradual_magnitude(sparsity: float, *, begin: int, end: int, every: int) -> Vote:

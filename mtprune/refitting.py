@@ -135,7 +135,7 @@ class Refit:
             tensor([[3., 0.]])
         """
         size, columns = len(lost), lost[:1].numel()
-        groups = (rows.shape[1] - 2) // columns
+        groups = (rows.shape[1] - 2) // columns if columns else 0  # a rank may have no row
         if not len(rows) or not groups:
             return torch.zeros_like(lost, dtype=torch.float32), lost.new_zeros(size)
         with torch.autocast(rows.device.type, enabled=False):

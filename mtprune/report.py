@@ -6,16 +6,31 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from mtprune import files
 from mtprune.facts import Count, Facts, GroupRow, Moment, mean, share, total
 from mtprune.text import columns
 
 if TYPE_CHECKING:
     from mtprune.affinity import Affinity
+    from mtprune.compression.measure import Sizes
+    from mtprune.compression.plan import Plan
+    from mtprune.showing.page import Drawn
 
-__all__ = ["Count", "Facts", "GroupRow", "Moment", "Report", "Row", "make_report"]
+__all__ = [
+    "PARTS",
+    "Count",
+    "Facts",
+    "GroupRow",
+    "Moment",
+    "Report",
+    "Row",
+    "check_page",
+    "make_report",
+]
+
+
+PARTS = ("all its tasks", "several", "one of several", "no task alone", "kept", "pruned")
+"""What becomes of weights, and how many of the tasks that use them would keep them alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,21 @@ class Row:
     rank: int | None = None
     full_rank: int | None = None
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """The shares of its weights, by `PARTS`; they add up to 1.
+
+        Kept weights are told apart by the tasks that want them, if that is known.
+        """
+        kept = 1.0 - self.sparsity
+        if self.single is None or self.nobody is None:
+            return {"kept": kept, "pruned": self.sparsity}
+        single = 0.0 if len(self.tasks) == 1 else self.single  # the only one is all
+        several = max(0.0, 1.0 - self.unanimity - single - self.nobody)
+        shares = (self.unanimity, several, single, self.nobody)
+        told = dict(zip(PARTS, (share * kept for share in shares), strict=False))
+        return {**told, "pruned": self.sparsity}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -80,7 +110,8 @@ class Report:
             there were many.
         groups: Units kept, group by group, where they span layers.
         macs: The multiply-adds of all prunable layers, those left alone too, if measured.
-        coverage: The share of the model's matrices, norms and embeddings apart, that takes part.
+        coverage: The share of the model's matrices, norms and embeddings apart, that takes part;
+            None if that is not known.
     """
 
     step: int | None
@@ -100,7 +131,7 @@ class Report:
     history: tuple[Moment, ...] = ()
     groups: tuple[GroupRow, ...] = ()
     macs: float | None = None
-    coverage: float = 1.0
+    coverage: float | None = 1.0
 
     @property
     def macs_sparsity(self) -> float | None:
@@ -156,9 +187,10 @@ class Report:
         *,
         before: Mapping[str, Mapping[str, float]] | None = None,
         after: Mapping[str, Mapping[str, float]] | None = None,
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, "Drawn"] | None = None,
         affinity: Mapping[str, "Affinity"] | None = None,
-        plan: object = "",
+        plan: "Plan | str | None" = None,
+        sizes: "Sizes | None" = None,
     ) -> Path:
         """Write the report as one HTML page that needs nothing beside itself.
 
@@ -166,10 +198,12 @@ class Report:
             path: The file, which is replaced. Its name ends in ``.html``.
             before: ``{task: {metric: value}}`` of the dense model, to show what each task lost.
             after: The same of the pruned model.
-            masks: Masks to draw, for instance ``{name: pruner.masks[name]}``.
+            masks: Masks to draw, for instance ``{name: pruner.masks[name]}``; or a pair of each,
+                before and after: ``{name: (early[name], pruner.masks[name])}``.
             affinity: What `mtprune.affinity.compare` found, by what it compared, for instance
                 ``{"all": compare(pruner.task_masks)}``.
             plan: The plan of `mtprune.compress`, or any text.
+            sizes: What `mtprune.measure` found; those of the plan unless given.
 
         Returns:
             The file.
@@ -180,9 +214,7 @@ class Report:
         """
         from mtprune.showing.page import Beside, page
 
-        target = Path(path)
-        if target.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"A report is saved as a page: its name ends in .html. Got '{path}'.")
+        target = check_page(path)
         if (before is None) != (after is None):
             given = "before" if after is None else "after"
             raise ValueError(
@@ -193,13 +225,17 @@ class Report:
                 "`before` and `after` must be of the same tasks. "
                 f"Got {sorted(before or {})} and {sorted(after or {})}."
             )
-        beside = Beside(before or {}, after or {}, masks or {}, affinity or {}, str(plan))
+        beside = Beside(before or {}, after or {}, masks or {}, affinity or {}, plan, sizes)
         files.write_text(target, page(self, beside))
         return target
 
     def _notes(self) -> list[str]:
-        notes = [f"{self.head_share:.1%} of the weights are private to one task."]
-        if self.coverage < 1.0:
+        notes = []
+        if self.tasks:
+            notes.append(f"{self.head_share:.1%} of the weights are private to one task.")
+        if self.coverage is None:
+            notes.append("Which share of the model's matrices takes part is not known.")
+        elif self.coverage < 1.0:
             notes.append(f"{self.coverage:.1%} of the model's matrices take part.")
         if self.macs_sparsity is not None:
             notes.append(f"{self.macs_sparsity:.2%} of the multiply-adds fall on pruned weights.")
@@ -227,6 +263,18 @@ class Report:
         return notes
 
 
+def check_page(path: str | PathLike[str]) -> Path:
+    """A path, if it has the name of a page.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"A report is saved as a page: its name ends in .html. Got '{path}'.")
+    return target
+
+
 def make_report(
     facts: Facts,
     *,
@@ -236,7 +284,7 @@ def make_report(
     method: str = "",
     weights: Mapping[str, float] | None = None,
     macs: float | None = None,
-    coverage: float = 1.0,
+    coverage: float | None = 1.0,
 ) -> Report:
     """The report of an update.
 

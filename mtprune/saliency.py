@@ -36,9 +36,11 @@ __all__ = [
     "snip",
     "taylor",
     "taylor_magnitude",
+    "wanda",
 ]
 
 Saliency = Callable[..., Tensor]
+"""A function of weight and gradient, or of what else it names (see above)."""
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
@@ -163,6 +165,30 @@ def random(
     return torch.rand(weight.shape, generator=generator, device=device).to(weight.device)
 
 
+def wanda(weight: Tensor, grad: Tensor | None = None, *, inputs: Tensor) -> Tensor:
+    """Size of a weight times that of what it multiplies, ``(|w| * ||x||)^2``: no backward.
+
+    The square orders weights as ``|w| * ||x||`` does, and adds up over batches as the square of the
+    norm of all their inputs. Each task has the inputs from batches of its own. They are gathered in
+    the forward, and no gradient is computed, so this is for models too large to differentiate.
+
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024.
+
+    Args:
+        weight: The effective weight ``w``, any shape.
+        grad: Not looked at.
+        inputs: Those of the layer, ``[rows, columns]``.
+
+    Returns:
+        The saliency, same shape as ``weight``.
+
+    Example:
+        >>> wanda(torch.tensor([[2.0, -3.0]]), inputs=torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+        tensor([[100.,   9.]])
+    """
+    return weight.square() * inputs.square().sum(0).view(weight[:1].shape)
+
+
 IN_PLACE: dict[Saliency, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     taylor: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
     snip: lambda weight, grad, out: torch.mul(weight, grad, out=out).abs_(),
@@ -206,3 +232,23 @@ def asks(saliency: Saliency) -> frozenset[str]:
     second = list(parameters.values())[1:2]
     data_free = bool(second) and second[0].default is not inspect.Parameter.empty
     return frozenset(keywords) | (frozenset() if data_free else {"grad"})
+
+
+def why_whole(saliency: Saliency) -> str:
+    """Why a saliency needs a whole layer; empty if it can be had of some of its rows alone.
+
+    Example:
+        >>> why_whole(taylor), why_whole(lamp)
+        ('', 'looks at a whole layer at once')
+    """
+    asked = asks(saliency)
+    for name in ("inputs", "layer", "generator"):
+        if name in asked:
+            return f"asks for `{name}`, of which each rank has its own"
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    named = {"task": "task"} if "task" in asked else {}
+    args = (weight, grad) if "grad" in asked else (weight,)
+    of_all = saliency(*args, **named)
+    of_rows = torch.cat([saliency(*(arg[i : i + 1] for arg in args), **named) for i in range(5)])
+    return "" if torch.equal(of_all, of_rows) else "looks at a whole layer at once"

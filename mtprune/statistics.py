@@ -12,8 +12,9 @@ is the usual one, a saliency; a statistic of one's own may have any shape::
 
 What a statistic asks for decides when it is computed. One that asks for the gradient is computed
 in every task's sweep, for that task. One that asks for inputs alone is computed while the model
-runs, layer by layer, so that inputs of different layers are never kept together. One that asks for
-neither looks at no data, and is computed when masks are made.
+runs, layer by layer, so that inputs of different layers are never kept together; it adds up over
+all batches, or, for a saliency, over those that each task's loss was computed from. One that asks
+for neither looks at no data, and is computed when masks are made.
 """
 
 from abc import ABC, abstractmethod
@@ -110,6 +111,11 @@ class Seen:
         return self._weight.is_contiguous()
 
     @property
+    def numel(self) -> int:
+        """How many of the layer's weights are here."""
+        return self._weight.numel()
+
+    @property
     def device(self) -> torch.device:
         """Where it is seen."""
         return self._weight.device
@@ -133,11 +139,15 @@ class Statistic(ABC):
     Attributes:
         asks: What it must be given besides the weight: ``"grad"``, ``"inputs"``, both or none;
             ``"task"`` if it differs between tasks without asking for a gradient.
+        apart: Where it asks for inputs alone, whether each task has a sum of its own.
         dtype: Of its sums; the pruner's ``score_dtype`` unless given.
+        per_weight: Whether it is a number for each weight, flat, in the weights' order.
     """
 
     asks: frozenset[str] = frozenset({"grad"})
+    apart: bool = False
     dtype: torch.dtype | None = None
+    per_weight: bool = False
 
     @property
     def when(self) -> Literal["sweep", "forward", "update"]:
@@ -167,7 +177,7 @@ class Statistic(ABC):
 
     def is_sum(self, layer: Layer, value: Tensor) -> bool:
         """Whether a tensor, from a checkpoint that may hold anything, could be its sum."""
-        return value.shape == self.zero(layer, layer.parameter.detach()).shape
+        return value.shape == self.zero(layer, layer.part.placed(layer.values)).shape
 
     def zero(self, layer: Layer, weight: Tensor) -> Tensor:
         """Its sum where no gradient has arrived.
@@ -211,6 +221,7 @@ class PerWeight(Statistic):
     saliency: Saliency
     pool: Callable[[Layer, Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
+    apart: bool = field(default=True, init=False, repr=False)
     _space: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -218,17 +229,30 @@ class PerWeight(Statistic):
         """See `Statistic`."""
         return asks(self.saliency)
 
+    @property
+    def per_weight(self) -> bool:  # type: ignore[override]
+        """See `Statistic`."""
+        return self.pool is None
+
     @override
     def of(self, seen: Seen) -> Tensor:
         named: dict[str, Any] = {name: getattr(seen, name) for name in self.asks if name != "grad"}
         grad = seen.grad if "grad" in self.asks else None
         score = checked(self.saliency(seen.weight, grad, **named), seen.layer)
-        return score.reshape(-1) if self.pool is None else self.pool(seen.layer, score)
+        return score.reshape(-1) if self.pool is None else self._pooled(seen.layer, score)
 
     @override
     def zero(self, layer: Layer, weight: Tensor) -> Tensor:
+        if self.pool is None:
+            return torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
         nothing = torch.zeros(layer.shape, dtype=torch.float32, device=weight.device)
-        return nothing.reshape(-1) if self.pool is None else self.pool(layer, nothing)
+        return self.pool(layer, nothing)
+
+    def _pooled(self, layer: Layer, score: Tensor) -> Tensor:
+        """The saliency of the units in a layer, be all of it here or a part."""
+        assert self.pool is not None
+        part = layer.part
+        return part.census.sum(self.pool(layer, part.placed(score)))
 
     @override
     def add(self, seen: Seen, total: Tensor | None, new: New) -> Tensor:
@@ -237,7 +261,7 @@ class PerWeight(Statistic):
             return super().add(seen, total, new)
         # Piece by piece, so that what comes between is never in memory, only in cache.
         first = total is None
-        summed = new((seen.layer.parameter.numel(),), seen.device) if total is None else total
+        summed = new((seen.numel,), seen.device) if total is None else total
         for weight, grad, part in seen.pieces(summed):
             if first and part.dtype == weight.dtype and part.device == weight.device:
                 into(weight, grad, part)
@@ -260,11 +284,12 @@ def checked(score: object, layer: Layer) -> Tensor:
     Raises:
         ValueError: If it is not of the layer's shape.
     """
-    if isinstance(score, Tensor) and tuple(score.shape) == layer.shape:
+    shape = layer.part.shape
+    if isinstance(score, Tensor) and tuple(score.shape) == shape:
         return score
     got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
     raise ValueError(
-        f"The saliency of '{layer.name}' must have the weight's shape {layer.shape}. Got {got}."
+        f"The saliency of '{layer.name}' must have the weight's shape {shape}. Got {got}."
     )
 
 

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from mtprune import checks, distributed
 from mtprune.methods import Method
 from mtprune.methods.base import check_method
 from mtprune.metrics import DeltaT, delta_t
+from mtprune.model.names import unwrap
+from mtprune.model.owner import check_free
 from mtprune.model.selectors import Spec
 from mtprune.named import dense
 from mtprune.observing.losses import LossFunction
@@ -28,8 +31,11 @@ __all__ = [
     "Candidate",
     "Judge",
     "OutError",
+    "Subject",
     "Trial",
+    "copied",
     "in_loop",
+    "inner",
     "made",
     "random_state_kept",
     "seed_all",
@@ -37,6 +43,9 @@ __all__ = [
 
 Candidate = Method[Any] | Callable[[int], Method[Any]]
 """A method, or what makes one for a run of so many steps."""
+
+Subject = tuple[nn.Module, Spec, Mapping[str, Any]]
+"""A model, what its tasks share, and the options of pruners."""
 
 _SLACK = 1.1
 """A candidate may keep so many times the weights it should: units are not always divisible."""
@@ -99,7 +108,7 @@ class Bench:
         task_losses: See `choose`, as for all that follow.
     """
 
-    subject: tuple[nn.Module, Spec, Mapping[str, Any]]
+    subject: Subject
     task_losses: Mapping[str, LossFunction] | Sequence[str]
     batches: Iterable[Any]
     sparsity: float
@@ -110,7 +119,7 @@ class Bench:
     def untrained(self) -> Any:
         """What `evaluate` says of the model as it is."""
         seed_all(0)
-        return self.evaluate(self._copy()[0])
+        return self.evaluate(copied(self.subject)[0])
 
     def dense(self, steps: int, seed: int) -> Any:
         """What it says after training without pruning."""
@@ -145,17 +154,47 @@ class Bench:
             return self.evaluate(model)
 
     def _begin(self, method: Method[Any], seed: int) -> tuple[nn.Module, _Counted]:
-        model, shared, options = self._copy()
+        model, shared, options = copied(self.subject)
         seed_all(seed)
         return model, _Counted(model, self.task_losses, shared, method=method, seed=seed, **options)
 
-    def _copy(self) -> tuple[nn.Module, Spec, Mapping[str, Any]]:
-        try:
-            return copy.deepcopy(self.subject)
-        except Exception as error:
-            raise TypeError(
-                f"`model` cannot be copied, and trials are made on copies: {error}"
-            ) from error
+
+def copied(subject: Subject) -> Subject:
+    """A copy of all three, in which modules that are named are those of the copy.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(subject)
+    except Exception as error:
+        raise TypeError(
+            f"`model` cannot be copied, and trials are made on copies: {error}"
+        ) from error
+
+
+def inner(model: Any, call: str) -> nn.Module:
+    """The model without wrappers, if trials can be made on copies of it.
+
+    Args:
+        model: What somebody says is a model.
+        call: What makes the trials.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If a pruner has it.
+        RuntimeError: If there are several processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(checks.message("model", model, "must be a torch.nn.Module"))
+    if distributed.world() > 1:
+        raise RuntimeError(
+            f"{call}() makes its trials in one process, and there are "
+            f"{distributed.world()}. Call it before the process group is there."
+        )
+    bare = unwrap(model)
+    check_free(bare)
+    return bare
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from mtprune import checks
 __all__ = ["Vote", "at_least", "intersection", "majority", "mean", "unanimous"]
 
 Vote = Callable[[Tensor], Tensor]
+"""A function of percentiles `[voters, weights]` to worths `[weights]`."""
 
 
 def unanimous(percentiles: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtprune import checks
 from mtprune.reading import Entry
@@ -272,10 +272,16 @@ def parse_weighting(weighting: object) -> Any:
         return named[weighting]
     if isinstance(weighting, (Noise, PruningSensitivity, Worst)):
         return weighting
+    if type(weighting).__module__.startswith("torchjd.aggregation"):
+        raise TypeError(
+            f"`weighting` weighs losses, and {weighting!r} combines gradients. Leave that to "
+            "torchjd: backward(losses), pruner.observe_jacobian(losses), jac_to_grad(parameters, "
+            "aggregator)."
+        )
     if isinstance(weighting, type) or not callable(weighting):
         raise TypeError(
-            f"`weighting` must be one of {tuple(named)}, or a function of the losses that returns "
-            f"{{task: weight}}. Got {weighting!r}."
+            f"`weighting` must be one of {tuple(named)}, a function of the losses that returns "
+            f"{{task: weight}}, or a module that makes one loss of them. Got {weighting!r}."
         )
     return weighting
 
@@ -284,7 +290,8 @@ class Weigher:
     """Weighs losses, and holds the memory of its weighting.
 
     Args:
-        weighting: A `Weighting`, `Noise`, `PruningSensitivity` or `Worst`.
+        weighting: A `Weighting`, `Noise`, `PruningSensitivity`, `Worst`, or a module that makes one
+            loss of a vector of losses, as torchjd's scalarizers do.
         tasks: All tasks.
 
     Raises:
@@ -307,13 +314,20 @@ class Weigher:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each task now."""
+        return {task: float(weight) for task, weight in self.current.items()}
+
+    @property
+    def current(self) -> dict[str, float | Tensor]:
+        """The weight of each task now, as the weighting left it: nothing is waited for."""
         weights = self._memory.get("weights", {})
-        return {task: float(weights.get(task, 1.0)) for task in self._tasks}
+        return {task: weights.get(task, 1.0) for task in self._tasks}
 
     def weigh(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of scalar losses; no gradient flows through the weights."""
+        """The weighted sum of scalar losses; no gradient flows through weights that are numbers."""
         if self._weighting is uniform:
             return torch.stack(list(losses.values())).sum()
+        if isinstance(self._weighting, nn.Module):
+            return self._scalarized(self._weighting, losses)
         detached = {task: loss.detach() for task, loss in losses.items()}
         if isinstance(self._weighting, (Noise, Worst)):
             self._memory = dict(self._weighting.next(detached, self._memory))
@@ -324,6 +338,19 @@ class Weigher:
             weights = self._checked(self._weighting(detached))
             self._memory = {"weights": {t: torch.as_tensor(w).detach() for t, w in weights.items()}}
         return torch.stack([weights.get(task, 1.0) * loss for task, loss in losses.items()]).sum()
+
+    def _scalarized(self, module: nn.Module, losses: Mapping[str, Tensor]) -> Tensor:
+        """What a module makes of the losses; a task counts as much as its loss moves that."""
+        vector = torch.stack(list(losses.values()))
+        total: object = module(vector)
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            raise ValueError(
+                f"`weighting` {module!r} must make one loss of losses [{len(vector)}]. "
+                f"Got {total!r}."
+            )
+        (slopes,) = torch.autograd.grad(total, vector, retain_graph=True, materialize_grads=True)
+        self._memory = {"weights": dict(zip(losses, slopes.detach().unbind(), strict=True))}
+        return total
 
     def note(self, slopes: Mapping[str, float]) -> None:
         """Update the weights from the derivatives of log-losses in the common log-threshold."""

@@ -64,6 +64,18 @@ def on_ranks(
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
+def device_of(rank: int) -> torch.device:
+    """Where a rank computes: on a GPU of its own if tests run there and there are enough."""
+    return torch.device("cuda", rank) if _on_gpus() else torch.device("cpu")
+
+
+def _on_gpus() -> bool:
+    wanted = os.environ.get("MTPRUNE_TEST_DEVICE", "cpu").startswith("cuda")
+    return wanted and torch.cuda.device_count() >= (
+        dist.get_world_size() if dist.is_initialized() else 2
+    )
+
+
 def serve(module: str, function: str, folder: str, rank: str, world: str, timeout: str) -> None:
     """The life of one rank."""
     torch.set_num_threads(1)

@@ -61,7 +61,7 @@ def test_an_untied_head_is_a_layer():
     assert names == ["body.weight", "lm_head.weight", "score.weight"]
 
 
-class Conv1D(nn.Module):
+class Linear1D(nn.Module):
     """A kind of layer that no rule knows: its weight is ``[inputs, outputs]``."""
 
     def __init__(self, inputs, outputs):
@@ -77,7 +77,7 @@ class Foreign(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.first = nn.Linear(4, width)
-        self.blocks = nn.ModuleList([Conv1D(width, width) for _ in range(2)])
+        self.blocks = nn.ModuleList([Linear1D(width, width) for _ in range(2)])
         self.norm = nn.LayerNorm(width)
         self.experts = nn.Parameter(torch.randn(2, width, width))
         self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in "ab"})
@@ -92,7 +92,7 @@ class Foreign(nn.Module):
 
 MESSAGE = (
     r"Of the matrices to be pruned only 8\.6% take part: no rule speaks of 'experts' \(Foreign\), "
-    r"'blocks\.0\.weight' \(Conv1D\), 'blocks\.1\.weight' \(Conv1D\)\. Name them with include="
+    r"'blocks\.0\.weight' \(Linear1D\), 'blocks\.1\.weight' \(Linear1D\)\. Name them with include="
 )
 
 
@@ -134,7 +134,7 @@ def test_a_few_of_them_are_told_without_a_warning():
 
 def test_where_nothing_is_of_a_known_kind_it_says_what_is():
     with pytest.raises(ValueError, match=r"nothing prunable\. Prunable are Linear, .*`include`"):
-        mtprune.MultitaskPruner(Conv1D(3, 3), ["a"])
+        mtprune.MultitaskPruner(Linear1D(3, 3), ["a"])
 
 
 def test_frozen_matrices_are_nobody_s_business():

@@ -5,9 +5,9 @@ import json
 import analysis
 import pytest
 import torch
-from analyses import bench
-from common import data, fixture
-from common.shuffling import shuffled
+from analyses import bench, branching
+from common import data, fixture, nets
+from common.shuffling import noise, shuffled
 
 pytestmark = pytest.mark.slow
 
@@ -49,16 +49,17 @@ def draw(rooms, tmp_path_factory):
 
 
 def test_overlap_stands_beside_its_nulls(draw, capsys):
-    rows = draw("iou", "--keep", "0.1", "--shuffles", "3")["rows"]
+    rows = draw("iou", "--keep", "0.1", "--draws", "3", "--batch", "4")["rows"]
     pairs = ["seg-normal", "seg-depth", "normal-depth", "seg-normal-depth"]
     assert [row["tasks"] for row in rows] == pairs
     for row in rows:
         assert 0 <= row["chance"] < row["iou"] <= 1
         assert len(row["null"]) == 3
         assert row["excess"] == pytest.approx(row["iou"] - sum(row["null"]) / 3)
+        assert row["low"] < row["excess"] < row["high"]
         assert row["p"] in (0.25, 0.5, 0.75, 1.0)
         assert all(len(layer["null"]) == 3 for layer in row["layers"])
-    assert "shuffled labels" in capsys.readouterr().out
+    assert "unrelated" in capsys.readouterr().out
 
 
 def test_watershed_has_a_curve_for_one_net_and_for_nets_of_one_task(draw):
@@ -187,3 +188,46 @@ def test_a_net_that_has_learnt_nothing_is_no_measure():
     dense = {"test": {"seg": {"miou": 0.0}}, "judged": {"seg": ["miou"]}}
     with pytest.raises(bench.UntrainedError, match=r"is 0 in the baseline.*or take --by loss"):
         bench.change(dense, dense)
+
+
+def test_random_pictures_with_random_labels_leave_no_excess(draw):
+    rows = draw("iou", "--keep", "0.2", "--draws", "16", "--batch", "4", "--noise")["rows"]
+    assert all(len(row["null"]) == 16 for row in rows)
+    assert all(row["low"] < 0 < row["high"] for row in rows)
+
+
+def test_noise_keeps_shapes_and_nothing_else(rooms):
+    source = data.find(rooms, data.NYUV2, ["seg", "normal", "depth"])
+    before, after = source.splits["train"], noise(source, ["seg", "depth"]).splits["train"]
+    assert len(after) == len(before)
+    sample, again, other = after[0], after[0], after[1]
+    assert {name: x.shape for name, x in sample.items()} == {
+        name: before[0][name].shape for name in ("input", "seg", "depth")
+    }
+    assert all(torch.equal(x, again[name]) for name, x in sample.items())
+    assert not torch.equal(sample["input"], other["input"])
+    assert sample["seg"].max() < source.outputs["seg"]
+
+
+def test_nets_branch_and_keep_as_many_weights(draw):
+    found = draw("branching", "--draws", "2", "--zeros", "0.8", "--batch", "4")
+    lines = ["all shared", "where masks say", "in the middle", "at the first layer"]
+    assert [row["line"] for row in found["rows"][::2]] == lines
+    sizes = [row["parameters"] for row in found["rows"] if row["stage"] == "dense"]
+    assert sizes[0] < sizes[2] < sizes[3]
+    kept = [row["kept"] for row in found["rows"] if row["stage"] == "pruned, tuned"]
+    assert max(kept) - min(kept) <= 1
+    assert found["suggestions"][0]["table"].startswith("split at")
+
+
+def test_a_branched_net_begins_as_the_one_it_branches_from():
+    torch.manual_seed(0)
+    net = nets.build("unet", {"seg": 3, "depth": 1}, 0.05).eval()
+    images = torch.randn(2, 3, 16, 24)
+    ran = branching.order_of(net, images)
+    split = branching.Branched(net, ran[:6], [["seg"], ["depth"]])
+    outputs, expected = split(images), net(images)
+    assert list(outputs) == ["seg", "depth"]
+    assert all(torch.equal(y, expected[task]) for task, y in outputs.items())
+    first, second = (list(branch.modules()) for branch in split.nets)
+    assert {id(m) for m in ran[:6]} == {id(m) for m in first} & {id(m) for m in second}

@@ -99,12 +99,17 @@ DAMAGES = {
 }
 
 
+DAMAGED = (
+    r"a\.pt' (is not a file that torch\.save wrote, or is damaged|holds a \S+, and reading it)"
+)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_one_kind_of_error(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.pt"
     torch.save({"x": torch.zeros(9)}, path)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.pt' is not a file that torch\.save wrote, or is dam"):
+    with pytest.raises(ValueError, match=DAMAGED):
         read_torch(path)
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "other.pt")

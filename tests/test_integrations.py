@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from mtprune import MultitaskPruner
+from mtprune.integrations import lightning
 from mtprune.integrations import transformers as integration
 
 
@@ -19,6 +20,16 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch):
     spec.loader.exec_module(without)
     pruner = MultitaskPruner(nn.Linear(2, 2), ["a"])
     with pytest.raises(ImportError, match=re.escape("pip install 'mtprune[transformers]'")):
+        without.PruningCallback(pruner)
+
+
+def test_without_lightning_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
+    spec = importlib.util.spec_from_file_location("without", lightning.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    pruner = MultitaskPruner(nn.Linear(2, 2), ["a"])
+    with pytest.raises(ImportError, match=re.escape("pip install 'mtprune[lightning]'")):
         without.PruningCallback(pruner)
 
 

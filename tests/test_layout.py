@@ -20,6 +20,7 @@ ORDER = (
     "holding",
     "methods",
     "observing",
+    "affinity",
     "compression",
     "showing",
     "integrations",

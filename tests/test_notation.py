@@ -87,7 +87,7 @@ METHOD = {
     "speedup": Vote(speedup=2, granularity=Channel(IMAGE)),
     "refit": Vote(0.5, refit=Refit(7, 0.2, 3), voters=(saliency.magnitude, saliency.lamp)),
     "straight": Vote(0.5, straight_through=True, schedule=RISE, saliency=saliency.movement),
-    **{f"weighting {w}": SoftThreshold(0.5, weighting=w) for w in (
+    **{f"weighting {getattr(w, '__name__', w)}": SoftThreshold(0.5, weighting=w) for w in (
         *("noise", Noise(3, 4), PruningSensitivity(0.5), Worst(reference={"seg": 0.5})),
         weighting.uniform,
     )},

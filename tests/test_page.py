@@ -6,14 +6,20 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from mtprune import MultitaskPruner, SoftThreshold, Vote, affinity, saliency
-from mtprune.report import Row
+from mtprune import MultitaskPruner, Plan, Sizes, SoftThreshold, Vote, affinity, saliency
+from mtprune.affinity import Affinity, LayerAffinity
+from mtprune.compression.forms import CHOICES
+from mtprune.compression.plan import Measured
+from mtprune.compression.plan import Row as PlanRow
+from mtprune.report import Moment, Row
 from mtprune.schedule import Cubic
+from mtprune.showing.style import STYLE
 
 VOID = {"meta", "img", "br"}
 
@@ -102,7 +108,8 @@ def test_tables_hold_the_numbers_of_the_report(voted, tmp_path):
     for what in ("components", "layers"):
         table = page.tables[f"{what.capitalize()}, in numbers."]
         assert table[0][1:4] == ["weights", "kept", "pruned"]
-        assert table[0][4:] == ["want a", "want b", "want c", "want magnitude", "unanimity"]
+        wants = ["want a", "want b", "want c", "want magnitude"]
+        assert table[0][4:] == [*wants, "unanimity", "one task's", "no task's"]
         for cells, row in zip(table[1:-1], told[what], strict=True):
             assert cells[:4] == [
                 row["name"],
@@ -111,7 +118,8 @@ def test_tables_hold_the_numbers_of_the_report(voted, tmp_path):
                 f"{row['sparsity']:.2%}",
             ]
             want = [row["want"].get(voter) for voter in ("a", "b", "c", "magnitude")]
-            assert cells[4:-1] == ["" if w is None else f"{w:.1%}" for w in want]
+            parts = [row["unanimity"], row["single"], row["nobody"]]
+            assert cells[4:] == ["" if w is None else f"{w:.1%}" for w in [*want, *parts]]
     history = page.tables["Every update that is remembered."]
     assert [row[0] for row in history[1:]] == [str(m["step"]) for m in told["history"]]
     assert f"{report.kept:,} of {report.parameters:,} weights are left" in page.text
@@ -139,9 +147,30 @@ def test_it_needs_nothing_beside_itself(voted, tmp_path):
     assert [name for name, _ in page.attributes].count("alt") == 2
     [change] = [caption for caption in page.tables if caption.startswith("Against the dense")]
     assert "+0.00 % on average, b changed most for the worse, by -10.00 %" in change
-    overlap = page.tables["Overlap of masks, and that of independent ones."]
-    assert overlap[-1][1] == f"{beside['affinity']['all'].iou:.3f}"
+    overlap = page.tables["Overlap of masks, that of unrelated tasks, and the excess."]
+    all_ = beside["affinity"]["all"]
+    told = [all_.iou, all_.chance]
+    assert overlap[-1][1:3] == [f"{value:.3f}" for value in told]
+    assert overlap[-1][3] == f"{all_.iou - all_.chance:+.3f}"
     assert "trunk.0  dense" in page.text
+
+
+def test_an_affinity_stands_beside_its_null(voted, tmp_path):
+    layers = (
+        affinity.LayerAffinity("l0", 0.5, 0.25, {}, null=(0.25, 0.25)),
+        affinity.LayerAffinity("l1", float("nan"), 0.0, {}, null=(0.1, 0.2)),
+    )
+    found = {
+        "with": affinity.Affinity(layers, 0.5, 0.25, null=(0.25, 0.25)),
+        "without": affinity.Affinity(tuple(replace(x, null=()) for x in layers), 0.5, 0.25),
+    }
+    page = Page(voted.report().save(tmp_path / "r.html", affinity=found).read_text("utf-8"))
+    caption = "Overlap of masks, that of unrelated tasks, and the excess."
+    head, first, second, total = page.tables[caption]
+    assert head[1:5] == ["with: overlap", "with: unrelated", "with: excess", "with: ±"]
+    numbers = ["0.500", "0.250", "+0.250"]
+    assert (first, total) == tuple([x, *numbers, "0.000", *numbers, ""] for x in ("l0", "all"))
+    assert (second[0], second[1], second[5]) == ("l1", "empty", "empty")
 
 
 def test_names_are_text(voted, tmp_path):
@@ -165,19 +194,180 @@ def test_thresholds_ranks_and_groups_have_columns(voted, tmp_path):
     assert "Weights smaller than this, in size, were pruned." in page.text
 
 
-def test_a_hundred_layers_of_twelve_tasks_stay_below_a_megabyte(voted, tmp_path):
+def large(report):
+    """A hundred layers of twelve tasks, with all that a page can show."""
     tasks = tuple(f"task{i}" for i in range(12))
+    names = ("shared", *tasks)
     want = dict.fromkeys(tasks, 0.5)
     rows = tuple(
         Row(f"encoder.block{i}.attention.weight", 9999, 999, 0.9, tasks, want, 0.1, 0.2, 0.3)
-        for i in range(140)
+        for i in range(100)
     )
-    report = replace(voted.report(), layers=rows, tasks=tasks)
-    path = report.save(tmp_path / "r.html")
+    numbers = {"sparsity": 0.123456, "share": 0.1, "threshold": 0.0123456}
+    moments = tuple(
+        Moment(100 * i, i / 512, dict.fromkeys(names, numbers), dict.fromkeys(tasks, 1 + i / 512))
+        for i in range(512)
+    )
+    components = tuple(replace(rows[0], name=name) for name in names)
+    parts = {"layers": rows, "components": components, "tasks": tasks, "history": moments}
+    layers = tuple(LayerAffinity(row.name, 0.123, 0.045, {}) for row in rows)
+    pairs = {f"{a}, {b}": Affinity(layers, 0.1, 0.2) for a, b in combinations(tasks, 2)}
+    masks = {row.name: (torch.rand(512, 512) > 0.5, torch.rand(512, 512) > 0.9) for row in rows[:4]}
+    measured = (Measured("dense", 1.5, 99999), Measured("csr", 0.5, 9999))
+    plan = Plan(tuple(PlanRow(row.name, (64, 64, 3, 3), "csr", measured) for row in rows))
+    results = {task: {"loss": 1.0, "accuracy": 0.5} for task in tasks}
+    beside = {"masks": masks, "affinity": pairs, "plan": plan, "before": results}
+    return replace(report, **parts), {**beside, "after": results, "sizes": SIZES}
+
+
+SIZES = Sizes(
+    120, 110, 120, 110, 480, 440, ms=0.5, against=Sizes(1000, 99, 1000, 98, 4000, 97, ms=2.0)
+)
+
+
+def test_a_hundred_layers_of_twelve_tasks_stay_below_a_megabyte(voted, tmp_path):
+    report, beside = large(voted.report())
+    path = report.save(tmp_path / "r.html", **beside)
     assert path.stat().st_size < 1_000_000
     page = Page(path.read_text(encoding="utf-8"))
-    assert len(page.tables["Layers, in numbers."]) == 142
-    assert "The first 100 are drawn; the table has all 140." in page.text
+    assert len(page.tables["Layers, in numbers."]) == 102
+    assert len(page.tables["One of every 4 updates."]) == 129
+    assert page.tables["One of every 4 updates."][-1][0] == "51,100"
+    overlap = page.tables["Overlap of masks, that of unrelated tasks, and the excess."]
+    assert (len(overlap), len(overlap[0])) == (102, 1 + 66 * 3)
+    more = replace(
+        report,
+        layers=tuple(replace(row, name=f"{row.name}{i}") for i in "ab" for row in report.layers),
+    )
+    page = Page(more.save(tmp_path / "m.html").read_text(encoding="utf-8"))
+    assert len(page.tables["Layers, in numbers."]) == 202
+    assert "The first 100 are drawn; the table has all 200." in page.text
+
+
+def test_sizes_and_plan_are_tables(voted, tmp_path):
+    _, beside = large(voted.report())
+    plan = beside["plan"]
+    page = Page(voted.report().save(tmp_path / "r.html", plan=plan, sizes=SIZES).read_text())
+    sizes = {row[0]: row[1:] for row in page.tables["Sizes, timed on cpu, threads: 1, 0 rounds."]}
+    assert sizes["of the whole model"] == ["before", "after", "ratio"]
+    assert sizes["multiply-adds"] == ["1,000", "120", "8.33x"]
+    assert sizes["not with zeros"] == ["98", "110", "0.89x"]
+    assert sizes["ms, median"] == ["2.000", "0.500", "4.00x"]
+    forms = page.tables["The form of every layer."]
+    assert forms[1][:5] == [plan.rows[0].layer, "64x64x3x3", "csr", "1.500", "0.500"]
+    assert "'csr': only the weights that are not zero" in page.text
+    own = replace(plan, sizes=SIZES, dense_ms=2.0, ms=0.5, note="All of it.")
+    page = Page(voted.report().save(tmp_path / "r.html", plan=own).read_text())
+    assert "Sizes, timed on cpu, threads: 1, 0 rounds." in page.tables
+    assert "The whole model took 2.00 ms dense and 0.50 ms compressed" in page.text
+    assert "All of it." in page.text
+
+
+def test_every_form_a_plan_can_name_is_explained(voted, tmp_path):
+    rows = tuple(PlanRow(f"layer{i}", (2, 2), choice, ()) for i, choice in enumerate(CHOICES))
+    page = Page(voted.report().save(tmp_path / "r.html", plan=Plan(rows)).read_text())
+    assert all(f"'{choice}': " in page.text for choice in CHOICES)
+
+
+def test_masks_are_drawn_before_and_after(voted, tmp_path):
+    kept = voted.masks["trunk.0.weight"]
+    before = torch.ones_like(kept)
+    page = Page(
+        voted.report()
+        .save(tmp_path / "r.html", masks={"trunk.0.weight": (before, kept)})
+        .read_text()
+    )
+    assert page.tables["Masks, in numbers."][1:] == [
+        ["trunk.0.weight, before", "12 x 6", "72", "72"],
+        ["trunk.0.weight, after", "12 x 6", "72", str(int(kept.sum()))],
+    ]
+    alts = [value for name, value in page.attributes if name == "alt"]
+    assert alts == [
+        f"Mask of trunk.0.weight, {when}: rows are outputs, dark is kept."
+        for when in ("before", "after")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "told"),
+    [
+        ((0.9, 0.8, 0.2), "from layer1 to layer2 the excess drops by 0.60"),
+        ((0.9, 0.3, float("nan"), 0.2), "from layer0 to layer1 the excess drops by 0.60"),
+        ((0.9, float("nan"), 0.2), "from layer0 to layer2 the excess drops by 0.70"),
+        ((0.5, 0.45, 0.44), "Watershed of a, b: none. The excess never drops by 0.1."),
+    ],
+)
+def test_the_page_tells_where_tasks_part(voted, tmp_path, overlaps, told):
+    layers = tuple(LayerAffinity(f"layer{i}", x, 0.1, {}) for i, x in enumerate(overlaps))
+    found = {"a, b": Affinity(layers, 0.5, 0.1)}
+    text = voted.report().save(tmp_path / "r.html", affinity=found).read_text(encoding="utf-8")
+    page = Page(text)
+    assert told in page.text
+    assert text.count('class="mark"') == (0 if "none" in told else 1)
+    rows = page.tables["Overlap of masks, that of unrelated tasks, and the excess."][1:-1]
+    assert [row[1] for row in rows] == ["empty" if x != x else f"{x:.3f}" for x in overlaps]
+    assert [row[3] for row in rows] == ["" if x != x else f"{x - 0.1:+.3f}" for x in overlaps]
+
+
+# For those who do not see it, or use keys.
+
+
+def test_everything_that_is_drawn_or_scrolls_has_a_name(voted, tmp_path):
+    report, beside = large(voted.report())
+    text = report.save(
+        tmp_path / "r.html",
+        **beside,
+    ).read_text(encoding="utf-8")
+    for tag in re.findall(r"<(?:svg|img)[^>]*>", text):
+        assert 'role="img" aria-label="' in tag or 'alt="' in tag
+    boxes = re.findall(r'<div class="box"[^>]*>|<pre[^>]*>', text)
+    assert len(boxes) > 6
+    assert all('tabindex="0" role="region" aria-label="' in box for box in boxes)
+    assert text.count("<h1>") == 1
+    levels = [int(level) for level in re.findall(r"<h(\d)>", text)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert '<html lang="en">' in text
+    assert text.count("<caption>") == text.count("<table>")
+    assert set(re.findall(r'<th scope="(\w+)"', text)) == {"row", "col"}
+    assert text.count("<th>") == 0
+
+
+def colours(dark):
+    """The variables of the style, in light or in dark."""
+    sheet = STYLE[STYLE.index("prefers-color-scheme:dark") :] if dark else STYLE
+    light = dict(re.findall(r"--(\w+):(#\w+)", STYLE[: STYLE.index("@media")]))
+    return light | (dict(re.findall(r"--(\w+):(#\w+)", sheet[: sheet.index("}}")])) if dark else {})
+
+
+def rgb(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    return [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+
+
+def contrast(one, two):
+    """The ratio of WCAG 2: of relative luminances."""
+
+    def luminance(channels):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(f * c for f, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_contrasts_suffice(dark):
+    found = {name: rgb(colour) for name, colour in colours(dark).items()}
+    paper = found["paper"]
+    for name in ("ink", "soft", *(f"s{i}" for i in range(6))):
+        assert contrast(found[name], paper) >= 4.5, name
+    for name in ("c0", "c1", "c2", "c3"):
+        assert contrast(found[name], paper) >= 2.4, name
+    base, slope = map(float, re.findall(r"calc\((\S+) \+ (\S+)\*var\(--share\)\)", STYLE)[0])
+    for share in (0.0, 0.5, 1.0):
+        part = base + slope * share
+        cell = [part * c + (1 - part) * p for c, p in zip(found["c0"], paper, strict=True)]
+        assert contrast(found["ink"], cell) >= 4.5, share
 
 
 def test_before_the_first_update_there_is_little_to_say(tmp_path):

@@ -7,6 +7,7 @@ from mtprune import (
     Cubic,
     Erk,
     OneShot,
+    PerOutput,
     Regrow,
     Rounds,
     SigmoidThreshold,
@@ -32,6 +33,7 @@ PUBLISHED = {
     "movement": lambda s: recipes.movement(s, 1_000),
     "flop": lambda s: recipes.flop(s, 1_000),
     "adapmtl": lambda s: recipes.adapmtl(s, 1_000),
+    "wanda": recipes.wanda,
     "adapmtl_published": lambda s: recipes.adapmtl_published(s, 1_000),
 }
 EVERY = {**PUBLISHED, "best": lambda s: recipes.best(s)}
@@ -52,6 +54,7 @@ GRADUAL = Cubic(begin=10, end=1_000, every=100)
         ("gradual_magnitude", saliency.magnitude, "global", GRADUAL, False),
         ("lamp", saliency.lamp, "global", OneShot(0), False),
         ("random", saliency.random, "global", OneShot(0), False),
+        ("wanda", saliency.wanda, PerOutput(), OneShot(0), True),
     ],
 )
 def test_each_recipe_is_the_published_method(name, score, allocation, schedule, disentangled):

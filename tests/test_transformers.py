@@ -139,20 +139,125 @@ def test_one_step_is_one_step_of_the_optimizer_and_evaluation_is_none(tmp_path):
     assert pruner.report().observations == {"a": 2 * STEPS, "b": 2 * STEPS}
 
 
-def test_training_is_what_it_is_without_a_pruner(tmp_path):
+def without_callback(trainer):
+    handler = trainer.callback_handler
+    handler.callbacks = [
+        c for c in handler.callbacks if not isinstance(c, integration.PruningCallback)
+    ]
+
+
+@pytest.mark.parametrize("plan", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}])
+def test_training_is_what_it_is_without_a_pruner(plan, tmp_path):
     found = []
     for pruned in (True, False):
-        trainer, pruner, model = start(tmp_path, Vote(0.0, schedule=Cubic(1, 6, 1)))
+        trainer, pruner, model = start(tmp_path, Vote(0.0, schedule=Cubic(1, 6, 1)), **plan)
         if not pruned:
-            trainer.callback_handler.callbacks = [
-                c
-                for c in trainer.callback_handler.callbacks
-                if not isinstance(c, integration.PruningCallback)
-            ]
+            without_callback(trainer)
         trainer.train()
         pruner.finalize()
         found.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert same(*found)
+
+
+def test_the_log_has_the_losses_of_the_tasks_and_the_sparsity(tmp_path):
+    trainer, pruner, _ = start(tmp_path, GRADUAL, logging_steps=2)
+    seen = []
+
+    def remember(module, inputs, kwargs, outputs):
+        seen.append({task: float(loss.detach()) for task, loss in outputs["losses"].items()})
+
+    trainer.model.register_forward_hook(remember, with_kwargs=True)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs] == [2, 4, 6, 8]
+    for place, log in enumerate(logs):
+        mean = sum(losses["a"] for losses in seen[2 * place : 2 * place + 2]) / 2
+        assert log["mtprune/loss/a"] == pytest.approx(mean, rel=1e-6)
+    assert logs[-1]["mtprune/sparsity/all"] == pruner.sparsity
+    assert {"mtprune/sparsity/task/a", "mtprune/wanted/task/b", "mtprune/weight/b"} <= set(logs[-1])
+
+
+def scaled(trainer, scale=2.0**10):
+    """fp16=True asks for a GPU; what scales and skips works without one."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer
+
+
+def test_with_a_scaler_training_is_what_it_is_without_a_pruner(tmp_path):
+    found, masks = [], []
+    for pruned in (True, False):
+        method = Vote(0.0, schedule=Cubic(1, 6, 1))
+        trainer, pruner, model = start(tmp_path, method, max_grad_norm=0.0)
+        if not pruned:
+            without_callback(trainer)
+        scaled(trainer).train()
+        pruner.finalize()
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert same(*found)
+    for scale in (True, False):
+        trainer, pruner, _ = start(tmp_path, GRADUAL, max_grad_norm=0.0)
+        (scaled(trainer) if scale else trainer).train()
+        masks.append(pruner.masks)
+    assert zeros(masks[0]) > 0
+    assert same(*masks)  # a power of two changes no bit
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["optimizer given", "steps counted"])
+def test_a_step_that_the_scaler_skips_is_none(given, tmp_path):
+    trainer, pruner, model = start(tmp_path, METHODS["movement"], given=given, max_grad_norm=0.0)
+    calls = iter(range(100))
+
+    def spoil(grad):
+        return grad * float("inf") if next(calls) % 3 == 1 else grad
+
+    model.heads["a"].bias.register_hook(spoil)  # no weight, so that scores see nothing of it
+    scaled(trainer).train()
+    assert steps(pruner) == STEPS - 3
+
+
+def test_the_best_model_comes_with_its_masks(backend, tmp_path):
+    def run(best):
+        trainer, pruner, model = start(
+            tmp_path / f"{best}",
+            GRADUAL,
+            backend,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="chosen",
+            greater_is_better=True,
+        )
+        evaluate = trainer.evaluate
+
+        def chosen(*args, **options):
+            metrics = evaluate(*args, **options)
+            metrics["eval_chosen"] = float(trainer.state.global_step == best)
+            return metrics
+
+        trainer.evaluate = chosen
+        trainer.prediction_step = lambda model, inputs, *_, **__: (
+            model(**inputs)["loss"].detach(),
+            None,
+            None,
+        )
+        return trainer, pruner, model
+
+    trainer, pruner, model = run(STEPS)
+    trainer.train()
+    assert pruner.sparsity == pytest.approx(0.75, abs=1e-3)
+    trainer, pruner, model = run(4)
+    with pytest.warns(UserWarning, match=r"checkpoint-4, is of a time when .*% were pruned; in"):
+        trainer.train()
+    saved = torch.load(tmp_path / "4" / "checkpoint-4" / integration.FILE, weights_only=True)
+    assert pruner.state_dict()["digest"] == saved["digest"]
+    assert 0 < pruner.sparsity < 0.75
+    pruner.finalize()
+    for name, mask in pruner.masks.items():
+        weight = model.get_parameter(name)
+        assert not weight[~mask].any()
+        assert weight[mask].count_nonzero() == mask.sum()
 
 
 def test_a_loader_for_each_task(tmp_path):
@@ -253,15 +358,13 @@ def pruned():
     return model, integration.PruningCallback(pruner)
 
 
-def begin(callback, model, fp16=False, n_gpu=1):
-    args = SimpleNamespace(fp16=fp16, n_gpu=n_gpu)
+def begin(callback, model, n_gpu=1):
+    args = SimpleNamespace(n_gpu=n_gpu)
     callback.on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
 
 
 def test_what_cannot_be_is_refused_before_training():
     model, callback = pruned()
-    with pytest.raises(ValueError, match="Use bf16=True"):
-        begin(callback, model, fp16=True)
     with pytest.raises(ValueError, match="Start it with torchrun"):
         begin(callback, model, n_gpu=2)
     with pytest.raises(ValueError, match="no part of the Multitask this Trainer trains"):

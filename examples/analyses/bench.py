@@ -19,7 +19,7 @@ from common.options import Options, Problem
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mtprune import checks
+from mtprune import PerTaskKeep, affinity, checks
 from mtprune.methods import Method
 from mtprune.report import Report
 
@@ -108,6 +108,33 @@ class Bench:
         few = run.options.observations
         batches = islice(batches_from(self.problem, run, 0, few), few)
         return run.pruner.prune(map(run.to_device, batches), forward=forward, progress=False)
+
+    def null(
+        self, seed: int, sparsity: float | PerTaskKeep, draws: int, *, start: State | None = None
+    ) -> affinity.Null:
+        """What tasks would keep beside others' targets, scored on the first batches of a seed.
+
+        Args:
+            seed: Of the run, and of the draws.
+            sparsity: Share of zeros in what a task keeps.
+            draws: How many.
+            start: The weights of a trained net; those at initialisation unless given.
+        """
+        run = self.run(seed, start=start)
+        run.pruner.finalize()
+        few = run.options.observations
+        batches = map(run.to_device, islice(batches_from(self.problem, run, 0, few), few))
+        return affinity.permuted(
+            run.model,
+            {name: losses.task_loss(name, task) for name, task in run.tasks.items()},
+            batches,
+            run.model.shared_modules(),
+            sparsity=sparsity,
+            draws=draws,
+            forward=forward,
+            seed=seed,
+            progress=False,
+        )
 
     def train(self, run: Run, balance: Balance | None = None, *, start: int = 0) -> None:
         """Train to the end of a run.

@@ -1,8 +1,9 @@
-"""Mask IoU of tasks before training, beside shuffled labels and beside chance.
+"""Mask IoU of tasks before training, beside that of unrelated tasks and beside chance.
 
 Every task scores the net at its initialisation by ``|w * dL/dw|`` and keeps the best weights of all
 that it uses. How much of the trunk do two tasks both keep? Sun et al., "DiSparse", CVPR 2022, read
-a high overlap as similar subnets. The null: the same pictures, each task's labels shuffled.
+a high overlap as similar subnets. The null: the same pictures, each task's outputs beside the
+targets of other samples (`mtprune.affinity.permuted`).
 """
 
 import argparse
@@ -10,22 +11,24 @@ import statistics
 from itertools import combinations
 
 from common.options import positive
-from common.shuffling import shuffled
+from common.shuffling import noise
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from analyses.bench import Bench, Found, Study
 from analyses.drawing import GREY, Row, names, picture
 from mtprune import PerTaskKeep, Vote, saliency
-from mtprune.affinity import Affinity, compare, contrast
+from mtprune.affinity import Affinity, Contrasts, compare
 
 Masks = dict[str, dict[str, Tensor]]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """How much every task keeps, and how often labels are shuffled."""
-    parser.add_argument("--keep", type=float, default=0.078, help="share of weights a task keeps")
-    parser.add_argument("--shuffles", type=positive, default=8, help="null draws for each seed")
+    """How much every task keeps, how many draws the null has, and whether data are noise."""
+    add = parser.add_argument
+    add("--keep", type=float, default=0.078, help="share of weights a task keeps")
+    add("--draws", type=positive, default=8, help="of the null, for each seed")
+    add("--noise", action="store_true", help="random pictures and labels in the data's place")
 
 
 def task_masks(bench: Bench, seed: int) -> Masks:
@@ -37,36 +40,32 @@ def task_masks(bench: Bench, seed: int) -> Masks:
     return run.pruner.task_masks
 
 
-def nulls(bench: Bench, seed: int) -> list[Masks]:
-    """The same, under labels shuffled in several ways."""
-    return [
-        task_masks(bench.of(shuffled(bench.source, bench.tasks, 1000 * seed + draw)), seed)
-        for draw in range(bench.options.shuffles)
-    ]
+def row(seed: int, tasks: tuple[str, ...], found: Affinity, beside: Contrasts) -> Row:
+    """The overlap of some tasks in numbers.
 
-
-def row(seed: int, tasks: tuple[str, ...], masks: Masks, null: list[Masks]) -> Row:
-    """The overlap of some tasks in numbers."""
-
-    def of(masks: Masks) -> Affinity:
-        return compare({task: masks[task] for task in tasks})
-
-    found = of(masks)
-    contrasts = contrast(found, [of(one) for one in null])
+    Args:
+        seed: Of the net and the batches.
+        tasks: The tasks.
+        found: Their overlap.
+        beside: The same beside its nulls.
+    """
+    low, high = beside.overall.interval
     return {
         "tasks": "-".join(tasks),
         "seed": seed,
         "iou": found.iou,
         "chance": found.chance,
-        "null": list(contrasts.overall.null),
-        "excess": contrasts.overall.excess,
-        "p": contrasts.overall.p,
+        "null": list(beside.overall.null),
+        "excess": beside.overall.excess,
+        "low": low,
+        "high": high,
+        "p": beside.overall.p,
         "layers": [
             {
                 "name": layer.name,
                 "iou": layer.iou,
                 "chance": layer.chance,
-                "null": list(contrasts.layers[layer.name].null),
+                "null": list(beside.layers[layer.name].null),
             }
             for layer in found.layers
         ],
@@ -75,29 +74,35 @@ def row(seed: int, tasks: tuple[str, ...], masks: Masks, null: list[Masks]) -> R
 
 def measure(bench: Bench) -> Found:
     """A row for every pair of tasks, and for all together, seed by seed."""
+    if bench.options.noise:
+        bench = bench.of(noise(bench.source, bench.tasks))
     rows = []
     for seed in bench.seeds:
-        masks, null = task_masks(bench, seed), nulls(bench, seed)
+        null = bench.null(seed, PerTaskKeep(bench.options.keep), bench.options.draws)
+        masks = null.task_masks
         groups = list(combinations(bench.tasks, 2))
         groups += [tuple(bench.tasks)] if len(bench.tasks) > 2 else []
-        rows += [row(seed, tasks, masks, null) for tasks in groups]
+        for tasks in groups:
+            found = compare({task: masks[task] for task in tasks}, null)
+            beside = Contrasts(found.contrast, {x.name: x.contrast for x in found.layers})
+            rows.append(row(seed, tasks, found, beside))
     return {"rows": rows}
 
 
 def table(found: Found) -> str:
-    """Means over seeds."""
-    lines = [
-        f"{'tasks':30}{'IoU':>8}{'shuffled labels':>24}{'chance':>8}{'excess':>9}  {'p, each seed'}"
-    ]
+    """Means over seeds; the excess of each seed with its 95 % interval."""
+    lines = [f"{'tasks':24}{'IoU':>7}{'unrelated':>22}{'chance':>8}{'excess':>9}  each seed"]
     for name in names(found["rows"], "tasks"):
         mine = [row for row in found["rows"] if row["tasks"] == name]
         null = [value for row in mine for value in row["null"]]
         band = f"{statistics.fmean(null):.3f} ({min(null):.3f}-{max(null):.3f})"
-        p = ", ".join(f"{row['p']:.2f}" for row in mine)
+        each = ", ".join(
+            f"{row['excess']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" for row in mine
+        )
         means = {key: statistics.fmean(r[key] for r in mine) for key in ("iou", "chance", "excess")}
         lines.append(
-            f"{name:30}{means['iou']:8.3f}{band:>24}{means['chance']:8.3f}"
-            f"{means['excess']:+9.3f}  {p}"
+            f"{name:24}{means['iou']:7.3f}{band:>22}{means['chance']:8.3f}"
+            f"{means['excess']:+9.3f}  {each}"
         )
     return "\n".join(lines)
 
@@ -111,7 +116,7 @@ def draw(found: Found) -> Figure:
         aside = 0.6 * ((seeds.index(row["seed"]) + 0.5) / len(seeds) - 0.5)
         place, high = order.index(row["tasks"]) + aside, 0.55 / len(seeds)
         least, most = min(row["null"]), max(row["null"])
-        overall.barh(place, most - least, high, least, color=GREY, label="labels shuffled, range")
+        overall.barh(place, most - least, high, least, color=GREY, label="others' targets, range")
         overall.plot(row["iou"], place, "o", color="#08519c", ms=3, label="tasks")
         overall.plot(
             row["chance"], place, "|", color="#d94801", ms=6, mew=2, label="independent masks"
@@ -126,7 +131,7 @@ def draw(found: Found) -> Figure:
     most = max(0.05, max(abs(x) for line in excess for x in line if x == x))
     image = layers.imshow(excess, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     layers.set_yticks(range(len(order)), [""] * len(order))
-    layers.set(xlabel="layer of the trunk, by depth", title="IoU beyond shuffled labels")
+    layers.set(xlabel="layer of the trunk, by depth", title="IoU beyond others' targets")
     figure.colorbar(image, ax=layers)
     return figure
 

@@ -19,7 +19,7 @@ from analyses import overlap
 from analyses.bench import Bench, Found, Study
 from analyses.drawing import GREY, Row, names, picture
 from mtprune import PerTaskKeep, Vote, saliency
-from mtprune.affinity import watershed
+from mtprune.affinity import compare, contrast, watershed
 
 SHORTCUT = ".downsample."
 KINDS = {"init": "one net, before training", "alone": "a net for each task, trained"}
@@ -57,8 +57,9 @@ def measure(bench: Bench) -> Found:
             for draw in range(bench.options.shuffles)
         ]
         for kind, masks in (("init", overlap.task_masks), ("alone", trained_masks)):
-            null = [masks(one, seed) for one in draws]
-            row = overlap.row(seed, tuple(bench.tasks), masks(bench, seed), null)
+            found = compare(masks(bench, seed))
+            beside = contrast(found, [compare(masks(one, seed)) for one in draws])
+            row = overlap.row(seed, tuple(bench.tasks), found, beside)
             rows.append({"kind": kind, **row})
     curves = {kind: curve([row for row in rows if row["kind"] == kind]) for kind in KINDS}
     return {"rows": rows, "curves": curves}

@@ -1,9 +1,10 @@
-"""Labels handed out anew: tasks with nothing to learn, on the same samples."""
+"""Labels handed out anew, or nothing but noise: tasks with nothing to learn."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from common import data
 
@@ -47,3 +48,46 @@ class _Shuffled:
         """The picture of one, with labels of others."""
         labels = {task: self.split[order[number]][task] for task, order in self.orders.items()}
         return {**self.split[number], **labels}
+
+
+def noise(source: data.Source, tasks: Iterable[str]) -> data.Source:
+    """Random pictures with random labels in the training split, for each task apart.
+
+    Classes are drawn at random; of other labels it is their places in a picture, and the picture.
+    """
+    classes = {task: source.outputs[task] for task in tasks}
+    split = _Noise(source.splits["train"], classes)
+    return replace(source, splits={**source.splits, "train": split})
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """A split of which nothing is left but shapes, and values of labels that are no classes.
+
+    Attributes:
+        split: The samples.
+        classes: How many a task has, if it has any.
+    """
+
+    split: data.Split
+    classes: Mapping[str, int]
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.split)
+
+    def __getitem__(self, number: int) -> data.Sample:
+        """A random picture with labels, the same each time."""
+        random = torch.Generator().manual_seed(number)
+        picture = self.split[number]["input"]
+        found = {"input": torch.randn(picture.shape, generator=random)}
+        for task, count in self.classes.items():
+            other = int(torch.randint(len(self), (), generator=random))
+            label = self.split[other][task]
+            if label.dtype == torch.int64:
+                found[task] = torch.randint(count, label.shape, generator=random)
+            else:
+                flat = label.flatten(-2) if label.dim() > 1 else label
+                order = torch.randperm(flat.shape[-1], generator=random)
+                found[task] = flat[..., order].view(label.shape)
+        return found

@@ -13,6 +13,7 @@ from mtprune.compression.measure import Sizes, measure
 from mtprune.compression.plan import Cut, Measured, Plan, Removal, Row
 from mtprune.compression.refit import Refitting, refit
 from mtprune.compression.storage import load, save
+from mtprune.compression.switching import switch_tasks
 
 __all__ = [
     "Cut",
@@ -31,4 +32,5 @@ __all__ = [
     "recalibrate_bn",
     "refit",
     "save",
+    "switch_tasks",
 ]

@@ -156,6 +156,14 @@ class NarrowAttention(_Attending, nn.MultiheadAttention):
     """
 
     @override
+    def _reset_parameters(self) -> None:
+        # Loaders call it; torch's looks for a weight of each of queries, keys and values.
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    @override
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
         if inputs[0] is inputs[1] is inputs[2]:
             return list(F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1))

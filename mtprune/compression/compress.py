@@ -34,7 +34,7 @@ from mtprune.compression.verify import Reference, Replaced, worst_layer
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
 
-__all__ = ["assemble", "compress", "plan_of"]
+__all__ = ["assemble", "compress", "is_compressed", "plan_of"]
 
 _PLAN = "_mtprune_plan"
 
@@ -212,6 +212,11 @@ def plan_of(model: nn.Module) -> Plan:
     if not isinstance(plan, Plan):
         raise ValueError("This model has no plan: mtprune.compress did not make it.")
     return plan
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether `compress` made this model."""
+    return isinstance(getattr(unwrap(model), _PLAN, None), Plan)
 
 
 def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:

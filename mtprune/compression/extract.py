@@ -18,10 +18,17 @@ from typing_extensions import override
 
 from mtprune.bits import zeroed
 from mtprune.compression.running import call, named_tensors, run
+from mtprune.compression.switching import whole
 from mtprune.model.graph import reachable
 from mtprune.model.names import own_name
 from mtprune.model.running import untouched
-from mtprune.model.task_masks import TaskMasks, recall_task_masks
+from mtprune.model.task_masks import (
+    TaskMasks,
+    check_tasks,
+    masked_parameters,
+    merged_task_masks,
+    recall_task_masks,
+)
 from mtprune.reading import Entry
 
 __all__ = ["Absent", "Place", "Places", "Subnetwork", "cut", "extract"]
@@ -144,8 +151,9 @@ def extract(
             "model: it is a copy, was loaded, or its last update was before a checkpoint. Give "
             "task_masks=pruner.task_masks."
         )
-    chosen = _check_tasks(tasks, masks)
-    work = copy.deepcopy(model).eval()
+    chosen = check_tasks(tasks, masks)
+    with whole(model):
+        work = copy.deepcopy(model).eval()
     run(work, batches)  # raises if the inputs do not fit the model
     reached = _reached(work, batches)
     places = None
@@ -207,16 +215,6 @@ def _entries(outputs: Any) -> Iterator[tuple[Place, Any]]:
         yield from zip(outputs._fields, outputs, strict=True)
     elif isinstance(outputs, (list, tuple)):
         yield from enumerate(outputs)
-
-
-def _check_tasks(tasks: Sequence[str], masks: TaskMasks) -> tuple[str, ...]:
-    """The chosen tasks, each once, checked."""
-    if isinstance(tasks, str) or not tasks:
-        raise ValueError(f"`tasks` must be a list of some of {list(masks)}. Got {tasks!r}.")
-    unknown = [task for task in tasks if task not in masks]
-    if unknown:
-        raise ValueError(f"`tasks` names {unknown}. Known here: {list(masks)}.")
-    return tuple(dict.fromkeys(tasks))
 
 
 class _Parameters(NamedTuple):
@@ -301,27 +299,15 @@ def _zero(model: nn.Module, chosen: Sequence[str], masks: TaskMasks) -> tuple[in
     Returns:
         The number of weights that these tasks use, of those not zero before, and of those kept.
     """
-    parameters = {own_name(model, name): p for name, p in model.named_parameters()}
+    parameters = masked_parameters(model, masks)
     weights = before = kept = 0
-    for name in dict.fromkeys(name for own in masks.values() for name in own):
-        votes = [masks[task][name] for task in chosen if name in masks[task]]
-        shape = tuple(next(own[name] for own in masks.values() if name in own).shape)
-        weight = parameters.get(name)
-        if weight is None or tuple(weight.shape) != shape:
-            got = "no such parameter" if weight is None else f"shape {tuple(weight.shape)}"
-            raise ValueError(
-                f"`task_masks` are of another model: they have '{name}' with shape {shape}, and "
-                f"this model has {got}."
-            )
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for vote in votes:
-            mask |= vote.to(mask.device)
-        if votes:
-            weights += weight.numel()
-            before += int(weight.count_nonzero())
+    for name, mask in merged_task_masks(masks, chosen).items():
+        weight = parameters[name]
+        used = any(name in masks[task] for task in chosen)
+        weights += weight.numel() * used
+        before += int(weight.count_nonzero()) * used
         weight.copy_(zeroed(weight.detach(), mask.to(weight.device)))
-        if votes:
-            kept += int(weight.count_nonzero())
+        kept += int(weight.count_nonzero()) * used
     return weights, before, kept
 
 

@@ -114,10 +114,12 @@ class Sizes:
             against=parts["against"].optional(cls.read),
         )
 
-    def __str__(self) -> str:
-        """A table; with two columns if the model is compared with another."""
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells of a table, its head first; with three numbers a row if compared."""
         models = [self] if self.against is None else [self.against, self]
-        lines = [["", *([] if self.against is None else ["before", "after", "ratio"])]]
+        head = ["", "size"] if self.against is None else ["", "before", "after", "ratio"]
+        rows = [head]
         for label, name in _LINES:
             values = [getattr(model, name) for model in models]
             if None in values:
@@ -125,14 +127,23 @@ class Sizes:
             cells = [_number(value) for value in values]
             if self.against is not None:
                 cells.append(f"{values[0] / values[1]:.2f}x" if values[1] else "")
-            lines.append([label, *cells])
+            rows.append([label, *cells])
         if all(model.spread is not None for model in models):
             spreads = [model.spread or (0.0, 0.0) for model in models]
-            lines.append(["  quartiles", *(f"{low:.3f}-{high:.3f}" for low, high in spreads)])
-        printed = columns([line for line in lines if any(line)])
-        if self.ms is not None:
-            printed.append(f"({self.device}, threads: {self.threads}, {self.rounds} rounds)")
-        return "\n".join(printed)
+            rows.append(["  quartiles", *(f"{low:.3f}-{high:.3f}" for low, high in spreads)])
+        return rows
+
+    @property
+    def timed(self) -> str:
+        """Where and how often it was timed; empty if it was not."""
+        if self.ms is None:
+            return ""
+        return f"{self.device}, threads: {self.threads}, {self.rounds} rounds"
+
+    def __str__(self) -> str:
+        """A table; with two columns if the model is compared with another."""
+        printed = columns(self.rows if self.against is not None else self.rows[1:])
+        return "\n".join([*printed, *([f"({self.timed})"] if self.timed else [])])
 
 
 _LINES = (

@@ -20,6 +20,7 @@ from mtprune import checks
 from mtprune.compression.attention import narrow, narrowed
 from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.running import run
+from mtprune.model.layers import is_conv1d
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = [
@@ -610,6 +611,9 @@ def _set_sizes(module: nn.Module, name: str) -> None:
         outputs = module.out_channels
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         module.normalized_shape = tuple(weight.shape)
+    elif is_conv1d(module):
+        module.nx, module.nf = module.weight.shape  # type: ignore[assignment,misc]
+        outputs = module.nf  # type: ignore[assignment]
     for kind, attributes in _SIZES:
         if isinstance(module, kind):
             shape = next(tuple(v.shape) for v in (weight, *tensors.values()) if v is not None)

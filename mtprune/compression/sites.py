@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
 from mtprune.holding.hidden import hidden_weights
+from mtprune.model.parts import is_spread
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
 
@@ -153,6 +154,16 @@ def refuse_unfinished(model: nn.Module) -> None:
         pruned = [key[:-5] for key in parameters if key.endswith("_orig")]
         pruned = [key for key in pruned if key + "_mask" in module._buffers]
         label = name or type(module).__name__
+        spread = [
+            key for key, value in parameters.items() if value is not None and is_spread(value)
+        ]
+        if spread:
+            raise ValueError(
+                f"'{label}' has a part of its '{spread[0]}' on each rank. Gather the model on one: "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                "cpu_offload=True)) of torch.distributed.checkpoint.state_dict on all ranks, then "
+                "compress a plain model that has loaded it."
+            )
         if pruned:
             raise ValueError(
                 f"'{label}' still holds '{pruned[0]}_orig' and '{pruned[0]}_mask'. Call "

@@ -1,4 +1,6 @@
-"""Storage: `save` and `load` of a compressed model as safetensors and JSON, without code.
+"""Storage: `save` and `load` of a model as safetensors and JSON, without code.
+
+A model is compressed, or it is a base with the masks of its tasks.
 
 The plan carries a fingerprint of the file with the tensors. Both are written as drafts and then
 renamed, so that at any moment there is a plan for the tensors that are there: the plan itself, or,
@@ -8,7 +10,7 @@ between the two renames, its draft.
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,14 +23,23 @@ from torch import Tensor, nn
 
 from mtprune.compression.compress import assemble, plan_of
 from mtprune.compression.plan import Plan
+from mtprune.compression.stored_masks import masks_of, numbered, read_masks
+from mtprune.compression.switching import forget, switch_tasks, whole
 from mtprune.files import digest, read_json, replace, write, write_text
 from mtprune.model.names import unwrap
+from mtprune.model.task_masks import (
+    PackedTaskMasks,
+    TaskMasks,
+    check_tasks,
+    masked_parameters,
+    remember_task_masks,
+)
 from mtprune.reading import Entry
 
 if TYPE_CHECKING:
     from mtprune.cards import Card
 
-__all__ = ["load", "save"]
+__all__ = ["META", "PRETRAINED", "Saved", "load", "read", "save"]
 
 TENSORS = "model.safetensors"
 META = "plan.json"
@@ -44,56 +55,56 @@ def save(
     directory: str | PathLike[str],
     *,
     arguments: Mapping[str, Any] | None = None,
+    task_masks: TaskMasks | None = None,
     card: "Card | None" = None,
 ) -> None:
-    """Save a compressed model: its tensors as safetensors, its plan and its class's name as JSON.
+    """Save a model: its tensors as safetensors, its plan and its class's name as JSON.
 
     A layer in another form is stored as the parts of the form: a CSR layer as its values and their
     indices. Parts have other names than the tensors of dense layers, so that code without mtprune
     fails to load them instead of loading wrong weights. Needs the extra ``mtprune[safetensors]``.
 
+    A model that is not compressed is saved with the masks of its tasks: one base, and one bit for
+    each weight and task, from which `load` makes the subnetwork of any of them.
+
     Args:
-        model: The model that `compress` returned.
+        model: The model that `compress` returned, or one with task masks.
         directory: The folder to save to; made if it does not exist. If something fails, or the
             process is killed, what was saved there before can still be loaded.
         arguments: The keyword arguments that the model's class was called with, as JSON can hold
             them, for `load` to call it again.
+        task_masks: ``pruner.task_masks``, with the finalized model or the one from before it was
+            pruned. Known already if the model is the very one that a pruner has finalized, or if
+            `load` made it.
         card: What there is to know about the model, `mtprune.Card.of(pruner)`; written as
             ``README.md``, which is replaced.
 
     Raises:
-        ValueError: If `compress` did not make this model.
+        ValueError: If `compress` did not make this model, and there are no task masks.
         TypeError: If arguments or state cannot be stored.
         OSError: If the files cannot be written.
     """
     safetensors = _safetensors()
-    model, plan = unwrap(model), plan_of(model)
-    cls = type(model)
-    names: dict[tuple[Any, ...], str] = {}
-    aliases, tensors, strides = {}, {}, {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"'{name}' in the state is a {type(value).__name__}, not a tensor.")
-        identity = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        if value.numel() and identity in names:
-            aliases[name] = names[identity]
-            continue
-        names[identity] = name
-        usual = torch.empty(value.shape, device="meta").stride()
-        if value.stride() != usual and _is_dense(value.shape, value.stride()):
-            strides[name] = list(value.stride())
-        # A copy, because two tensors may share memory: safetensors stores no views.
-        tensors[name] = value.detach().contiguous().clone()
+    model = unwrap(model)
+    masks = masks_of(model, task_masks)
+    with whole(model):
+        tensors, aliases, strides = _state_of(model)
+    cls, bits = type(model), {} if masks is None else numbered(masks)
+    plan = plan_of(model) if masks is None else None
+    tensors.update((key, masks.bits[task][name]) for key, (task, name) in bits.items() if masks)
     content = safetensors.save(tensors)
     meta = {
         "format": _FORMAT,
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "arguments": None if arguments is None else dict(arguments),
-        "plan": plan.to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
         "aliases": aliases,
         "strides": strides,
         "tensors": hashlib.sha256(content).hexdigest(),
     }
+    if masks is not None:
+        shapes = {name: list(part.shape) for name, part in masks.parts.items()}
+        meta["task_masks"] = {"tasks": list(masks.bits), "shapes": shapes, "bits": bits}
     try:
         plain = json.loads(json.dumps(meta))
         text = json.dumps({**meta, "digest": digest(plain)}, indent=1)
@@ -110,7 +121,12 @@ def save(
         write_text(folder / CARD, card.markdown(plan))
 
 
-def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+) -> nn.Module:
     """Load a model that `save` or transformers saved; outputs are bitwise the same.
 
     All of the folder is read and checked before the model is touched, on a copy of it.
@@ -118,8 +134,10 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
     Args:
         directory: The folder to load from.
         model: A dense model, freshly built as the original was before pruning; it becomes the
-            compressed one. Without it the class is imported by its recorded name and called with
+            saved one. Without it the class is imported by its recorded name and called with
             the recorded arguments: only do that with directories that you trust.
+        tasks: Where task masks were saved: the tasks whose subnetwork the model becomes; all of
+            the base unless given. `switch_tasks` changes it later.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or holds no saved model.
@@ -130,36 +148,79 @@ def load(directory: str | PathLike[str], model: nn.Module | None = None) -> nn.M
     if (folder / PRETRAINED).exists() and not (folder / META).exists():
         if model is not None:
             raise ValueError(f"'{folder}' says itself which model it holds: leave `model` out.")
+        if tasks is not None:
+            raise ValueError(_no_tasks(folder))
         # Imported here, because integrations import compression.
         return import_module("mtprune.integrations.pretrained").load(folder)  # type: ignore[no-any-return]
-    saved = _read(folder)
+    saved = read(folder)
+    if tasks is not None:
+        if saved.task_masks is None:
+            raise ValueError(_no_tasks(folder))
+        check_tasks(tasks, saved.task_masks.bits)
     model = _build(saved) if model is None else unwrap(model)
     # Tensors go to the device of the model.
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tensors = {name: value.to(device) for name, value in saved.tensors.items()}
     tensors.update({name: tensors[first] for name, first in saved.aliases.items()})
-    _put(deepcopy(model), saved.plan, tensors, folder)
-    return _put(model, saved.plan, tensors, folder)
+    for target in (deepcopy(model), model):
+        _put(target, saved, tensors, folder)
+    forget(model)
+    if saved.task_masks is not None:
+        remember_task_masks(model, saved.task_masks)
+        if tasks is not None:
+            switch_tasks(model, tasks)
+    return model
+
+
+def _state_of(
+    model: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[int]]]:
+    """The tensors of a model, further names of the same ones, and strides that are not usual."""
+    names: dict[tuple[Any, ...], str] = {}
+    aliases, tensors, strides = {}, {}, {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"'{name}' in the state is a {type(value).__name__}, not a tensor.")
+        identity = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        if value.numel() and identity in names:
+            aliases[name] = names[identity]
+            continue
+        names[identity] = name
+        usual = torch.empty(value.shape, device="meta").stride()
+        if value.stride() != usual and _is_dense(value.shape, value.stride()):
+            strides[name] = list(value.stride())
+        # A copy, because two tensors may share memory: safetensors stores no views.
+        tensors[name] = value.detach().contiguous().clone()
+    return tensors, aliases, strides
+
+
+def _no_tasks(folder: Path) -> str:
+    return (
+        f"'{folder}' holds no task masks: leave `tasks` out, or save the finalized model, not the "
+        "compressed one, with task_masks=pruner.task_masks."
+    )
 
 
 @dataclass(frozen=True)
-class _Saved:
+class Saved:
     """What a folder holds.
 
     Attributes:
         made: The class of the model, as ``module:name``, and what it was called with.
-        plan: The plan.
+        plan: The plan; None for a model that is not compressed.
         tensors: The tensors, each with memory of its own.
         aliases: Further names of tensors.
+        task_masks: What its tasks voted for; None for a compressed model.
     """
 
     made: tuple[str, Mapping[str, Any] | None]
-    plan: Plan
+    plan: Plan | None
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str]
+    task_masks: PackedTaskMasks | None
 
 
-def _read(folder: Path) -> _Saved:
+def read(folder: Path) -> Saved:
     """All that a folder holds, looked at.
 
     Raises:
@@ -181,7 +242,9 @@ def _read(folder: Path) -> _Saved:
         )
     layout = "channels_last" if kind == 1 else "strides"
     seals = () if kind == 1 else ("tensors", "digest")
-    parts = entry.fields(["format", "class", "arguments", "plan", "aliases", layout, *seals])
+    further = ["task_masks"] if kind == _FORMAT and entry["plan"].value is None else []
+    names = ["format", "class", "arguments", "plan", "aliases", layout, *seals, *further]
+    parts = entry.fields(names)
     if kind == _FORMAT:
         inner = {name: part.value for name, part in parts.items() if name != "digest"}
         if digest(inner) != parts["digest"].text():
@@ -192,6 +255,7 @@ def _read(folder: Path) -> _Saved:
         raise ValueError(f"'{folder / TENSORS}' is damaged: {error} {_ADVICE}") from error
     # Copies: what is loaded lies at odd addresses, where kernels may round otherwise.
     tensors = {name: value.clone() for name, value in found.items()}
+    masks = read_masks(parts["task_masks"], tensors) if further else None
     if kind == 1:
         for part in parts["channels_last"].items():
             name = part.text(tensors)
@@ -205,7 +269,8 @@ def _read(folder: Path) -> _Saved:
     if double := set(aliases) & set(tensors):
         raise parts["aliases"].wrong(f"must not name {sorted(double)[:3]}, which are tensors")
     made = parts["class"].text(), parts["arguments"].optional(_arguments)
-    return _Saved(made, Plan.read(parts["plan"]), tensors, aliases)
+    plan = None if further else Plan.read(parts["plan"])
+    return Saved(made, plan, tensors, aliases, masks)
 
 
 def _arguments(entry: Entry) -> dict[str, Any]:
@@ -249,21 +314,24 @@ def _strided(tensor: Tensor, entry: Entry) -> Tensor:
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 
-def _put(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
+def _put(model: nn.Module, saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Turn a dense model into the saved one, in place.
 
     Raises:
         ValueError: If it cannot become that.
     """
     try:
-        assemble(model, plan, tensors)
+        if saved.plan is not None:
+            assemble(model, saved.plan, tensors)
+        if saved.task_masks is not None:
+            masked_parameters(model, saved.task_masks.unpack())
         _fill(model, tensors)
+        model.eval()
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"'{folder}' does not fit this {type(model).__name__}: {error} Build `model` as the "
             "original was built before pruning."
         ) from error
-    return model
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -296,7 +364,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.data = tensors[name]
 
 
-def _build(saved: _Saved) -> nn.Module:
+def _build(saved: Saved) -> nn.Module:
     """A dense model of the recorded class, called with the recorded arguments."""
     recorded, arguments = saved.made
     module, _, qualified = recorded.partition(":")

@@ -14,7 +14,7 @@ from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import ROUNDING, difference
 from mtprune.structure import NOBODY, Group
 
-__all__ = ["complete"]
+__all__ = ["complete", "tried", "why_not"]
 
 
 @torch.no_grad()
@@ -41,10 +41,25 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
         >>> len(complete(model, [Group("sigmoid", 4, members)], [torch.ones(1, 2)]))
         1
     """
+    return tried(model, groups, batches)[0]
+
+
+@torch.no_grad()
+def tried(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]
+) -> tuple[list[Group], dict[str, str]]:
+    """The groups that `complete` gives, and why the others do not pass, by their names.
+
+    Args:
+        model: The model; it is left as it is.
+        groups: The groups.
+        batches: The example inputs that the model is run on.
+    """
     random = torch.Generator().manual_seed(0)
     base = _perturbed_copy(model, batches, random)
     with unnested(base):
         pairs = [(group, _some_units(base, group, random)) for group in groups]
+        reasons = {group.name: "it has a single unit" for group, dead in pairs if not dead.any()}
         pairs = [(group, dead) for group, dead in pairs if dead.any()]
         passed = _removable(base, pairs, batches)
         if len(passed) < len(pairs) and not _can_remove(base, passed, batches):
@@ -53,7 +68,11 @@ def complete(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) 
             for pair in candidates:
                 if _can_remove(base, [*passed, pair], batches):
                     passed.append(pair)
-    return [group for group, _ in passed]
+        fine = [group for group, _ in passed]
+        for group, dead in pairs:
+            if group not in fine:
+                reasons[group.name] = _obstacle(base, [(group, dead)], batches) or _TOGETHER
+    return fine, reasons
 
 
 def _perturbed_copy(model: nn.Module, batches: Sequence[Any], random: torch.Generator) -> nn.Module:
@@ -75,14 +94,23 @@ def _perturbed_copy(model: nn.Module, batches: Sequence[Any], random: torch.Gene
 
 
 def _some_units(model: nn.Module, group: Group, random: torch.Generator) -> Tensor:
-    """A random number of random units, bool ``[size]``, without which no tensor is empty."""
-    share = 0.2 + 0.6 * float(torch.rand(1, generator=random))
+    """A random number of random units, bool ``[size]``, without which no tensor is empty.
+
+    The number that stays does not fit where units are put into rows by their number, into heads for
+    instance: it is a prime that does not divide the size.
+    """
+    most = max(2, int(0.8 * group.size))
+    primes = [n for n in range(2, most + 1) if all(n % d for d in range(2, int(n**0.5) + 1))]
+    fitting = [n for n in primes if n >= 0.2 * group.size and group.size % n] or [group.size - 1]
+    stay = fitting[int(torch.randint(len(fitting), (), generator=random))]
     order = torch.randperm(group.size, generator=random)
     dead = torch.zeros(group.size, dtype=torch.bool)
-    dead[order[: max(1, int(share * group.size))]] = True
+    dead[order[max(1, stay) :]] = True
     keep_one(model, group, torch.zeros_like(dead), dead)
     return dead
 
+
+_TOGETHER = "with some units of other groups, some of them cannot be removed"
 
 _Pairs = list[tuple[Group, Tensor]]
 """Groups, each with the units to remove, bool ``[size]``."""
@@ -101,6 +129,27 @@ def _removable(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> _Pairs
 
 def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     """Whether all these units can be removed together once no weight reads them."""
+    return not _obstacle(base, pairs, batches)
+
+
+@torch.no_grad()
+def why_not(model: nn.Module, group: Group, batches: Sequence[Any]) -> str:
+    """Why a group does not pass the trial; empty if it does.
+
+    Args:
+        model: The model; it is left as it is.
+        group: The group.
+        batches: The example inputs that the model is run on.
+    """
+    random = torch.Generator().manual_seed(0)
+    base = _perturbed_copy(model, batches, random)
+    with unnested(base):
+        dead = _some_units(base, group, random)
+        return _obstacle(base, [(group, dead)], batches) if dead.any() else "it has a single unit"
+
+
+def _obstacle(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> str:
+    """Why these units cannot be removed together once no weight reads them; empty if they can."""
     masked = copy.deepcopy(base)
     for group, dead in pairs:
         for member in group.members:
@@ -113,12 +162,12 @@ def _can_remove(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> bool:
     try:
         resize(masked, removal_of(masked, [g for g, _ in pairs], [dead for _, dead in pairs]))
         got = run(masked, batches)
-    except ValueError:
-        return False
+    except ValueError as error:
+        return f"without some of them the model does not run: {error.__cause__ or error}"
     for before, after in zip(expected, got, strict=True):
         tensors = dict(named_tensors(after))
         for name, tensor in named_tensors(before):
             off = difference(tensor, tensors[name]) if name in tensors else float("inf")
             if off > ROUNDING.get(tensor.dtype, 0.0):
-                return False
-    return True
+                return "without some of them, which nobody reads, the model gives other outputs"
+    return ""

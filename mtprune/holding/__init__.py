@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 BACKENDS = {"prune": PruneMasking, "inplace": InplaceMasking}
+"""The back-ends by name."""
 
 
 def make_masking(backend: str, model: nn.Module) -> Masking:

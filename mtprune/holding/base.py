@@ -32,7 +32,6 @@ __all__ = [
     "Masks",
     "View",
     "by_task",
-    "count_kept",
     "differ",
     "packed",
     "read_masks",
@@ -141,16 +140,18 @@ class HeldMasks(Held):
 
     Attributes:
         layers: The layers that have one.
-        masks: Theirs, of their shapes.
+        masks: Theirs, of the shapes of what is here.
+        counts: How many weights each of them keeps.
     """
 
     layers: Sequence[Layer]
     masks: Sequence[Tensor]
+    counts: Sequence[int]
 
     @property
     @override
     def kept(self) -> Mapping[str, int]:
-        return count_kept(self.layers, self.masks)
+        return dict(zip([layer.name for layer in self.layers], self.counts, strict=True))
 
 
 D = TypeVar("D", bound=Decision)
@@ -261,12 +262,12 @@ class MaskHold(Hold[M]):
         if mask is not None:
             return mask
         if layer.name in self._released:
-            return unpack_bits(self._released[layer.name], layer.shape)
+            return layer.part.of(unpack_bits(self._released[layer.name], layer.shape))
         return whole(layer)
 
     @override
     def view(self, layer: Layer) -> View:
-        return View(layer.parameter.detach(), self._masks.mask(layer))
+        return View(layer.values, self._masks.mask(layer))
 
     @override
     def trained(self, layer: Layer) -> Tensor:
@@ -306,28 +307,26 @@ class MaskHold(Hold[M]):
 
 
 def whole(layer: Layer) -> Tensor:
-    """A mask that keeps all of a layer."""
-    return torch.ones(layer.shape, dtype=torch.bool, device=layer.parameter.device)
+    """A mask that keeps all of a layer that is here."""
+    return torch.ones(layer.part.shape, dtype=torch.bool, device=layer.parameter.device)
 
 
 def shaped(layers: Sequence[Layer], masks: Sequence[Tensor]) -> list[Tensor]:
     """Flat masks in the shapes of their layers, and where those are."""
     return [
-        mask.view(layer.shape).to(layer.parameter.device)
+        mask.view(layer.part.shape).to(layer.parameter.device)
         for layer, mask in zip(layers, masks, strict=True)
     ]
 
 
 def packed(layers: Iterable[Layer], masks: Masking) -> dict[str, Tensor]:
     """The masks of layers as bits, by name."""
-    kept = {layer.name: masks.mask(layer) for layer in layers}
-    return {name: pack_bits(mask) for name, mask in kept.items() if mask is not None}
-
-
-def count_kept(layers: Sequence[Layer], masks: Sequence[Tensor]) -> dict[str, int]:
-    """How many weights each layer keeps, by name."""
-    counts = [int(mask.count_nonzero()) for mask in masks]
-    return dict(zip([layer.name for layer in layers], counts, strict=True))
+    kept = {layer: masks.mask(layer) for layer in layers}
+    return {
+        layer.name: pack_bits(layer.part.whole(mask))
+        for layer, mask in kept.items()
+        if mask is not None
+    }
 
 
 def read_masks(entry: Entry, layers: Sequence[Layer]) -> HeldMasks:
@@ -340,15 +339,17 @@ def read_masks(entry: Entry, layers: Sequence[Layer]) -> HeldMasks:
     known = [layer for layer in layers if layer.name in bits]
     if known and len(known) < len(layers):
         raise entry.wrong(f"must have a mask for each of {len(layers)} layers")
-    masks = []
+    masks, counts = [], []
     for layer in known:
         size = math.prod(layer.shape)
         part = bits[layer.name]
         packed = part.tensor((-(-size // 8),), torch.uint8)
         if size % 8 and int(packed[-1]) >> size % 8:
             raise part.wrong(f"must have {size} bits, and zeros after them")
-        masks.append(unpack_bits(packed.to(layer.parameter.device), layer.shape))
-    return HeldMasks(known, masks)
+        mask = unpack_bits(packed.to(layer.parameter.device), layer.shape)
+        masks.append(layer.part.of(mask))
+        counts.append(int(mask.count_nonzero()))
+    return HeldMasks(known, masks, counts)
 
 
 def differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from mtprune.bits import pack_bits, unpack_bits
 from mtprune.holding.masking import (
     FromParent,
     Masking,
@@ -42,13 +43,16 @@ class InplaceMasking(Masking):
     ) -> None:
         hooks = len(self._handles)
         super().show(layers, masks, products)
+        for layer, product in zip(layers, products, strict=True):
+            if not layer.part.is_whole and getattr(product, "reads_mask", True):
+                self._masks[layer.name].share(layer)
         if len(self._handles) != hooks:
             _compile_anew()
 
     @override
     def mask(self, layer: Layer) -> Tensor | None:
         mask = self._masks.get(layer.name)
-        return None if mask is None else mask.at(layer.parameter.device)
+        return None if mask is None else mask.here(layer)
 
     @override
     def gradient_mask(self, layer: Layer) -> Tensor | None:
@@ -90,9 +94,27 @@ class _Mask:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self.bits: Tensor | None = None  # that of all of a layer which is not here
 
-    def at(self, device: torch.device) -> Tensor:
-        """The mask on a device."""
+    def here(self, layer: Layer) -> Tensor:
+        """The mask of what is here of its layer."""
+        part = layer.part
+        if self.tensor.shape != part.shape:  # the model has been spread over ranks since
+            self.bits = pack_bits(self.tensor)
+            self.tensor = part.of(self.tensor).clone()
+        return self._at(layer.parameter.device)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The mask of a weight that a module computes with, all of the layer."""
+        if self.bits is None or self.tensor.shape == weight.shape:
+            return self._at(weight.device)
+        return unpack_bits(self.bits.to(weight.device), weight.shape)
+
+    def share(self, layer: Layer) -> None:
+        """Keep the bits of all of the layer: its modules are to compute with them."""
+        self.bits = pack_bits(layer.part.whole(self.here(layer)))
+
+    def _at(self, device: torch.device) -> Tensor:
         if self.tensor.device != device:  # the model has moved since
             self.tensor = self.tensor.to(device)
         return self.tensor
@@ -110,7 +132,7 @@ class Shadow:
         """Before a forward."""
         parameter = module._parameters[self.attribute]
         assert parameter is not None
-        value = standing_in(self.product, parameter, self.mask.at(parameter.device))
+        value = standing_in(self.product, parameter, self.mask.of(parameter))
         # What stands in the instance's own dictionary is read first.
         module.__dict__[self.attribute] = value
         reads(module, self.attribute, value)
@@ -144,6 +166,6 @@ def settle(model: nn.Module) -> None:
                 owner: Any = module.out_proj if isinstance(hook, FromParent) else module
                 weight = owner._parameters[shadow.attribute]
                 if isinstance(shadow, Shadow) and id(weight) not in settled:
-                    weight.copy_(shadow.product(weight, shadow.mask.at(weight.device)))
+                    weight.copy_(shadow.product(weight, shadow.mask.of(weight)))
                     settled.add(id(weight))  # a tied weight has a shadow at each of its places
                 del hooks[key]

@@ -72,7 +72,7 @@ class Masking(ABC):
         for layer in self._layers:
             mask = self.mask(layer)
             if mask is not None:
-                weight = layer.parameter.detach()
+                weight = layer.values
                 zeroed(weight, mask, out=weight)
 
     def lift(self) -> None:
@@ -86,7 +86,7 @@ class Masking(ABC):
 
     def masked(self, layer: Layer) -> Tensor:
         """A layer's weight, zero where it is masked."""
-        weight, mask = layer.parameter.detach(), self.mask(layer)
+        weight, mask = layer.values, self.mask(layer)
         return weight if mask is None else zeroed(weight, mask)
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Masking(ABC):
             if kept is None:
                 # In the weight's own memory format, or the masked weight would take another, and
                 # a convolution in another format rounds otherwise.
-                own = torch.empty_like(layer.parameter, dtype=torch.bool, requires_grad=False)
+                own = torch.empty_like(layer.values, dtype=torch.bool)
                 product = None if products is None else products[place]
                 self._add(layer, own.copy_(mask), product)
             else:

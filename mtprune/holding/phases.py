@@ -38,7 +38,7 @@ class OpenHold(Hold[M]):
 
     @override
     def trained(self, layer: Layer) -> Tensor:
-        return layer.parameter.detach()
+        return layer.values
 
     @override
     def release(self) -> None:

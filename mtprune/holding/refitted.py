@@ -12,6 +12,7 @@ from mtprune import distributed
 from mtprune.holding.base import MaskHold, Masks
 from mtprune.model.inputs import bias_of
 from mtprune.model.layers import Layer
+from mtprune.model.parts import local
 from mtprune.refitting import Refit
 
 __all__ = ["RefitHold", "Refitted", "move"]
@@ -51,7 +52,7 @@ class RefitHold(MaskHold[Any]):
     @override
     def take(self, layers: Sequence[Layer], decision: Refitted) -> bool:
         # All before the first is moved: if memory does not suffice, nothing has changed.
-        changes = [decision.change(place, layer.shape) for place, layer in enumerate(layers)]
+        changes = [decision.change(place, layer.part.shape) for place, layer in enumerate(layers)]
         changed = super().take(layers, decision)
         for layer, (weight, bias) in zip(layers, changes, strict=True):
             move(layer, weight, bias)
@@ -63,6 +64,8 @@ def move(layer: Layer, weight: Tensor, bias: Tensor) -> None:
     """Add to a layer's weight and to the bias that is trained with it, on all ranks the same."""
     for parameter, change in ((layer.parameter, weight), (bias_of(layer), bias)):
         if parameter is not None:
-            values = parameter.detach()
-            added = distributed.first_(change.to(values.device).contiguous())
+            values = local(parameter)
+            added = change.to(values.device).contiguous()
+            if layer.part.is_whole:  # else every rank fits rows of its own
+                distributed.first_(added)
             values.copy_(values.to(torch.promote_types(values.dtype, added.dtype)) + added)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from mtprune.holding.base import MaskHold, Masks, shaped
 from mtprune.holding.masking import Masking
 from mtprune.model.layers import Layer
+from mtprune.model.parts import local
 
 __all__ = ["RegrowHold"]
 
@@ -38,7 +39,8 @@ class RegrowHold(MaskHold[Masks]):
 
         All state of the weight's shape is forgotten: momenta, second moments, and others.
         """
-        layer.parameter.masked_fill_(where, 0.0)
+        layer.values.masked_fill_(where, 0.0)
         for value in self._optimizer.state.get(layer.parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == where.shape:
-                value.masked_fill_(where.to(value.device), 0)
+            if isinstance(value, Tensor) and tuple(value.shape) == layer.shape:
+                here = local(value)
+                here.masked_fill_(where.to(here.device), 0)

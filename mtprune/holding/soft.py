@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from mtprune import distributed
 from mtprune.facts import Count, Subject, count
-from mtprune.holding.base import Held, Masks, View, count_kept, packed, read_masks, shaped, whole
+from mtprune.holding.base import Held, HeldMasks, Masks, View, packed, read_masks, shaped, whole
 from mtprune.holding.masking import Gate, Masking
 from mtprune.holding.phases import OpenHold
 from mtprune.holding.thresholds import soft_threshold
@@ -94,6 +94,8 @@ class _Threshold:
         watch: The number to note in every backward; see `SoftHold`.
     """
 
+    reads_mask = False  # what is below it follows from the weight
+
     def __init__(self, leak: _Leak, like: Tensor, watch: Watch | None) -> None:
         self.leak = leak
         self.fixed = like.new_zeros((), requires_grad=False)
@@ -105,10 +107,10 @@ class _Threshold:
 
     def tau(self, weight: Tensor) -> Tensor:
         """The threshold for a weight, 0-dim, of its type and where it is."""
-        if self.fixed.device != weight.device or self.fixed.dtype != weight.dtype:
-            # The model has moved, or become another type.
-            self.fixed, self.gain = self.fixed.to(weight), self.gain.to(weight)
-        return self.fixed
+        if self.fixed.device != weight.device:  # the model has moved
+            self.fixed, self.gain = self.fixed.to(weight.device), self.gain.to(weight.device)
+        # Kept as it is: a forward may compute in a narrower type than the weights are trained in.
+        return self.fixed if self.fixed.dtype == weight.dtype else self.fixed.to(weight.dtype)
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The weight as the model sees it."""
@@ -132,16 +134,18 @@ class Thresholded(Held):
         layers: The layers that have one.
         thresholds: Theirs, and masks of their shapes.
         noted: What has been noted of each layer.
+        masks: The masks alone.
     """
 
     layers: Sequence[Layer]
     thresholds: SoftThresholds
     noted: Tensor
+    masks: HeldMasks
 
     @property
     @override
     def kept(self) -> Mapping[str, int]:
-        return count_kept(self.layers, self.thresholds.masks)
+        return self.masks.kept
 
 
 def _positive(entry: Entry) -> Tensor:
@@ -208,7 +212,7 @@ class SoftHold(OpenHold[SoftThresholds]):
         if decision is not None:
             self.take(layers, decision)
         for layer in self._layers:
-            layer.parameter.copy_(self._effective(layer))
+            layer.values.copy_(self._effective(layer))
         self.discard()
 
     @override
@@ -238,7 +242,7 @@ class SoftHold(OpenHold[SoftThresholds]):
     @override
     @torch.no_grad()
     def mask(self, layer: Layer) -> Tensor:
-        threshold, weight = self._thresholds.get(layer.name), layer.parameter
+        threshold, weight = self._thresholds.get(layer.name), layer.values
         if threshold is None:
             return whole(layer)
         return weight.abs() > threshold.tau(weight)
@@ -263,7 +267,7 @@ class SoftHold(OpenHold[SoftThresholds]):
         gained = all(threshold.gained for _, threshold in now)
         return {
             "masks": packed(self._layers, self._masks),
-            "thresholds": {x.name: t.tau(x.parameter).detach().clone() for x, t in now},
+            "thresholds": {x.name: t.tau(x.values).detach().clone() for x, t in now},
             "gains": {x.name: t.gain.clone() for x, t in now} if gained else {},
             "leak": self._leak.share,
             "noted": self._noted.clone(),
@@ -284,6 +288,7 @@ class SoftHold(OpenHold[SoftThresholds]):
                 gains=[_positive(parts["gains"][name]) for name in names] if given else None,
             ),
             parts["noted"].tensor((len(names),), torch.float32).clone(),
+            held,
         )
 
     @override
@@ -300,7 +305,7 @@ class SoftHold(OpenHold[SoftThresholds]):
         self._leak.set(decision.leak)
         for layer, tau in zip(layers, decision.thresholds, strict=True):
             if layer.name not in self._thresholds:
-                self._thresholds[layer.name] = _Threshold(self._leak, layer.parameter, self._watch)
+                self._thresholds[layer.name] = _Threshold(self._leak, layer.values, self._watch)
             self._thresholds[layer.name].fixed.fill_(tau)
         gains = decision.gains
         for layer, gain in zip(layers, gains or (), strict=gains is not None):
@@ -314,5 +319,5 @@ class SoftHold(OpenHold[SoftThresholds]):
     @torch.no_grad()
     def _effective(self, layer: Layer) -> Tensor:
         """A layer's weight as the model sees it."""
-        weight, threshold = layer.parameter.detach(), self._thresholds.get(layer.name)
+        weight, threshold = layer.values, self._thresholds.get(layer.name)
         return weight if threshold is None else threshold.seen(weight)

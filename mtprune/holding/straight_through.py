@@ -96,7 +96,7 @@ class StraightThrough(OpenHold[Masks]):
         """The weight as it would be if it came back."""
         if layer.name in self._products:
             self._products[layer.name].scored = True
-        return View(layer.parameter.detach())
+        return View(layer.values)
 
     @override
     def gradient_mask(self, layer: Layer) -> Tensor | None:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mtprune.census import HERE, Census
+
 __all__ = ["Leak", "nearest_threshold", "shrinkage", "soft_threshold"]
 
 
@@ -123,7 +125,7 @@ def shrinkage(weight: Tensor, grad: Tensor) -> Tensor:
     return -grad * weight.sign()
 
 
-def nearest_threshold(size: Tensor, above: Tensor, wanted: float) -> Tensor:
+def nearest_threshold(size: Tensor, above: Tensor, wanted: float, census: Census = HERE) -> Tensor:
     """The threshold nearest to ``wanted`` that has the weights ``above`` above it, and no others.
 
     If a weight on the line stays above and another that is as large does not, no threshold parts
@@ -133,6 +135,7 @@ def nearest_threshold(size: Tensor, above: Tensor, wanted: float) -> Tensor:
         size: The absolute weights of a layer, any shape.
         above: The weights above the threshold, bool, same shape.
         wanted: The threshold before rounding.
+        census: Counts over all ranks, where each has a part of the layer.
 
     Returns:
         0-dim, of the type of ``size``.
@@ -142,7 +145,10 @@ def nearest_threshold(size: Tensor, above: Tensor, wanted: float) -> Tensor:
         >>> [nearest_threshold(size, size > 2, wanted) for wanted in (3.0, 9.0, 0.0)]
         [tensor(3.), tensor(2.), tensor(2.)]
     """
-    lowest = torch.where(above, size, torch.inf).amin()
-    highest = torch.where(above | (size >= lowest), 0.0, size).amax()
+    nothing = size.new_zeros(1)  # a rank may have no part of a small layer
+    over = torch.where(above, size, torch.inf)
+    lowest = census.least(torch.cat([over.reshape(-1), nothing + torch.inf]).amin())
+    under = torch.where(above | (size >= lowest), 0.0, size)
+    highest = census.most(torch.cat([under.reshape(-1), nothing]).amax())
     tau = highest.clamp(min=wanted)
     return torch.where(tau < lowest, tau, highest)

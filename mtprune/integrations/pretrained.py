@@ -24,6 +24,7 @@ from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_
 from mtprune.compression.sites import find_sites
 from mtprune.compression.storage import CARD
 from mtprune.files import read_json, write_text
+from mtprune.integrations.plain import plain_config
 from mtprune.model.names import unwrap
 from mtprune.reading import Entry
 
@@ -154,9 +155,9 @@ def save_pretrained(
     """Save a compressed encoder of transformers so that ``from_pretrained`` loads it.
 
     Once mtprune is imported, ``from_pretrained(directory)`` of all classes returns the compressed
-    model, bitwise; without mtprune it raises. An encoder whose layers are all dense and whole is
-    saved as transformers does it, and loads without mtprune. Needs the extra
-    ``mtprune[transformers]``.
+    model, bitwise; without mtprune it raises. A model whose layers are all dense, and whole or as
+    wide as a configuration can say, is saved as transformers does it, and loads without mtprune.
+    Needs the extra ``mtprune[transformers]``.
 
     Args:
         model: The model that `compress` returned.
@@ -183,10 +184,17 @@ def save_pretrained(
         )
     part = plan.part(encoder)
     folder = Path(directory)
-    if part.removal or any(row.choice != "dense" for row in part.rows):
+    is_dense = all(row.choice == "dense" for row in part.rows)
+    plain = plain_config(module, part.removal) if is_dense and part.removal else None
+    if plain is None and (part.removal or not is_dense):
         module.config.quantization_config = _config(module, part)
         module.hf_quantizer = PlanQuantizer(module.config.quantization_config)
-    module.save_pretrained(folder)
+    old = module.config
+    try:
+        module.config = plain or old
+        module.save_pretrained(folder)
+    finally:
+        module.config = old
     if heads:
         safetensors = import_module("safetensors.torch")  # transformers needs it too
         (folder / HEADS).mkdir(exist_ok=True)

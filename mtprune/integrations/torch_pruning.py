@@ -8,6 +8,7 @@ must pass a trial. The vote, the masks and the removal do not use torch-pruning.
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from math import prod
 from typing import Any, Literal
@@ -16,21 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mtprune.compression.running import call, named_tensors, parse, run
-from mtprune.compression.trial import complete
+from mtprune.compression.trial import tried
 from mtprune.holding.prune import plain_copy
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
 from mtprune.structure import NOBODY, Group, Member
 
-__all__ = ["channels"]
+__all__ = ["channels", "found"]
 
 Side = tuple[str, Literal["out", "in"]]
 """The outputs or the inputs of a layer, or of a bare Parameter, by its name."""
 
 Spot = tuple[Side, int]
 """One index of a side."""
+
+_CORNER = 64
+"""Height and width of what is looked at of an image."""
 
 Coupling = list[list[Spot]]
 """A group of torch-pruning: for each of its units, the spots that must be removed together."""
@@ -64,6 +69,11 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
         ...     (group,) = channels(model, torch.randn(1, 3, 8, 8))
         ...     assert (group.name, group.size) == ("0.channels", 8)
     """
+    return found(model, example_inputs)[0]
+
+
+def found(model: nn.Module, example_inputs: Any) -> tuple[list[Group], dict[str, str]]:
+    """The groups that `channels` gives, and why others, by their names, cannot be removed."""
     try:
         tp = import_module("torch_pruning")
     except ImportError as error:
@@ -71,11 +81,35 @@ def channels(model: nn.Module, example_inputs: Any) -> list[Group]:
             "Finding channels needs torch-pruning. Install the extra: pip install "
             "'mtprune[structured]'."
         ) from error
-    batch = parse(example_inputs)[0]
     work = plain_copy(unwrap(model)).eval()
-    run(work, [batch])  # raises if the inputs do not fit the model
-    groups = _groups(work, *_couplings(tp, work, batch))
-    return complete(work, groups, [batch])
+    batch = _smaller(work, parse(example_inputs)[0])
+    groups, uncut = _groups(work, *_couplings(tp, work, batch))
+    fine, refused = tried(work, groups, [batch])
+    return fine, uncut | refused
+
+
+def _smaller(work: nn.Module, batch: Any) -> Any:
+    """A corner of the images in a batch, if the model runs on it: channels depend on no size.
+
+    Raises:
+        ValueError: If the model does not run on the batch.
+    """
+
+    def corner(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            return value[..., :_CORNER, :_CORNER]
+        return value
+
+    small = tree_map(corner, batch)
+    sizes = [
+        [leaf.shape for leaf in tree_leaves(x) if isinstance(leaf, Tensor)] for x in (batch, small)
+    ]
+    if sizes[0] != sizes[1]:
+        with suppress(ValueError):
+            run(work, [small])
+            return small
+    run(work, [batch])
+    return batch
 
 
 def _couplings(tp: Any, work: nn.Module, batch: Any) -> tuple[list[Coupling], set[int]]:
@@ -200,8 +234,10 @@ def _shape(fn: Any, output: int = 0) -> tuple[int, ...]:
     return tuple(fn._input_metadata[output].shape)
 
 
-def _groups(work: nn.Module, couplings: list[Coupling], fixed: set[int]) -> list[Group]:
-    """Groups of units from couplings, without those that reach an output or cannot be cut.
+def _groups(
+    work: nn.Module, couplings: list[Coupling], fixed: set[int]
+) -> tuple[list[Group], dict[str, str]]:
+    """Groups of units from couplings without those that reach an output; why others cannot be cut.
 
     Args:
         work: A copy of the model.
@@ -213,7 +249,8 @@ def _groups(work: nn.Module, couplings: list[Coupling], fixed: set[int]) -> list
     order = {name: i for i, name in enumerate((*modules, *dict(work.named_parameters())))}
     tensors = work.state_dict(keep_vars=True)
     uses = Counter(id(p) for m in work.modules() for p in m._parameters.values() if p is not None)
-    groups = []
+    groups: list[Group] = []
+    uncut: dict[str, str] = {}
     for numbers in _merge(couplings, units):
         if fixed.intersection(numbers):
             continue
@@ -226,12 +263,18 @@ def _groups(work: nn.Module, couplings: list[Coupling], fixed: set[int]) -> list
         candidates = list(_members(work, modules, sides))
         members = tuple(m for m in candidates if m is not None)
         is_tied = any(uses[id(tensors[m.tensor])] > 1 for m in members)
-        if len(members) < len(candidates) or is_tied or len(unit_numbers) < 2:
-            continue
         makers = [m.tensor.rpartition(".")[0] for m in members if m.role == "out"]
-        if makers and any(m.role == "in" for m in members):
-            groups.append(Group(f"{makers[0]}.channels", len(unit_numbers), members))
-    return sorted(groups, key=lambda group: order[group.members[0].tensor.rpartition(".")[0]])
+        if len(unit_numbers) < 2 or not makers or all(m.role != "in" for m in members):
+            continue
+        name = f"{makers[0]}.channels"
+        if is_tied:
+            uncut[name] = "weights are used in two places"
+        elif len(members) < len(candidates):
+            uncut[name] = "a layer they go through cannot lose some of them"
+        else:
+            groups.append(Group(name, len(unit_numbers), members))
+    groups.sort(key=lambda group: order[group.members[0].tensor.rpartition(".")[0]])
+    return groups, uncut
 
 
 class _DisjointSets:

@@ -6,7 +6,7 @@ such decisions into the model (`mtprune.holding`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtprune.census import HERE, Census
 from mtprune.facts import Subject
 from mtprune.granularity import Element, Granularity
 from mtprune.holding import Decision, Hold, MaskHold, Masking
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.model.parts import Part
 from mtprune.model.units import Units
 from mtprune.reading import Entry
 from mtprune.schedule import Schedule
@@ -39,6 +41,8 @@ class Needs:
         apart: Whether each task's loss is scored on its own; False scores their sum.
         observations: How many observations of every task an update needs, or ``"auto"``: at least
             4, until masks no longer change.
+        by_graph: Whether the graphs of the losses alone tell which task uses which layer, so that
+            no backward is run for it. They mislead where losses are taken from one stack.
         over_the_run: Whether statistics add up over all updates instead of starting anew.
         macs: Whether the multiply-adds of every layer are asked for.
         example_inputs: What the model is called with to measure them.
@@ -47,6 +51,7 @@ class Needs:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     apart: bool = True
     observations: int | Literal["auto"] = 1
+    by_graph: bool = False
     over_the_run: bool = False
     macs: bool = False
     example_inputs: Any = None
@@ -73,6 +78,9 @@ class Ballot:
         memory: What the last decision left to remember; empty at first.
         total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
             measured.
+        parts: What of each layer is here, if other ranks have the rest. All that is flat above is
+            of that part.
+        census: Counts over the parts of all ranks.
     """
 
     subjects: Sequence[Subject]
@@ -85,11 +93,23 @@ class Ballot:
     noted: Sequence[float] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
+    parts: Sequence[Part] = ()
+    census: Census = HERE
+
+    def __post_init__(self) -> None:
+        """All of every layer is here unless somebody says otherwise."""
+        if not self.parts:
+            object.__setattr__(self, "parts", [Part(subject.shape) for subject in self.subjects])
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The layers' shapes."""
         return [subject.shape for subject in self.subjects]
+
+    @property
+    def matrices(self) -> list[int]:
+        """How many matrices each layer holds."""
+        return [subject.matrices for subject in self.subjects]
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +135,18 @@ class Ballot:
     @property
     def total(self) -> int:
         """How many weights there are."""
-        return sum(mask.numel() for mask in self.masks)
+        here = sum(mask.numel() for mask in self.masks)
+        return int(self.census.number(here, self.masks[0]))
+
+    @property
+    def kept(self) -> list[int]:
+        """How many weights of each layer are kept now."""
+        return self.census.count(self.masks)
+
+    def whole_masks(self) -> Iterator[Tensor]:
+        """The weights of each layer that are kept now, on all ranks, one layer after the other."""
+        for part, mask in zip(self.parts, self.masks, strict=True):
+            yield part.whole(mask)
 
     def shared(self, name: str) -> list[Tensor]:
         """A statistic that is the same for all tasks, for each layer."""
@@ -164,6 +195,13 @@ class Method(ABC, Generic[D]):
     def decide(self, ballot: Ballot, step: int) -> D:
         """The decision of the update of ``step``."""
 
+    def worths(self, ballot: Ballot) -> Sequence[Tensor]:
+        """What each weight is worth to the decision, ``[n]`` for each layer, for those who watch.
+
+        Empty if there is no such number.
+        """
+        return ()
+
     def fits(self, layer: Layer) -> str:
         """Why a layer is left dense; empty if it is not."""
         return ""
@@ -174,6 +212,13 @@ class Method(ABC, Generic[D]):
         Raises:
             ValueError: With what is wrong, what was found and what to do.
         """
+
+    def needs_whole(self, inventory: Inventory) -> str:
+        """Why every rank must have whole layers; empty if each may have a part of their rows.
+
+        Where it may, the ballot's `parts` and `census` say what is where.
+        """
+        return f"{type(self).__name__} decides about whole layers"
 
     def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
         """The exact numbers of weights that stay at the update of ``step``; often none are known.
@@ -234,8 +279,10 @@ _BROUGHT = (
     "weighting",
     "regrows",
     "wants_training",
+    "worths",
     "fits",
     "check",
+    "needs_whole",
     "promised",
     "recall",
     "hold",

@@ -14,7 +14,7 @@ from mtprune.model.layers import KINDS, Layer, find_layers, is_embedding
 from mtprune.model.selectors import Spec, selected
 from mtprune.model.units import cover
 
-__all__ = ["Selection", "take_inventory"]
+__all__ = ["Selection", "check_parts", "take_inventory"]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,48 @@ def take_inventory(
     )
     needs = method.needs(inventory)
     if needs.macs:
+        if inventory.census.is_scattered:
+            raise ValueError(
+                "Multiply-adds are measured on whole layers, and this model's are spread over "
+                "ranks by fully_shard. Build the pruner before fully_shard."
+            )
         inventory = inventory.measured(model, prunable, needs.example_inputs)
     method.check(inventory)
     return inventory, needs
+
+
+def check_parts(inventory: Inventory, method: Method[Any], backend: str) -> None:
+    """Refuse layers of which every rank has a part, if that is not enough to go on.
+
+    Args:
+        inventory: The layers.
+        method: The method.
+        backend: What keeps the masks.
+
+    Raises:
+        ValueError: With what is wrong and what to do.
+    """
+    if not inventory.census.is_scattered:
+        return
+    sharded = f"'{inventory.layers[0].name}' is sharded by fully_shard (FSDP2)"
+    whole = [layer.name for layer in inventory.layers if layer.part.is_whole]
+    if whole:
+        raise ValueError(
+            f"{sharded}, and '{whole[0]}' is not. Apply fully_shard to the model itself as well, "
+            f"or pass exclude={whole}."
+        )
+    if backend != "inplace":
+        raise ValueError(
+            f"{sharded}, and backend={backend!r} puts tensors of its own into modules, which "
+            "fully_shard knows nothing of. Pass backend='inplace'."
+        )
+    reason = method.needs_whole(inventory)
+    if reason:
+        raise ValueError(
+            f"{sharded}, and {reason}. Every rank has some rows of each layer: take Vote with a "
+            "saliency of single weights, or SoftThreshold, or DistributedDataParallel, under "
+            "which every rank has it all."
+        )
 
 
 def _listed(layers: Sequence[Layer], reasons: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from mtprune import checks
 from mtprune.allocation import Budget, ByComponent
+from mtprune.census import Census
 from mtprune.facts import Subject
 from mtprune.holding import Hold, MaskHold, Masking, Phased
 from mtprune.holding.soft import EDGE, SoftHold, SoftThresholds, Watch
@@ -80,7 +81,8 @@ class SoftThreshold(Method[SoftThresholds]):
         max_sparsity: The most a component is pruned, one number or a mapping component -> number;
             unless given, every component keeps a tenth of the overall density.
         weighting: What `MultitaskPruner.weigh` does: ``"uniform"``, ``"noise"``,
-            ``"pruning_sensitivity"``, ``"worst"`` or any weighting (`mtprune.weighting`).
+            ``"pruning_sensitivity"``, ``"worst"``, any weighting (`mtprune.weighting`), or a module
+            that makes one loss of a vector of losses, such as a scalarizer of torchjd.
         debias: Multiply what is left of every layer so that it is as large, in Euclidean norm, as
             before. A threshold shrinks all weights, the large ones too; without this a network that
             cannot grow them back, for lack of steps or learning rate, is damaged for good.
@@ -181,6 +183,10 @@ class SoftThreshold(Method[SoftThresholds]):
         self._check_reach(*inventory.sizes())
 
     @override
+    def needs_whole(self, inventory: Inventory) -> str:
+        return ""
+
+    @override
     def promised(self, subjects: Sequence[Subject], step: int) -> Sequence[Quota]:
         if self.budget_unit == "macs" or self.schedule.next_update(step) is not None:
             return ()
@@ -275,11 +281,12 @@ class SoftThreshold(Method[SoftThresholds]):
             masks, level = self._steer(ballot, heights, progress, memory)
         else:
             masks = self._cut(ballot, heights, progress)
-            under = [h[~m].amax() for h, m in zip(heights, masks, strict=True) if not m.all()]
-            level = float(torch.stack([u.cpu() for u in under]).amax()) if under else 0.0
+            under = [h[~m].amax().cpu() for h, m in zip(heights, masks, strict=True) if not m.all()]
+            highest = torch.stack([*under, torch.zeros(())]).amax().to(heights[0].device)
+            level = float(ballot.census.most(highest))
         memory["level"] = math.log(level) if level else None
         taus = [
-            nearest_threshold(w.abs(), m, level * f)
+            nearest_threshold(w.abs(), m, level * f, ballot.census)
             for w, m, f in zip(ballot.weights, masks, factors, strict=True)
         ]
         memory["slopes"] = self._sensitivities(ballot)
@@ -287,7 +294,7 @@ class SoftThreshold(Method[SoftThresholds]):
         leak = {"str": 0.0, "ste": 1.0, "anneal": 1.0 - progress}[self.grad_mode]
         gains = None
         if self.debias:
-            gains = [_gain(w, t) for w, t in zip(ballot.weights, taus, strict=True)]
+            gains = [_gain(w, t, ballot.census) for w, t in zip(ballot.weights, taus, strict=True)]
             memory["gains"] = dict(zip(ballot.names, map(float, gains), strict=True))
         return SoftThresholds(
             masks, thresholds=taus, leak=leak, gains=gains, final=settled, memory=memory
@@ -296,8 +303,10 @@ class SoftThreshold(Method[SoftThresholds]):
     def _unit(self, ballot: Ballot, groups: Sequence[str], group: str, needed: bool) -> float:
         """What a group's thresholds are measured in: the root mean square of its weights."""
         weights = [w for w, g in zip(ballot.weights, groups, strict=True) if g == group]
-        squares = sum(float(w.to(torch.float32).square().sum(dtype=torch.float64)) for w in weights)
-        rms = math.sqrt(squares / sum(w.numel() for w in weights))
+        here = sum(float(w.to(torch.float32).square().sum(dtype=torch.float64)) for w in weights)
+        squares = ballot.census.number(here, weights[0])
+        shapes = [s for s, g in zip(ballot.shapes, groups, strict=True) if g == group]
+        rms = math.sqrt(squares / sum(map(prod, shapes)))
         if not math.isfinite(rms):
             raise RuntimeError(
                 f"Weights of '{group}' are not finite. Check the training; thresholds are "
@@ -316,7 +325,8 @@ class SoftThreshold(Method[SoftThresholds]):
         for layers, budget, costs in self._budgets(ballot, progress):
             groups, least = self._protected(ballot, layers)
             try:
-                kept = waterline([heights[i] for i in layers], budget, costs, groups, least)
+                own = [heights[i] for i in layers]
+                kept = waterline(own, budget, costs, groups, least, ballot.census)
             except ValueError:
                 raise RuntimeError(self._out_of_reach(ballot)) from None
             for i, mask in zip(layers, kept, strict=True):
@@ -402,10 +412,10 @@ class SoftThreshold(Method[SoftThresholds]):
         trim = memory.get("trim", 0.0)
         if "wanted" in memory:
             costs = list(ballot.costs) or [Fraction(1)] * len(heights)
-            lost = sum(
-                float(c) * int((~mask).sum()) for c, mask in zip(costs, ballot.masks, strict=True)
-            )
-            total = sum(float(c) * h.numel() for c, h in zip(costs, heights, strict=True))
+            sizes = [prod(shape) for shape in ballot.shapes]
+            rows = list(zip(costs, sizes, ballot.kept, strict=True))
+            lost = sum(float(c) * (size - kept) for c, size, kept in rows)
+            total = sum(float(c) * size for c, size, _ in rows)
             trim, memory["smooth"] = pi_step(
                 trim, memory.get("smooth"), memory["wanted"], lost / total
             )
@@ -414,10 +424,11 @@ class SoftThreshold(Method[SoftThresholds]):
         masks = [h > math.exp(level) for h in heights]
         groups, least = self._protected(ballot, range(len(heights)))
         for members, count in zip(groups, least, strict=True):
-            if sum(int(masks[i].sum()) for i in members) < count:
+            if sum(ballot.census.count([masks[i] for i in members])) < count:
                 own = [heights[i] for i in members]
-                lowest = sum(h.numel() for h in own) - count
-                for i, kept in zip(members, waterline(own, lowest, [1] * len(own)), strict=True):
+                lowest = sum(prod(ballot.shapes[i]) for i in members) - count
+                highest = waterline(own, lowest, [1] * len(own), census=ballot.census)
+                for i, kept in zip(members, highest, strict=True):
                     masks[i] = masks[i] | kept
         return masks, math.exp(level)
 
@@ -447,7 +458,8 @@ class SoftThreshold(Method[SoftThresholds]):
             line = unit[group] * math.exp(level + offsets.get(group, 0.0))
             size = weight.abs()
             worth[group] += found
-            mass[group] += int(((size > line) & (size < (1 + EDGE) * line)).sum())
+            [edge] = ballot.census.count([(size > line) & (size < (1 + EDGE) * line)])
+            mass[group] += edge
         whole = sum(mass.values())
         usual = sum(worth.values()) / whole
         way = {
@@ -481,7 +493,8 @@ class SoftThreshold(Method[SoftThresholds]):
                 slopes[task] = slopes.get(task, 0.0) + tau * float(score)
             if tau and self.debias:
                 left = (ballot.weights[place].to(torch.float32).abs() - tau).clamp(min=0.0)
-                rise = float(left.sum() / left.square().sum().clamp(min=1e-30))
+                sums = ballot.census.sum(torch.stack([left.sum(), left.square().sum()]))
+                rise = float(sums[0] / sums[1].clamp(min=1e-30))
                 for task, growth in ballot.statistics["growth"][place].items():
                     slopes[task] += tau * rise * float(growth) / gains.get(name, 1.0)
         return {
@@ -496,10 +509,13 @@ def _heights(weight: Tensor, factor: float) -> Tensor:
     return weight.to(torch.float32).abs() / factor
 
 
-def _gain(weight: Tensor, tau: Tensor) -> Tensor:
+def _gain(weight: Tensor, tau: Tensor, census: Census) -> Tensor:
     """What makes the weights above a threshold as large again as before it, 0-dim."""
     size = weight.to(torch.float32).abs()
-    before, after = size[size > tau].norm(), (size - tau).clamp(min=0.0).norm()
+    norms = torch.stack([size[size > tau].norm(), (size - tau).clamp(min=0.0).norm()])
+    if census.is_scattered:
+        norms = census.sum(norms.square()).sqrt()
+    before, after = norms
     return torch.where(after > 0, before / after.clamp(min=1e-30), 1.0)
 
 

@@ -7,6 +7,7 @@ from math import isclose, prod
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -36,6 +37,7 @@ from mtprune.holding.straight_through import StraightThrough
 from mtprune.methods.base import Ballot, Method, Needs, describe
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.exchange import draw, exchange, lasting_counts
+from mtprune.methods.voting.outputs import keep_outputs
 from mtprune.methods.voting.patterns import keep_pattern
 from mtprune.methods.voting.units import (
     UnitBudget,
@@ -51,7 +53,7 @@ from mtprune.model.units import is_single
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
-from mtprune.selection import Quota
+from mtprune.selection import Quota, rank, worths
 from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
@@ -274,6 +276,11 @@ class Vote(Method[Masks]):
                 f"An allocation by component counts single weights, and a unit of {what} may lie "
                 f"in two components. Use one of {NAMES}."
             )
+        if self._allocation.by_output:
+            raise ValueError(
+                f"{self._allocation!r} counts the single weights of each output. Leave it out with "
+                f"{what}, or take one of {NAMES}."
+            )
         if isinstance(self.granularity, NM) and (
             isinstance(self.target, PerTaskKeep) or self._allocation not in (Floor(), Uniform())
         ):
@@ -288,6 +295,7 @@ class Vote(Method[Masks]):
         pool = None if units is None else pool_of(units)
         # There are few units, and each is a sum of many weights.
         dtype = None if units is None else torch.float32
+        asked_for = saliencies.asks(self.saliency)
         asked = {"saliency": self.saliency, **{_ballot(v): v for v in self.voters}}
         return Needs(
             statistics={
@@ -296,6 +304,7 @@ class Vote(Method[Masks]):
             },
             apart=self.disentangled,
             observations=self.observations,
+            by_graph="inputs" in asked_for and "grad" not in asked_for,
             over_the_run=self.straight_through,
             macs=self.inputs_to_measure is not None,
             example_inputs=self.inputs_to_measure,
@@ -304,6 +313,19 @@ class Vote(Method[Masks]):
     @override
     def fits(self, layer: Layer) -> str:
         return why_no_inputs(layer) if "inputs" in saliencies.asks(self.saliency) else ""
+
+    @override
+    def needs_whole(self, inventory: Inventory) -> str:
+        grouped = [x.name for x in inventory.layers if getattr(x.places[0][0], "groups", 1) > 1]
+        if self.refit is not None and grouped:
+            return f"`refit` fits the groups of '{grouped[0]}' as a whole"
+        if isinstance(self.granularity, NM):
+            return f"{describe(self.granularity)} compares the weights of a whole layer"
+        for score in (self.saliency, *self.voters):
+            reason = saliencies.why_whole(score)
+            if reason:
+                return f"'{_name(score)}' {reason}"
+        return ""
 
     @override
     def check(self, inventory: Inventory) -> None:
@@ -410,15 +432,28 @@ class Vote(Method[Masks]):
 
     def _decide(self, ballot: Ballot, step: int) -> Masks:
         """The masks of the update of ``step``; masked weights stay masked."""
+        decision = self._elect(self._with_voters(ballot), step)
+        return replace(decision, voters=tuple(map(_name, self.voters)))
+
+    def _with_voters(self, ballot: Ballot) -> Ballot:
+        """The ballot with the voters that are no tasks beside the tasks."""
         if not self.voters:
-            return self._elect(ballot, step)
+            return ballot
         columns = {_name(v): ballot.statistics[_ballot(v)] for v in self.voters}
         scores = [
             {**layer, **{name: next(iter(of[place].values())) for name, of in columns.items()}}
             for place, layer in enumerate(ballot.scores)
         ]
-        everyone = replace(ballot, statistics={**ballot.statistics, "saliency": scores})
-        return replace(self._elect(everyone, step), voters=tuple(columns))
+        return replace(ballot, statistics={**ballot.statistics, "saliency": scores})
+
+    @override
+    def worths(self, ballot: Ballot) -> Sequence[Tensor]:
+        if ballot.units is not None or isinstance(self.target, PerTaskKeep):
+            return ()
+        scores = self._with_voters(ballot).scores
+        if not all(scores):
+            return ()  # masks are drawn at random
+        return list(worths(scores, self.vote, rank(scores, self.priority)))
 
     def _elect(self, ballot: Ballot, step: int) -> Masks:
         progress, target = due(self.schedule, step, self._final), self.target
@@ -432,6 +467,8 @@ class Vote(Method[Masks]):
         if isinstance(self.granularity, NM):
             return keep_pattern(election, self.granularity, progress)
         assert target is not None
+        if self._allocation.by_output:
+            return keep_outputs(election, target, progress)
         if not isinstance(self.schedule, Regrow):
             return keep_best(election, target, progress)
         if step == 0:

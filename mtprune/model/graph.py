@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["advised", "leave_mark", "marks", "reachable"]
+__all__ = ["advised", "bare", "leave_mark", "marks", "reachable"]
 
 _MARK = "mtprune"
 _COUNTER = count()
@@ -43,6 +44,26 @@ def reachable(loss: Tensor) -> set[int]:
         if variable is not None:
             leaves.add(id(variable))
     return leaves
+
+
+def bare() -> saved_tensors_hooks:
+    """Build graphs that tell where they lead and keep no activations: for a forward alone.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with bare():
+        ...     loss = layer(torch.ones(1, 2)).exp().sum()
+        >>> reachable(loss) == {id(layer.weight), id(layer.bias)}
+        True
+    """
+
+    def refuse(nothing: None) -> Tensor:
+        raise RuntimeError(
+            "The method looks at no gradient, so prune() keeps nothing to differentiate, and a "
+            "loss did. Take observe() and step() in place of prune()."
+        )
+
+    return saved_tensors_hooks(lambda tensor: None, refuse)
 
 
 def leave_mark(output: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mtprune.census import HERE, Census
 from mtprune.model.components import SHARED, UNDECLARED, Declared
 from mtprune.model.coverage import Coverage
 from mtprune.model.layers import Layer
@@ -41,6 +42,11 @@ class Inventory:
     coverage: Coverage = field(default_factory=Coverage)
     costs: Mapping[str, Fraction] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
+
+    @property
+    def census(self) -> Census:
+        """Counts over the parts of layers on all ranks."""
+        return self.layers[0].part.census if self.layers else HERE
 
     @property
     def components(self) -> list[str]:

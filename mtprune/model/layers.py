@@ -5,15 +5,16 @@ because wrappers and checkpoints replace those.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
 from mtprune.model.names import own_name, strip
+from mtprune.model.parts import Part, Sharding, local, part_of
 from mtprune.model.selectors import Spec, label, match, resolve, selected
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "Layer",
     "default_attributes",
     "find_layers",
+    "is_conv1d",
     "is_embedding",
+    "is_stack",
     "never_pruned",
 ]
 
@@ -44,8 +47,10 @@ _NORMS = (
 )
 KINDS = (
     "Linear, Bilinear, Conv1d-3d, ConvTranspose1d-3d, RNN, LSTM, GRU and their cells, "
-    "MultiheadAttention"
+    "MultiheadAttention, transformers' Conv1D, and stacks of experts' matrices"
 )
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_shared_experts")
+"""Attributes of modules for the number of experts whose matrices they hold in one tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +60,43 @@ class Layer:
     Attributes:
         name: Its name in ``model.named_parameters()`` before pruning, without wrapper prefixes.
         places: Module and attribute of each of its uses: several when weights are tied.
-        shape: Its shape.
+        shape: Its shape, of all of it wherever it is.
+        sharding: How the model's weights are spread over ranks.
     """
 
     name: str
     places: tuple[tuple[nn.Module, str], ...]
     shape: tuple[int, ...]
+    sharding: Sharding = field(default_factory=Sharding)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds: one for each expert, or one."""
+        is_stacked = any(is_stack(module, self.shape) for module, _ in self.places)
+        return self.shape[0] if is_stacked else 1
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The Parameter as it is now, pruned or not."""
+        """The Parameter as it is now, pruned or not: the one that an optimizer has."""
+        return self.sharding.parameter(*self.places[0], self._found)
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The Parameter that a forward computes with, and graphs lead to."""
+        return self.sharding.leaf(*self.places[0], self._found)
+
+    @property
+    def values(self) -> Tensor:
+        """What is here of the Parameter, without a graph: its memory, not a copy."""
+        return local(self.parameter)
+
+    @property
+    def part(self) -> Part:
+        """What of the layer is on this rank."""
+        return part_of(self.parameter)
+
+    @property
+    def _found(self) -> nn.Parameter:
         module, attribute = self.places[0]
         parameters = module._parameters
         found = parameters.get(attribute, parameters.get(attribute + "_orig"))
@@ -109,11 +141,12 @@ def find_layers(model: nn.Module, include: Spec = (), exclude: Spec = ()) -> lis
             known = places.get(id(parameter))
             if known is not None and (module, attribute) not in known:
                 known.append((module, attribute))
-    layers = []
+    layers, sharding = [], Sharding(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in places and id(parameter) not in excluded and parameter.numel():
             uses = tuple(places[id(parameter)])
-            layers.append(Layer(own_name(model, name), uses, tuple(parameter.shape)))
+            shape = tuple(parameter.shape)
+            layers.append(Layer(own_name(model, name), uses, shape, sharding))
     return layers
 
 
@@ -162,7 +195,35 @@ def default_attributes(module: nn.Module) -> list[str]:
         return ["weight_ih", "weight_hh"]
     if isinstance(module, nn.RNNBase):
         return [a for group in module._all_weights for a in group if a.startswith("weight")]
-    return ["weight"] if isinstance(module, _PLAIN) else []
+    if isinstance(module, _PLAIN) or is_conv1d(module):
+        return ["weight"]
+    names = [
+        name.removesuffix("_orig")  # as it is called under a mask
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_stack(module, parameter.shape)
+    ]
+    return [name for name in names if not never_pruned(module, name)]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a Linear whose weight is ``[inputs, outputs]``."""
+    if type(module).__name__ != "Conv1D":
+        return False
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    return (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and weight.dim() == 2
+        and tuple(bias.shape) == (weight.shape[1],)
+    )
+
+
+def is_stack(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is a stack of matrices, one for each expert of the module."""
+    if len(shape) != 3:
+        return False
+    counts = (getattr(module, name, None) for name in _EXPERTS)
+    return any(isinstance(n, int) and n == shape[0] for n in counts)
 
 
 def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]) -> list[str]:

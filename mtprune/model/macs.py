@@ -16,7 +16,7 @@ from typing_extensions import override
 from mtprune.model.layers import Layer
 from mtprune.model.running import untouched
 
-__all__ = ["MacCounter", "macs_per_weight"]
+__all__ = ["FlopsPerLayer", "MacCounter", "macs_per_weight"]
 
 
 def macs_per_weight(
@@ -42,7 +42,7 @@ def macs_per_weight(
         >>> macs_per_weight(conv, find_layers(conv), torch.zeros(1, 3, 4, 4))
         [Fraction(16, 1)]
     """
-    counter = _FlopsPerLayer(layers)
+    counter = FlopsPerLayer(layers)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -84,8 +84,15 @@ _COUNTS = {
 _RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
 
 
-class _FlopsPerLayer(TorchDispatchMode):
-    """Adds up, for each layer, the floating-point operations of products that read its memory."""
+class FlopsPerLayer(TorchDispatchMode):
+    """Adds up, for each layer, the floating-point operations of products that read its memory.
+
+    Attributes:
+        flops: By layer, in the order in which layers are first read.
+
+    Args:
+        layers: The layers.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

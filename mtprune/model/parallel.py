@@ -6,11 +6,16 @@ Each is recognised by its own name, so that an error tells what to do, and not w
 import gc
 import sys
 
-from torch import nn
+from torch import Tensor, nn
+
+from mtprune.model.parts import is_spread, why_not_rows
 
 __all__ = ["check_optimizer", "check_parallel", "check_replicas"]
 
-_USE = "Use DistributedDataParallel as it is, without options that change the order of its work."
+_USE = (
+    "Use DistributedDataParallel as it is, without options that change the order of its work, or "
+    "fully_shard (FSDP2)."
+)
 
 
 def check_parallel(model: nn.Module) -> None:
@@ -45,8 +50,8 @@ def check_parallel(model: nn.Module) -> None:
                     f"{where} is inside a FullyShardedDataParallel (FSDP1, use_orig_params=True): "
                     f"its '{attribute}' is a view of a part of one flat tensor. {_USE}"
                 )
-            if hasattr(parameter, "placements"):
-                raise ValueError(_distributed(where, attribute, _is_fully_sharded(model)))
+            if is_spread(parameter):
+                _check_rows(where, attribute, parameter, _is_fully_sharded(model))
 
 
 def _is_fully_sharded(model: nn.Module) -> bool:
@@ -55,15 +60,23 @@ def _is_fully_sharded(model: nn.Module) -> bool:
     return "FSDPModule" in classes
 
 
-def _distributed(where: str, attribute: str, fully: bool) -> str:
-    """The message for a weight that is a DTensor: what made it one."""
-    kind = "split by tensor parallelism (parallelize_module)"
-    if fully:
-        kind = "sharded by fully_shard (FSDP2)"
-    return (
-        f"{where} is {kind}: its '{attribute}' is a DTensor. Such models cannot be pruned yet. "
-        f"{_USE}"
-    )
+def _check_rows(where: str, attribute: str, parameter: Tensor, fully: bool) -> None:
+    """Refuse a ``DTensor`` unless every rank has some rows of it, by ``fully_shard``.
+
+    Raises:
+        ValueError: With what made it one.
+    """
+    if not fully:
+        raise ValueError(
+            f"{where} is split by tensor parallelism (parallelize_module): its '{attribute}' is a "
+            f"DTensor. Such models cannot be pruned yet. {_USE}"
+        )
+    reason = why_not_rows(parameter)
+    if reason:
+        raise ValueError(
+            f"{where} is sharded by fully_shard (FSDP2), but its '{attribute}' {reason}. Shard it "
+            "as fully_shard does by itself: over all ranks, along the first dimension."
+        )
 
 
 def check_optimizer(optimizer: object) -> None:

@@ -9,12 +9,24 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from mtprune.bits import unpack_bits
+from mtprune.bits import pack_bits, unpack_bits
 from mtprune.model.layers import Layer
+from mtprune.model.names import own_name
+from mtprune.model.parts import Part
 
-__all__ = ["PackedTaskMasks", "TaskMasks", "recall_task_masks", "remember_task_masks"]
+__all__ = [
+    "PackedTaskMasks",
+    "TaskMasks",
+    "check_tasks",
+    "masked_parameters",
+    "merged_task_masks",
+    "recall_task_masks",
+    "remember_task_masks",
+    "remembered_task_masks",
+]
 
 TaskMasks = Mapping[str, Mapping[str, Tensor]]
 """For each task, by parameter name, the weights it would keep: True = keep."""
@@ -26,11 +38,11 @@ class PackedTaskMasks:
 
     Attributes:
         bits: For each task, by parameter name.
-        shapes: The shapes of the layers.
+        parts: What of each layer they are masks of.
     """
 
     bits: Mapping[str, Mapping[str, Tensor]]
-    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Part]
 
     @classmethod
     def of(
@@ -50,12 +62,29 @@ class PackedTaskMasks:
         by_task = {
             task: {layer.name: own[task] for layer, own in pairs if task in own} for task in tasks
         }
-        return cls(by_task, {layer.name: layer.shape for layer in layers})
+        return cls(by_task, {layer.name: layer.part for layer in layers})
+
+    @classmethod
+    def pack(cls, masks: TaskMasks) -> "PackedTaskMasks":
+        """The same as bits.
+
+        Example:
+            >>> masks = {"seg": {"weight": torch.tensor([True, False])}}
+            >>> PackedTaskMasks.pack(masks).unpack()
+            {'seg': {'weight': tensor([ True, False])}}
+        """
+        return cls(
+            {task: {name: pack_bits(m) for name, m in own.items()} for task, own in masks.items()},
+            {name: Part(tuple(m.shape)) for own in masks.values() for name, m in own.items()},
+        )
 
     def unpack(self) -> dict[str, dict[str, Tensor]]:
         """The masks again, bool, in the shapes of their layers."""
         return {
-            task: {name: unpack_bits(bits, self.shapes[name]) for name, bits in masks.items()}
+            task: {
+                name: self.parts[name].shown(unpack_bits(bits, self.parts[name].shape))
+                for name, bits in masks.items()
+            }
             for task, masks in self.bits.items()
         }
 
@@ -68,6 +97,11 @@ def remember_task_masks(model: nn.Module, masks: PackedTaskMasks) -> None:
     _REMEMBERED[model] = masks
 
 
+def remembered_task_masks(model: nn.Module) -> PackedTaskMasks | None:
+    """The same as `recall_task_masks`, as bits."""
+    return _REMEMBERED.get(model)
+
+
 def recall_task_masks(model: nn.Module) -> dict[str, dict[str, Tensor]] | None:
     """The task masks that are remembered for a model; None if there are none.
 
@@ -76,3 +110,59 @@ def recall_task_masks(model: nn.Module) -> dict[str, dict[str, Tensor]] | None:
         True
     """
     return _REMEMBERED[model].unpack() if model in _REMEMBERED else None
+
+
+def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Tasks that were chosen, each once.
+
+    Args:
+        tasks: The tasks.
+        known: Those that there are.
+
+    Raises:
+        ValueError: If they are none, or others.
+    """
+    known = list(known)
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"`tasks` must be a list of some of {known}. Got {tasks!r}.")
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ValueError(f"`tasks` names {unknown}. Known here: {known}.")
+    return tuple(dict.fromkeys(tasks))
+
+
+def merged_task_masks(masks: TaskMasks, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """The weights that at least one of some tasks would keep, by parameter name.
+
+    Parameters that only other tasks use are there too, without a weight that is kept.
+    """
+    merged = {}
+    for name, like in {name: mask for own in masks.values() for name, mask in own.items()}.items():
+        merged[name] = torch.zeros_like(like)
+        for vote in (masks[task][name] for task in tasks if name in masks[task]):
+            merged[name] |= vote.to(like.device)
+    return merged
+
+
+def masked_parameters(model: nn.Module, masks: TaskMasks) -> dict[str, nn.Parameter]:
+    """The parameters that task masks are of, by name.
+
+    Args:
+        model: The model.
+        masks: The masks.
+
+    Raises:
+        ValueError: If the model has no such parameter.
+    """
+    parameters = {own_name(model, name): p for name, p in model.named_parameters()}
+    masked = {}
+    for name, mask in ((name, mask) for own in masks.values() for name, mask in own.items()):
+        found = parameters.get(name)
+        if found is None or found.shape != mask.shape:
+            got = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
+            raise ValueError(
+                f"`task_masks` are of another model: they have '{name}' with shape "
+                f"{tuple(mask.shape)}, and this model has {got}."
+            )
+        masked[name] = found
+    return masked

@@ -76,7 +76,7 @@ class Units(ABC):
         """The masks of the layers' weights, in their shapes, from those of units."""
 
     @abstractmethod
-    def standing(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def standing(self, masks: Iterable[Tensor]) -> list[Tensor]:
         """The units of which some weight is kept, from the masks of the layers' weights."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class _Pieces(Units):
         ]
 
     @override
-    def standing(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def standing(self, masks: Iterable[Tensor]) -> list[Tensor]:
         return [
             self._granularity.pool(mask.cpu().view(layer.shape).to(torch.float32)) > 0
             for layer, mask in zip(self.layers, masks, strict=True)
@@ -254,7 +254,7 @@ class _Groups(Units):
         return found
 
     @override
-    def standing(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def standing(self, masks: Iterable[Tensor]) -> list[Tensor]:
         pooled = {
             place: self.pool(place, mask.cpu().view(layer.shape).to(torch.float32))
             for place, (layer, mask) in enumerate(zip(self.layers, masks, strict=True))

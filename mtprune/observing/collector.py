@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune import distributed
+from mtprune.census import Census
 from mtprune.holding import Hold
 from mtprune.methods.base import Needs
 from mtprune.model import factors
@@ -26,7 +27,7 @@ from mtprune.model.running import swept
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.inputs import Inputs
 from mtprune.observing.jacobian import Jacobian
-from mtprune.observing.sweeps import backward, fold, gather, stream
+from mtprune.observing.sweeps import backward, fold, gather, scatter, stream
 from mtprune.statistics import JOINT, Seen
 
 __all__ = ["Collector", "Losses"]
@@ -85,6 +86,7 @@ class Collector:
         self._layers = layers
         self._hold = hold
         self._apart = needs.apart
+        self._by_graph = needs.by_graph
         self._swept = {name: s for name, s in needs.statistics.items() if s.when == "sweep"}
         self._store = store
         self._generator = generator
@@ -158,7 +160,7 @@ class Collector:
                 else:
                     rest += [scored[task] for task in able]
             if valid:
-                self._inputs.add_to(self.evidence)
+                self._inputs.add_to(self.evidence, valid, self._apart)
             for task, loss in scored.items():
                 self._count(task, loss, finite[task], task in valid)
         if losses.folds and rest:
@@ -212,6 +214,10 @@ class Collector:
         scored = self._apart and bool(self._swept)
         if not scored and users is not None:
             return True
+        if self._by_graph and not scored:
+            yes = torch.tensor(True)
+            self.evidence.hits.setdefault(task, {}).update(dict.fromkeys(targets, yes))
+            return True
         voter = task if scored else None
         return self._sweep(losses, _Sweep([task], targets, voter, users is None, folding))
 
@@ -221,9 +227,11 @@ class Collector:
             self.evidence.walked[task] = users[task]
             return [int(i) for i in users[task].nonzero().flatten()]
         leaves = reachable(loss)
-        walked = torch.tensor([id(layer.parameter) in leaves for layer in self._layers])
+        mine = torch.tensor([id(layer.leaf) in leaves for layer in self._layers])
+        walked = mine
         if distributed.world() > 1:
             walked = distributed.any_rank(walked.to(loss.device)).cpu()
+        self._check_alike(task, mine, walked)
         before = self.evidence.walked.get(task)
         self.evidence.walked[task] = walked if before is None else walked | before
         return [int(i) for i in walked.nonzero().flatten()]
@@ -248,12 +256,18 @@ class Collector:
         if losses.jacobian is not None:
             layers = {i: self._layers[i] for i in sweep.targets}
             return losses.jacobian.feed(sweep.tasks, layers, sink, losses.guarded)
-        targets, parameters = sweep.targets, [self._layers[i].parameter for i in sweep.targets]
+        targets, asked = sweep.targets, [self._layers[i] for i in sweep.targets]
+        parameters = [layer.leaf for layer in asked]
         if sweep.folding is not None:
             shown = {i: self._hold.gradient_mask(self._layers[i]) for i in targets}
             return fold(loss, targets, parameters, sink, losses.guarded, shown, sweep.folding.keep)
         if not parameters:
             return True
+        if self._census.is_scattered:
+            usable = scatter(loss, targets, asked, sink, losses.guarded)
+            if sweep.probes:
+                self._agree(hits, targets)
+            return usable
         if losses.guarded or distributed.world() > 1:
             return gather(loss, targets, parameters, sink, losses.guarded)
         stream(loss, targets, parameters, sink)
@@ -285,6 +299,38 @@ class Collector:
                 sums[index] = value if index not in sums else sums[index].add_(value)
             else:
                 sums[index] = statistic.add(seen, sums.get(index), new)
+
+    @property
+    def _census(self) -> Census:
+        return self._layers[0].part.census
+
+    def _agree(self, hits: dict[int, Tensor], targets: Sequence[int]) -> None:
+        """Let a gradient count as other than zero if it is in the part of any rank."""
+        device = self._layers[0].values.device
+        nothing = torch.zeros((), dtype=torch.bool, device=device)
+        flags = torch.stack([hits.get(index, nothing).to(device) for index in targets])
+        for index, flag in zip(targets, distributed.any_rank(flags).unbind(), strict=True):
+            hits[index] = flag
+
+    def _check_alike(self, task: str, mine: Tensor, everyones: Tensor) -> None:
+        """Refuse graphs that differ between ranks which gather weights for each other.
+
+        Raises:
+            RuntimeError: If they do.
+        """
+        if not self._census.is_scattered:
+            return
+        unlike = (everyones & ~mine).nonzero().flatten().tolist()
+        names = [f"'{self._layers[i].name}'" for i in unlike]
+        problem = None
+        if names:
+            problem = (
+                f"The loss of task '{task}' leads to {', '.join(names)} on some ranks and not on "
+                f"rank {distributed.rank()}. Under fully_shard every rank must run the same layers."
+            )
+        found = self._census.anyone(problem)
+        if found is not None:
+            raise RuntimeError(found)
 
     def _check_hidden(self) -> None:
         """Refuse a training's gradients if masks hide from them what a statistic looks at.

@@ -1,6 +1,6 @@
 """Evidence: all that observations since the last update have shown."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,16 @@ class Store:
         value = total.tensor(None, _FLOATS, finite=False)
         if not self.statistics[name].is_sum(layer, value):
             raise total.wrong(f"must be of a shape that '{name}' has in this layer")
-        return value.to(self.device or layer.parameter.device, self._dtype(name), copy=True)
+        value = value.to(self.device or layer.parameter.device, self._dtype(name), copy=True)
+        return self._spread(name, layer.part.of, value)
+
+    def whole(self, name: str, total: Tensor, layer: Layer) -> Tensor:
+        """A copy of a sum, of the whole layer wherever its parts are, for a checkpoint."""
+        return self._spread(name, layer.part.whole, total.clone())
+
+    def _spread(self, name: str, change: Callable[[Tensor], Tensor], total: Tensor) -> Tensor:
+        """A sum after a change from the part of a layer to the whole, or back."""
+        return change(total).reshape(-1) if self.statistics[name].per_weight else total
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.statistics[name].dtype or self.dtype
@@ -106,18 +115,26 @@ class Evidence:
         """How many observations of each task there are, and how many were discarded."""
         return {"observations": dict(self.counts), "discarded": dict(self.discarded)}
 
-    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """As plain containers, with layers under their ``names``."""
+    def state_dict(self, layers: Sequence[Layer], store: Store) -> dict[str, Any]:
+        """As plain containers, with layers under their names.
+
+        Args:
+            layers: The layers.
+            store: How sums are kept.
+        """
         return {
             "statistics": {
                 statistic: {
-                    voter: {names[i]: total.clone() for i, total in totals.items()}
+                    voter: {
+                        layers[i].name: store.whole(statistic, total, layers[i])
+                        for i, total in totals.items()
+                    }
                     for voter, totals in voters.items()
                 }
                 for statistic, voters in self.statistics.items()
             },
             "counts": dict(self.counts),
-            "reached": {task: self.reached(task, len(names)) for task in self.hits},
+            "reached": {task: self.reached(task, len(layers)) for task in self.hits},
             "walked": {task: flags.clone() for task, flags in self.walked.items()},
             "finite": {task: torch.stack(flags) for task, flags in self.finite.items()},
             "discarded": dict(self.discarded),
@@ -207,7 +224,7 @@ class Evidence:
                 whose = " of the summed losses" if voter == JOINT else f" of task '{voter}'"
                 cause = "loss"
                 if statistics[name].when == "forward":
-                    whose, cause = "", "inputs"
+                    whose, cause = "" if voter == JOINT else whose, "inputs"
                 what = "Saliency" if name == "saliency" else f"Statistic '{name}'"
                 return (
                     f"{what}{whose} is not finite in '{layers[index].name}' "

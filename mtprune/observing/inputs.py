@@ -117,16 +117,34 @@ class Inputs:
             raise RuntimeError(unseen(layer))
         return torch.cat(found)
 
-    def add_to(self, evidence: Evidence) -> None:
-        """Add the statistics of inputs alone to the evidence."""
+    def add_to(self, evidence: Evidence, tasks: Sequence[str], apart: bool) -> None:
+        """Add the statistics of inputs alone to the evidence.
+
+        Args:
+            evidence: The evidence.
+            tasks: The tasks whose losses were observed.
+            apart: Whether tasks are told apart at all.
+        """
         for name, statistic in self._streamed.items():
-            sums = evidence.statistics.setdefault(name, {}).setdefault(JOINT, {})
-            for call in sorted(self._matched(JOINT), key=lambda call: call.index):
-                if name not in call.values:  # it cannot be had of this layer
-                    continue
-                value = statistic.reduce(call.values[name])
-                index = call.index
-                sums[index] = value if index not in sums else statistic.merge(sums[index], value)
+            sums = evidence.statistics.setdefault(name, {})
+            if not (statistic.apart and apart):
+                self._add(name, JOINT, self._matched(JOINT), sums)
+                continue
+            for task in tasks:
+                self._add(name, task, self._matched(task), sums)
+
+    def _add(
+        self, name: str, voter: str, calls: Sequence[_Call], sums: dict[str, dict[int, Tensor]]
+    ) -> None:
+        """Add one statistic of some calls to a voter's sums."""
+        statistic, mine = self._streamed[name], sums.setdefault(voter, {})
+        for call in sorted(calls, key=lambda call: call.index):
+            if name not in call.values:  # it cannot be had of this layer
+                continue
+            # A copy, because sums change in place, and other tasks may have seen the same call.
+            value = statistic.reduce(call.values[name].clone())
+            index = call.index
+            mine[index] = value if index not in mine else statistic.merge(mine[index], value)
 
     def forget(self) -> None:
         """Drop what was gathered since the last observation."""

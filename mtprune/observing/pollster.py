@@ -88,6 +88,8 @@ class Pollster:
             noted=self._hold.noted(),
             memory=memory,
             total_macs=self._inventory.total_macs,
+            parts=[layer.part for layer in layers],
+            census=self._inventory.census,
         )
 
     def _sums(
@@ -101,11 +103,12 @@ class Pollster:
         """The sums of one statistic in one layer, for each voter."""
         layer, seen = self._inventory.layers[index], evidence.statistics.get(name, {})
         if statistic.when == "forward":
+            owners = voters if statistic.apart and self._needs.apart else [JOINT]
             if statistic.fits(layer):
-                return {JOINT: self._zero(statistic, layer)}
-            if index not in seen.get(JOINT, {}):
+                return dict.fromkeys(owners, self._zero(statistic, layer))
+            if any(index not in seen.get(owner, {}) for owner in owners):
                 raise RuntimeError(unseen(layer))
-            return {JOINT: seen[JOINT][index]}
+            return {owner: seen[owner][index] for owner in owners}
         sums = {voter: seen.get(voter, {}).get(index) for voter in voters}
         return {
             # Used, but not in this graph: a gradient of zero.
@@ -114,18 +117,19 @@ class Pollster:
         }
 
     def _zero(self, statistic: Statistic, layer: Layer) -> Tensor:
-        return statistic.zero(layer, self._moved(layer.parameter.detach()))
+        return statistic.zero(layer, self._moved(layer.values))
 
     def _data_free(
         self, statistic: Statistic, layer: Layer, voters: Sequence[str], weight: Tensor
     ) -> dict[str, Tensor]:
         """A statistic of the weights as they are now: one for all voters, unless it names them."""
-        weight = weight.view(layer.shape)
+        weight = weight.view(layer.part.shape)
         if "task" in statistic.asks:
             values = {v: statistic.of(self._glance(layer, weight, v)) for v in voters}
         else:
             values = dict.fromkeys(voters, statistic.of(self._glance(layer, weight, None)))
-        if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+        wrong = sum(int((~torch.isfinite(value)).any()) for value in values.values())
+        if self._inventory.census.number(wrong, weight):
             raise RuntimeError(
                 f"Saliency is not finite in '{layer.name}'. Check its weights; masks are unchanged."
             )

@@ -150,7 +150,12 @@ class Reach:
         components = assign(list(using), using, self._declared, self._tasks)
         return [
             Subject(
-                x.name, components[x.name], x.shape, tuple(using[x.name]), self._costs.get(x.name)
+                x.name,
+                components[x.name],
+                x.shape,
+                tuple(using[x.name]),
+                self._costs.get(x.name),
+                x.matrices,
             )
             for _, x in self.active(users)
         ]

@@ -8,13 +8,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mtprune import distributed
 from mtprune.facts import Subject
 from mtprune.holding import Decision, Hold
-from mtprune.methods.base import Method, Needs
+from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
-from mtprune.model.parallel import check_parallel, check_replicas
+from mtprune.model.parallel import check_replicas
 from mtprune.observing.collector import Collector, Losses
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.pollster import Pollster
@@ -130,16 +129,17 @@ class Round(Generic[D]):
                 "Ranks have batches of different tasks, and this method looks at the inputs of "
                 "layers, which add up over all ranks. Give every rank the same tasks."
             )
+        if roll.partial and self._inventory.census.is_scattered:
+            raise RuntimeError(
+                "Ranks have batches of different tasks, and fully_shard gathers weights in every "
+                "backward, in which all ranks take part. Give every rank the same tasks."
+            )
         return roll.losses
 
-    def check_whole(self) -> None:
-        """Refuse a model that has been spread over ranks since the pruner was built.
-
-        Raises:
-            ValueError: If it has, with the name of what spreads it.
-        """
-        if distributed.is_on():
-            check_parallel(self._model)
+    @property
+    def by_graph(self) -> bool:
+        """Whether nothing is differentiated: graphs alone tell which task uses which layer."""
+        return self._needs.by_graph
 
     @property
     def wanted(self) -> int | None:
@@ -251,8 +251,14 @@ class Round(Generic[D]):
         self._check()
         return self._stability.enough(*self._question(step))
 
-    def decide(self, step: int) -> tuple[list[Layer], list[Subject], D]:
+    def decide(
+        self, step: int, look: Callable[[Ballot], object] = lambda ballot: None
+    ) -> tuple[list[Layer], list[Subject], D]:
         """The layers that are pruned, and the decision about them.
+
+        Args:
+            step: The step of the update.
+            look: Sees what is decided on.
 
         Raises:
             RuntimeError: If the evidence is not finite, or what was declared shared is not. It is
@@ -268,7 +274,7 @@ class Round(Generic[D]):
         if self._cumulative:
             self._keep()
         try:
-            return self._decide(step)
+            return self._decide(step, look)
         except Exception:
             self._reach.settled = settled  # which layers are pruned is as before too
             raise
@@ -287,12 +293,12 @@ class Round(Generic[D]):
 
     def state_dict(self) -> dict[str, Any]:
         """As plain containers."""
-        names = [layer.name for layer in self._inventory.layers]
+        layers = self._inventory.layers
         return {
             "singly": self._singly,
             "memory": dict(self.memory),
-            "evidence": self.evidence.state_dict(names),
-            "kept": self._kept.state_dict(names),
+            "evidence": self.evidence.state_dict(layers, self._store),
+            "kept": self._kept.state_dict(layers, self._store),
             "stability": self._stability.state_dict(),
         }
 
@@ -357,15 +363,24 @@ class Round(Generic[D]):
 
     def _check(self) -> None:
         problem = self.evidence.problem(self._inventory.layers, self._needs.statistics)
+        problem = self._inventory.census.anyone(problem)
         if problem is not None:
             self.forget()
             raise RuntimeError(problem)
 
     def _question(self, step: int) -> tuple[int, Callable[[], Sequence[Tensor]]]:
         """How many observations there are, and the masks they would give."""
-        return min(self.evidence.counts.values()), lambda: self._decide(step)[2].masks
 
-    def _decide(self, step: int) -> tuple[list[Layer], list[Subject], D]:
+        def masks() -> list[Tensor]:
+            layers, _, decision = self._decide(step)
+            pairs = zip(layers, decision.masks, strict=True)
+            return [layer.part.whole(mask).reshape(-1) for layer, mask in pairs]
+
+        return min(self.evidence.counts.values()), masks
+
+    def _decide(
+        self, step: int, look: Callable[[Ballot], object] = lambda ballot: None
+    ) -> tuple[list[Layer], list[Subject], D]:
         users = self._reach.now(self.evidence)
         active = self._reach.active(users)
         subjects = self._reach.subjects(users)
@@ -373,6 +388,7 @@ class Round(Generic[D]):
         if self._cumulative:
             evidence = replace(evidence, statistics=self._kept.statistics)
         ballot = self._pollster.ballot(evidence, active, subjects, self.memory)
+        look(ballot)
         return [layer for _, layer in active], subjects, self._method.decide(ballot, step)
 
 

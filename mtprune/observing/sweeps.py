@@ -8,16 +8,18 @@ from torch import Tensor
 
 from mtprune import distributed
 from mtprune.bits import zeroed
+from mtprune.census import Census
 from mtprune.holding import Hold
 from mtprune.model.graph import advised
+from mtprune.model.layers import Layer
 
-__all__ = ["backward", "check_fold", "fold", "gather", "stream"]
+__all__ = ["backward", "check_fold", "fold", "gather", "scatter", "stream"]
 
 Sink = Callable[[int, Tensor], None]
 """Takes the number of a layer and its dense gradient."""
 
 
-def check_fold(hold: Hold[Any]) -> None:
+def check_fold(hold: Hold[Any], census: Census) -> None:
     """Refuse to let the scoring be the training's backward where it cannot be.
 
     Raises:
@@ -26,7 +28,7 @@ def check_fold(hold: Hold[Any]) -> None:
     """
     if hold.no_fold:
         raise ValueError(hold.no_fold)
-    if distributed.world() > 1:
+    if distributed.world() > 1 or census.is_scattered:
         raise RuntimeError(
             "fold=True works in one process only: in several, gradients are averaged by hooks "
             "that allow one backward per forward. Call observe() without it, then backward()."
@@ -54,6 +56,55 @@ def stream(loss: Tensor, targets: Sequence[int], parameters: Sequence[Tensor], s
     finally:
         for handle in handles:
             handle.remove()
+
+
+def scatter(
+    loss: Tensor, targets: Sequence[int], layers: Sequence[Layer], sink: Sink, guarded: bool
+) -> bool:
+    """Feed what is here of each gradient, its mean over ranks, to ``sink`` as it arrives.
+
+    Ranks meet at every gradient, in the order of the backward, which is the same on all of them
+    where it gathers weights from all of them. So no more than one whole gradient is alive.
+
+    Args:
+        loss: What to differentiate.
+        targets: Which layers.
+        layers: The layers themselves.
+        sink: Takes the parts.
+        guarded: See `gather`.
+    """
+    waiting: list[tuple[int, Tensor]] = []
+    stubs: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    handles = []
+
+    def consume(index: int, layer: Layer) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            mine = layer.part.mean(grad.to_dense() if grad.is_sparse else grad)
+            if guarded:
+                waiting.append((index, mine))
+            else:
+                sink(index, mine)
+            stub = stubs.setdefault((grad.dtype, grad.device), grad.new_zeros(()).to_dense())
+            return stub.expand(grad.shape)
+
+        return hook
+
+    leaves = [layer.leaf for layer in layers]
+    try:
+        for index, layer, leaf in zip(targets, layers, leaves, strict=True):
+            handles.append(leaf.register_hook(consume(index, layer)))
+        with layers[0].sharding.quiet():
+            _grad(loss, leaves)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if guarded:
+        broken = [~torch.isfinite(mine).all() for _, mine in waiting]
+        if bool(distributed.any_rank(torch.stack(broken).any())):
+            return False
+    for index, mine in waiting:
+        sink(index, mine)
+    return True
 
 
 def fold(

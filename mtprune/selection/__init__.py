@@ -1,6 +1,7 @@
 """Selection: the exact budgets, of weights, of units, of weights by a level, of directions."""
 
 from mtprune.selection.directions import select_directions
+from mtprune.selection.groups import Groups, select_in_groups
 from mtprune.selection.ranking import Best, Ranking, rank, worths
 from mtprune.selection.units import Marks, Queue, fitting_units, least_cost, select_units
 from mtprune.selection.waterline import waterline
@@ -8,6 +9,7 @@ from mtprune.selection.weights import Quota, select
 
 __all__ = [
     "Best",
+    "Groups",
     "Marks",
     "Queue",
     "Quota",
@@ -17,6 +19,7 @@ __all__ = [
     "rank",
     "select",
     "select_directions",
+    "select_in_groups",
     "select_units",
     "waterline",
     "worths",

@@ -3,9 +3,13 @@
 On a CPU NumPy is several times as fast as torch in these, and gives the same results.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from mtprune.census import HERE, Census
 
 __all__ = ["ascending", "chunk_size", "count_true", "highest", "number_of", "positions", "reaches"]
 
@@ -59,11 +63,23 @@ def ascending(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.numpy()))
 
 
-def highest(values: Tensor, keep: int) -> Tensor:
-    """The ``keep`` highest values, earlier ones first among equals, as a bool tensor."""
-    if keep <= 0 or keep >= values.numel():
-        return torch.full_like(values, keep > 0, dtype=torch.bool)
-    least = torch.kthvalue(values, values.numel() - keep + 1).values
-    best = values > least
-    best[positions(values == least)[: keep - count_true(best)]] = True
+def highest(layers: Sequence[Tensor], keep: int, census: Census = HERE) -> list[Tensor]:
+    """The ``keep`` highest values of some layers, earlier ones first among equals, as bool tensors.
+
+    Args:
+        layers: The values of each layer here, in order of position.
+        keep: How many, of all ranks together.
+        census: Counts over all ranks.
+    """
+    values = torch.cat(list(layers))
+    if keep <= 0 or keep >= census.number(values.numel(), values):
+        return [torch.full_like(own, keep > 0, dtype=torch.bool) for own in layers]
+    least, equal, left = census.kth(values, keep)
+    if left == equal:
+        return [own >= least for own in layers]
+    best = [own > least for own in layers]
+    ties = [positions(own == least) for own in layers]
+    taken = census.shares([len(own) for own in ties], left)
+    for mask, own, number in zip(best, ties, taken, strict=True):
+        mask[own[:number]] = True
     return best

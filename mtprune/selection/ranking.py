@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mtprune import votes
+from mtprune.census import HERE, Census
 from mtprune.selection.arrays import (
     ascending,
     chunk_size,
@@ -60,17 +61,22 @@ class Ranking:
         pieces: The task's saliencies, one flat tensor per layer, float32 or bfloat16.
         priority: Divides the distance from the top, ``1 - (1 - percentile) / priority``, which
             gives the task that many times the share the others get.
+        census: Counts over the saliencies of all ranks, where each has a part.
     """
 
-    def __init__(self, pieces: Sequence[Tensor], priority: float = 1.0) -> None:
+    def __init__(
+        self, pieces: Sequence[Tensor], priority: float = 1.0, census: Census = HERE
+    ) -> None:
         self._pieces = pieces
         self._priority = priority
+        self.census = census
         device = pieces[0].device
-        self.total = sum(piece.numel() for piece in pieces)
         by_code = torch.zeros(_CODES, dtype=torch.int64, device=device)
         for chunk in self._chunks():
             histogram = torch.bincount(_codes(chunk))
             by_code[: histogram.numel()] += histogram
+        by_code = census.sum(by_code)
+        self.total: int = census.number(sum(piece.numel() for piece in pieces), by_code)
         # From here on by cell: codes in the order of their values.
         self._cells, self._edges = _layout(device)
         self.counts = torch.empty_like(by_code).scatter_(0, self._cells, by_code)
@@ -99,13 +105,19 @@ class Ranking:
         return low, high
 
     def tabulate(self, grid: Grid) -> None:
-        """Prepare `on_grid`, `reach` and `edges`."""
+        """Prepare `on_grid`, `cells`, `reach` and `edges`."""
         self._grid_low, self._grid_high = grid.cell(self._low), grid.cell(self._high)
         self._by_code = self._grid_low.to(torch.int16)[self._cells]
+        self._top_by_code = self._grid_high.to(torch.int16)[self._cells]
 
     def on_grid(self, values: Tensor, out: Tensor) -> None:
         """Write the grid cell of the lowest percentile of each of ``values``, int16."""
         torch.index_select(self._by_code, 0, _codes(values), out=out)
+
+    def cells(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid cells of the lowest and highest percentile of each of ``values``, int16."""
+        codes = _codes(values)
+        return self._by_code[codes], self._top_by_code[codes]
 
     def reach(self, cuts: Tensor) -> Tensor:
         """For each cut, the highest cell of a percentile whose lower bound is below it, int32.
@@ -126,19 +138,20 @@ class Ranking:
 
     def exact(self, values: Tensor) -> Tensor:
         """The percentiles of ``values``, each of them one of the task's own, float64."""
-        if values.numel() == 0:
+        if values.numel() == 0 and not self.census.is_scattered:
             return self._low.new_zeros(0)
         values = values.to(torch.float32)
         cells = self._cells[_codes(values)]
         inside = torch.zeros(_CODES, dtype=torch.bool, device=values.device)
         inside[cells] = True
+        inside = self.census.sum(inside.to(torch.int32)).bool()
         inside[_ZERO - 1 : _ZERO + 1] = False  # of zeros it is known how many lie below
         # Counted inside these cells alone: how many saliencies lie below each value.
         neighbours = ascending(self._within(inside))
         counts = torch.where(inside, self.counts, 0)
         before = (counts.cumsum(0) - counts)[cells]
         below = self._below[cells] + torch.where(
-            inside[cells], torch.searchsorted(neighbours, values) - before, 0
+            inside[cells], self.census.below(neighbours, values) - before, 0
         )
         return self.percentile(below)
 
@@ -156,10 +169,8 @@ class Ranking:
             return 0, int(self.counts[_ZERO - 1 : _ZERO + 1].sum()), remaining
         inside = torch.zeros(_CODES, dtype=torch.bool, device=self.counts.device)
         inside[cell] = True
-        neighbours = self._within(inside)
-        value = ascending(neighbours)[neighbours.numel() - remaining]
-        equal, above = int((neighbours == value).sum()), int((neighbours > value).sum())
-        return int(value.view(torch.int32)), equal, remaining - above
+        value, equal, left = self.census.kth(self._within(inside), remaining)
+        return int(value.view(torch.int32)), equal, left
 
     def _within(self, inside: Tensor) -> Tensor:
         """The task's saliencies inside some cells, float32.
@@ -206,11 +217,9 @@ class Best(Mapping[int, Tensor]):
         # Of those equal to the last one kept, how many each layer keeps; None for all of them.
         self._ties: dict[int, int] | None = None
         if remaining < equal:
-            self._ties = {}
-            for layer, piece in pieces.items():
-                ties = count_true(piece == number_of(self._value)) if remaining else 0
-                self._ties[layer] = min(ties, remaining)
-                remaining -= self._ties[layer]
+            ties = [count_true(piece == number_of(self._value)) for piece in pieces.values()]
+            taken = ranking.census.shares(ties, remaining)
+            self._ties = dict(zip(pieces, taken, strict=True))
 
     @override
     def __getitem__(self, layer: int) -> Tensor:
@@ -231,13 +240,15 @@ class Best(Mapping[int, Tensor]):
 
 
 def rank(
-    scores: Sequence[Mapping[str, Tensor]], priority: Mapping[str, float] | None = None
+    scores: Sequence[Mapping[str, Tensor]],
+    priority: Mapping[str, float] | None = None,
+    census: Census = HERE,
 ) -> dict[str, Ranking]:
     """Each task's ranking of all the weights it uses; for the arguments see `select`."""
     tasks = dict.fromkeys(task for layer in scores for task in layer)
     share = _relative(priority or {}, tasks)
     return {
-        task: Ranking([layer[task] for layer in scores if task in layer], share[task])
+        task: Ranking([layer[task] for layer in scores if task in layer], share[task], census)
         for task in tasks
     }
 

@@ -11,6 +11,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mtprune.census import HERE, Census
+
 __all__ = ["waterline"]
 
 _BINS = 1 << 15  # the leading 16 bits of a float32 that is not negative
@@ -23,6 +25,7 @@ def waterline(
     costs: Sequence[Fraction | int],
     groups: Sequence[Collection[int]] = (),
     least: Sequence[int] = (),
+    census: Census = HERE,
 ) -> list[Tensor]:
     """Put the lowest weights below the line, exactly as many as the budget says.
 
@@ -36,6 +39,7 @@ def waterline(
         costs: The cost of a weight of each layer; if all are 1 the budget is a count.
         groups: Sets of layers that must not go below whole; disjoint, or one inside the other.
         least: For each group, how many of its highest weights stay above.
+        census: Counts over all ranks, where each has a part of every layer.
 
     Returns:
         For each layer a bool tensor ``[n]``, True above the line.
@@ -49,11 +53,12 @@ def waterline(
     """
     safe: list[Tensor | None] = [None] * len(heights)
     while True:
-        above = _line(heights, budget, costs, safe)
+        above = _line(heights, budget, costs, safe, census)
+        stay = census.count(above) if groups else []
         too_few = [
             (group, count)
             for group, count in zip(groups, least, strict=True)
-            if sum(int(above[i].sum()) for i in group) < count
+            if sum(stay[i] for i in group) < count
         ]
         if not too_few:
             return above
@@ -65,9 +70,10 @@ def waterline(
                 if set(other) < set(group)
             ]
             own = [heights[i] for i in members]
-            rest = sum(height.numel() for height in own) - count
+            rest = census.number(sum(height.numel() for height in own), own[0]) - count
             ones = [1] * len(own)
-            highest = waterline(own, rest, ones, [g for g, _ in inner], [n for _, n in inner])
+            within, numbers = [g for g, _ in inner], [n for _, n in inner]
+            highest = waterline(own, rest, ones, within, numbers, census)
             for i, mask in zip(members, highest, strict=True):
                 before = safe[i]
                 safe[i] = mask if before is None else before | mask
@@ -78,6 +84,7 @@ def _line(
     budget: Fraction | int,
     costs: Sequence[Fraction | int],
     safe: Sequence[Tensor | None],
+    census: Census,
 ) -> list[Tensor]:
     """`waterline` where some weights stay above whatever their height.
 
@@ -86,10 +93,12 @@ def _line(
         budget: See `waterline`.
         costs: See `waterline`.
         safe: For each layer the weights that stay above; None for none of them.
+        census: See `waterline`.
     """
-    counts = [
+    free = [
         h.numel() - (0 if s is None else int(s.sum())) for h, s in zip(heights, safe, strict=True)
     ]
+    counts = [total for _, total in census.places(free)]
     available = sum((c * n for c, n in zip(costs, counts, strict=True)), Fraction(0))
     if budget > available:
         raise ValueError(f"Only {float(available):g} of {float(budget):g} can go under.")
@@ -99,35 +108,40 @@ def _line(
             for h, s in zip(heights, safe, strict=True)
         ]
     leading = [_histogram(h, s, None) for h, s in zip(heights, safe, strict=True)]
-    high, cost_below = _partial_bin(leading, budget, costs)
+    high, cost_below = _partial_bin(leading, budget, costs, census)
     trailing = [_histogram(h, s, high) for h, s in zip(heights, safe, strict=True)]
-    low, cost_inside = _partial_bin(trailing, budget - cost_below, costs)
+    low, cost_inside = _partial_bin(trailing, budget - cost_below, costs, census)
     remaining = budget - cost_below - cost_inside
     line = (high << 16) | low
-    above = []
-    for height, mask, cost in zip(heights, safe, costs, strict=True):
+    under, ties = [], []
+    for height, mask in zip(heights, safe, strict=True):
         bits = _bits(height)
         below, on = bits < line, bits == line
         if mask is not None:
             below, on = below & ~mask, on & ~mask
-        ties = on.nonzero().squeeze(1)
+        under.append(below)
+        ties.append(on.nonzero().squeeze(1))
+    places = census.places([own.numel() for own in ties])
+    for below, own, cost, (ahead, total) in zip(under, ties, costs, places, strict=True):
         # Weights that cost nothing all go below; others go as long as they fit.
-        count = ties.numel() if cost == 0 else min(ties.numel(), math.floor(remaining / cost))
-        below[ties[:count]] = True
+        count = total if cost == 0 else min(total, math.floor(remaining / cost))
+        below[own[: max(count - ahead, 0)]] = True
         remaining -= count * cost
-        above.append(~below)
-    return above
+    return [~below for below in under]
 
 
 def _partial_bin(
-    counts: Sequence[Tensor], budget: Fraction | int, costs: Sequence[Fraction | int]
+    counts: Sequence[Tensor],
+    budget: Fraction | int,
+    costs: Sequence[Fraction | int],
+    census: Census,
 ) -> tuple[int, Fraction]:
     """The first bin that does not go below whole, and the cost of all bins before it."""
     common = math.lcm(*(Fraction(cost).denominator for cost in costs))
     total = torch.zeros_like(counts[0])
     for count, cost in zip(counts, costs, strict=True):
         total += count * int(cost * common)
-    sums = total.cumsum(0)
+    sums = census.sum(total).cumsum(0)
     first = int((sums <= math.floor(budget * common)).sum())
     # Bins of no cost at the very end go below whole, too.
     first = min(first, len(sums) - 1)

@@ -19,13 +19,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from mtprune import votes
+from mtprune.census import HERE, Census
 from mtprune.selection.arrays import chunk_size, count_true, highest, positions, reaches
 from mtprune.selection.ranking import GRID, Grid, Ranking, rank
 from mtprune.votes import Vote
 
-__all__ = ["Quota", "select"]
+__all__ = ["NOT_A_VOTE", "Quota", "exact_worths", "select"]
 
-_NOT_A_VOTE = (
+NOT_A_VOTE = (
     "The vote is not one: a weight lost worth when a task's percentile rose. A vote must be "
     "non-decreasing in every percentile."
 )
@@ -54,6 +55,7 @@ def select(
     eligible: Sequence[Tensor] | None = None,
     priority: Mapping[str, float] | None = None,
     rankings: Mapping[str, Ranking] | None = None,
+    census: Census = HERE,
 ) -> list[Tensor]:
     """Keep, in every quota, the exact number of weights of highest worth.
 
@@ -67,6 +69,7 @@ def select(
             count in percentiles but are not kept. All of them unless given.
         priority: Factor on a task's guaranteed share; 1 for those not named.
         rankings: What `rank` gives for ``scores`` and ``priority``, if it is known already.
+        census: Counts over all ranks, where each has a part of every layer.
 
     Returns:
         For each layer a bool tensor ``[n]``, True = keep; all False where no quota names it.
@@ -79,8 +82,8 @@ def select(
     """
     masks = [torch.zeros_like(next(iter(s.values())), dtype=torch.bool) for s in scores]
     if rankings is None:
-        rankings = rank(scores, priority)
-    selection = _Selection(scores, vote, rankings, eligible)
+        rankings = rank(scores, priority, census)
+    selection = _Selection(scores, vote, rankings, eligible, census)
     order = votes.order_statistic(vote)
     if order is not None and rankings:
         # Such a vote picks one of the percentiles, so it may as well pick among their grid cells.
@@ -93,7 +96,8 @@ def select(
         contests = [_AnyVote(selection, quota) for quota in quotas]
     for contest in contests:
         contest.open(masks)
-    worths = _exact_worths(selection, [part for contest in contests for part in contest.undecided])
+    undecided = [part for contest in contests for part in contest.undecided]
+    worths = exact_worths(scores, vote, rankings, undecided, census)
     for contest in contests:
         contest.close(masks, [next(worths) for _ in contest.undecided])
     return masks
@@ -107,6 +111,7 @@ class _Selection:
     vote: Vote
     rankings: Mapping[str, Ranking]
     eligible: Sequence[Tensor] | None
+    census: Census
 
     def size(self, layer: int) -> int:
         """How many weights a layer has."""
@@ -142,14 +147,14 @@ class _Contest(ABC):
     def open(self, masks: list[Tensor]) -> None:
         """Set in ``masks`` the weights that are surely kept, and find those that are undecided."""
         for layer, chunks in zip(self._quota.layers, self._decisions(), strict=True):
-            undecided = []
+            undecided = [torch.zeros(0, dtype=torch.int64, device=masks[layer].device)]
             for chunk, sure, possible, eligible in chunks:
                 if eligible is not None:
                     sure, possible = sure & eligible, possible & eligible
                 masks[layer][chunk] = sure
                 undecided.append(positions(possible & ~sure) + chunk.start)
-            self._sure_counts.append(count_true(masks[layer]))
             self.undecided.append((layer, torch.cat(undecided)))
+        self._sure_counts = self._kept(masks)
 
     def close(self, masks: list[Tensor], worths: Sequence[Tensor]) -> None:
         """Set ``masks`` of the quota's layers to exactly ``keep`` True in all.
@@ -165,19 +170,24 @@ class _Contest(ABC):
         ):
             need = max(0, floor - sure)
             if need:
-                best = highest(worth, need)
+                [best] = highest([worth], need, self._selection.census)
                 masks[layer][index[best]] = True
                 remaining -= need
                 index, worth = index[~best], worth[~best]
             rest.append((layer, index, worth))
-        best = highest(torch.cat([worth for _, _, worth in rest]), remaining)
-        for (layer, index, _), part in zip(
-            rest, torch.split(best, [index.numel() for _, index, _ in rest]), strict=True
-        ):
-            masks[layer][index[part]] = True
-        kept = sum(count_true(masks[layer]) for layer in self._quota.layers)
-        if kept != self._quota.keep:
-            raise ValueError(_NOT_A_VOTE)
+        chosen = highest([worth for _, _, worth in rest], remaining, self._selection.census)
+        for (layer, index, _), best in zip(rest, chosen, strict=True):
+            masks[layer][index[best]] = True
+        if sum(self._kept(masks)) != self._quota.keep:
+            raise ValueError(NOT_A_VOTE)
+
+    def _kept(self, masks: Sequence[Tensor]) -> list[int]:
+        """How many weights each layer keeps."""
+        own = [masks[layer] for layer in self._quota.layers]
+        counts = [count_true(mask) for mask in own]
+        if not self._selection.census.is_scattered:
+            return counts
+        return self._selection.census.count(own)
 
     @abstractmethod
     def _decisions(self) -> Iterator[Iterator[_Decision]]:
@@ -272,7 +282,7 @@ class _OrderStatistic(_Contest):
                 worth = worth[positions(eligible)]
             histogram = torch.bincount(worth)
             counts[: histogram.numel()] += histogram
-        return counts.flip(0).cumsum(0).flip(0)
+        return self._selection.census.sum(counts).flip(0).cumsum(0).flip(0)
 
 
 class _AnyVote(_Contest):
@@ -299,7 +309,7 @@ class _AnyVote(_Contest):
             rows = [r.percentile(r.counts.new_tensor([0, r.total])) for r in rankings]
             low, high = votes.tally(selection.vote, torch.stack(rows)).tolist()
             if high < low:
-                raise ValueError(_NOT_A_VOTE)
+                raise ValueError(NOT_A_VOTE)
             ranges.append((low, high))
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
@@ -324,13 +334,15 @@ class _AnyVote(_Contest):
         lows, highs = [], []
         for layer in self._quota.layers:
             device = next(iter(self._selection.scores[layer].values())).device
-            counts = torch.zeros(2, GRID + 1, dtype=torch.int64, device=device)
+            counts, wrong = torch.zeros(2, GRID + 1, dtype=torch.int64, device=device), 0
             for _, lowest, topmost, eligible in self._bounds(layer):
-                if bool((lowest > topmost).any()):
-                    raise ValueError(_NOT_A_VOTE)
+                wrong += count_true(lowest > topmost)
                 for row, cells in enumerate((lowest, topmost)):
                     cells = cells if eligible is None else cells[eligible]
                     counts[row] += torch.bincount(cells, minlength=GRID + 1)
+            if self._selection.census.number(wrong, counts):
+                raise ValueError(NOT_A_VOTE)
+            counts = self._selection.census.sum(counts)
             from_top = counts.flip(1).cumsum(1).flip(1)
             lows.append(from_top[0])
             highs.append(from_top[1])
@@ -344,38 +356,51 @@ class _AnyVote(_Contest):
         return torch.minimum(common_in, floor_in), torch.minimum(common_out, floor_out)
 
 
-def _exact_worths(
-    selection: _Selection, undecided: Sequence[tuple[int, Tensor]]
+def exact_worths(
+    scores: Sequence[Mapping[str, Tensor]],
+    vote: Vote,
+    rankings: Mapping[str, Ranking],
+    undecided: Sequence[tuple[int, Tensor]],
+    census: Census = HERE,
 ) -> Iterator[Tensor]:
-    """The exact worth of some weights of each layer."""
-    queries: dict[str, list[Tensor]] = {task: [] for task in selection.rankings}
+    """The exact worth of some weights of some layers, float64.
+
+    Args:
+        scores: See `select`.
+        vote: The vote.
+        rankings: What `rank` gives for ``scores``.
+        undecided: Layers, each with the positions of weights.
+        census: Counts over all ranks, where each has a part of every layer.
+    """
+    queries: dict[str, list[Tensor]] = {task: [] for task in rankings}
     rows_of, bounds_of, inexact_of = [], [], []
     for layer, index in undecided:
-        pairs = [selection.rankings[t].bounds(v[index]) for t, v in selection.scores[layer].items()]
+        pairs = [rankings[t].bounds(v[index]) for t, v in scores[layer].items()]
         low, high = (torch.stack(rows) for rows in zip(*pairs, strict=True))
-        bound = selection.vote(low) if index.numel() else low[0]
+        bound = vote(low) if index.numel() else low[0]
         # A percentile with equal bounds is exact already.
         inexact = high > low
-        if selection.vote is votes.unanimous:
+        if vote is votes.unanimous:
             # A task whose highest percentile is below another's lowest has no say in this weight,
             # and need not be ranked among the thousands around it.
             inexact &= high >= bound
-        for (task, values), mask in zip(selection.scores[layer].items(), inexact, strict=True):
+        for (task, values), mask in zip(scores[layer].items(), inexact, strict=True):
             queries[task].append(values[index[mask]])
         rows_of.append(low)
         bounds_of.append(bound)
         inexact_of.append(inexact)
     answers = {
-        task: iter(torch.split(selection.rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
+        task: iter(torch.split(rankings[task].exact(torch.cat(v)), [len(x) for x in v]))
         for task, v in queries.items()
         if v
     }
     for (layer, _), rows, bound, inexact in zip(
         undecided, rows_of, bounds_of, inexact_of, strict=True
     ):
-        for task, row, mask in zip(selection.scores[layer], rows, inexact, strict=True):
+        for task, row, mask in zip(scores[layer], rows, inexact, strict=True):
             row[mask] = next(answers[task])
-        worth = selection.vote(rows) if bound.numel() else bound
-        if not bool((worth >= bound - 1e-9).all()):  # allows for a vote's own rounding
-            raise ValueError(_NOT_A_VOTE)
+        worth = vote(rows) if bound.numel() else bound
+        wrong = count_true(~(worth >= bound - 1e-9))  # allows for a vote's own rounding
+        if census.number(wrong, worth):
+            raise ValueError(NOT_A_VOTE)
         yield worth

@@ -57,7 +57,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -
     ]
     inner = [element("caption", caption), element("thead", names), element("tbody", *body)]
     # A box of its own, so that a wide table scrolls and the page does not.
-    return element("div", element("table", *inner), class_="box", tabindex="0")
+    # It can be scrolled by keys, so it can be reached by them, and has a name.
+    told = {"tabindex": "0", "role": "region", "aria_label": caption}
+    return element("div", element("table", *inner), class_="box", **told)
 
 
 def _attributes(attributes: dict[str, object]) -> str:

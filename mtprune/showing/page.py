@@ -11,26 +11,35 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mtprune.affinity import Affinity
+from mtprune.compression.measure import Sizes
+from mtprune.compression.plan import Plan
 from mtprune.metrics import delta_t, lower_is_better
 from mtprune.showing import svg
+from mtprune.showing.agreement import agreement
 from mtprune.showing.html import Element, element, table, void
+from mtprune.showing.sizes import plan_section, sizes_section
+from mtprune.showing.style import STYLE
 
 if TYPE_CHECKING:
     from mtprune.report import Report, Row
 
-__all__ = ["Beside", "fragment", "page"]
+__all__ = ["Beside", "Drawn", "fragment", "page", "plan_page"]
 
 Results = Mapping[str, Mapping[str, float]]
+
+Drawn = Tensor | tuple[Tensor, Tensor]
+"""A mask to draw, or one before and one after."""
 
 _PARTS = {
     "all its tasks": "c0",
     "several": "c1",
     "one of several": "c2",
     "no task alone": "c3",
+    "kept": "c0",  # where no task has a say of its own
     "pruned": "c4",
 }
-_PLAIN = {"kept": "c0", "pruned": "c4"}  # where no task has a say of its own
 _MOST = 100  # layers in a picture; the table has all
+_MOMENTS = 128  # updates in a picture and its table
 
 
 @dataclass(frozen=True)
@@ -40,34 +49,48 @@ class Beside:
     Attributes:
         before: ``{task: {metric: value}}`` of the dense model.
         after: The same of the pruned one.
-        masks: Masks by layer, to be drawn.
+        masks: Masks by layer, to be drawn; or pairs of them, before and after.
         affinity: The overlap of the masks of tasks, by what it is the overlap of.
-        plan: What `mtprune.compress` did, as text.
+        plan: What `mtprune.compress` did, or any text.
+        sizes: What `mtprune.measure` found; those of the plan unless given.
     """
 
     before: Results = field(default_factory=dict)
     after: Results = field(default_factory=dict)
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Drawn] = field(default_factory=dict)
     affinity: Mapping[str, Affinity] = field(default_factory=dict)
-    plan: str = ""
+    plan: Plan | str | None = None
+    sizes: Sizes | None = None
 
 
 def page(report: "Report", beside: Beside) -> str:
     """The whole file."""
+    return _whole(f"Pruning report: {_headline(report)}", _sections(report, beside))
+
+
+def plan_page(plan: Plan) -> str:
+    """The whole file, where only a plan is known."""
+    head = element("header", element("h1", "A compressed model"))
+    return _whole(
+        "Compressed model", [head, *filter(None, (sizes_section(plan.sizes), plan_section(plan)))]
+    )
+
+
+def _whole(title: str, sections: Sequence[Element]) -> str:
     head = element(
         "head",
         void("meta", charset="utf-8"),
         void("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"Pruning report: {_headline(report)}"),
-        element("style", Element(_STYLE)),
+        element("title", title),
+        element("style", Element(STYLE)),
     )
-    body = element("body", element("main", *_sections(report, beside), class_="mtprune"))
+    body = element("body", element("main", *sections, class_="mtprune"))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
 def fragment(report: "Report") -> str:
     """The page as a part of another one, as notebooks show it."""
-    style = element("style", Element(_STYLE.replace("body{", ".mtprune-none{")))
+    style = element("style", Element(STYLE.replace("body{", ".mtprune-none{")))
     return element("div", style, *_sections(report, Beside()), class_="mtprune")
 
 
@@ -75,9 +98,10 @@ def _sections(report: "Report", beside: Beside) -> list[Element]:
     found = [_head(report, beside)]
     if report.step is None:
         return found
-    found += [_components(report), _layers(report), _wanted(report), _groups(report)]
-    found += [_history(report), _affinity(beside.affinity), _masks(beside.masks)]
-    found += [_uncovered(report), _plan(beside.plan), _words(report)]
+    sizes = beside.sizes or (beside.plan.sizes if isinstance(beside.plan, Plan) else None)
+    found += [_components(report), _layers(report), _groups(report), _history(report)]
+    found += [agreement(beside.affinity, _MOST), _masks(beside.masks), _uncovered(report)]
+    found += [sizes_section(sizes), plan_section(beside.plan), _words(report)]
     return [section for section in found if section]
 
 
@@ -88,26 +112,24 @@ def _headline(report: "Report") -> str:
 
 
 def _head(report: "Report", beside: Beside) -> Element:
-    tasks = ", ".join(report.tasks)
+    tasks, number = ", ".join(report.tasks), len(report.tasks)
     if report.step is None:
         told = f"{report.parameters:,} weights in {len(report.layers)} layers, for {tasks}."
         return element("header", element("h1", "Nothing pruned yet"), element("p", told))
-    lead = (
-        f"{report.kept:,} of {report.parameters:,} weights are left, for {len(report.tasks)} "
-        f"task{'s' if len(report.tasks) > 1 else ''}: {tasks}."
-    )
-    cards = [
-        _card(f"{report.sparsity:.2%}", "of the weights are pruned"),
-        _card(f"{report.coverage:.1%}", "of the model's matrices take part"),
-        _card(f"{report.head_share:.1%}", "of the weights are private to one task"),
-    ]
+    lead = f"{report.kept:,} of {report.parameters:,} weights are left"
+    lead += f", for {number} task{'s' if number > 1 else ''}: {tasks}." if number else "."
+    cards = [_card(f"{report.sparsity:.2%}", "of the weights are pruned")]
+    if report.coverage is not None:
+        cards.append(_card(f"{report.coverage:.1%}", "of the model's matrices take part"))
+    if number:
+        cards.append(_card(f"{report.head_share:.1%}", "of the weights are private to one task"))
     if report.macs_sparsity is not None:
         cards.append(_card(f"{report.macs_sparsity:.1%}", "of the multiply-adds fall on zeros"))
     parts = [element("h1", f"{report.sparsity:.1%} pruned"), element("p", lead, class_="lead")]
     parts.append(element("div", *cards, class_="cards"))
     if beside.before and beside.after:
         parts.append(_change(beside.before, beside.after))
-    about = [f"After step {report.step}."]
+    about = [f"After step {report.step}."] if number else []
     about += [f"By {report.method}."] if report.method else []
     parts.append(element("p", " ".join(about), class_="method"))
     return element("header", *parts)
@@ -136,22 +158,12 @@ def _told(metrics: Mapping[str, float]) -> list[str]:
     return [", ".join(f"{name} {value:.4g}" for name, value in metrics.items())]
 
 
-def _parts(row: "Row") -> list[float]:
-    """The shares of a row's weights: kept for all, several, one, no task alone; pruned."""
-    kept = 1.0 - row.sparsity
-    if row.single is None or row.nobody is None:
-        return [0.0, 0.0, 0.0, kept, row.sparsity]
-    single = 0.0 if len(row.tasks) == 1 else row.single  # the only one is all
-    several = max(0.0, 1.0 - row.unanimity - single - row.nobody)
-    return [*(part * kept for part in (row.unanimity, several, single, row.nobody)), row.sparsity]
-
-
 def _rows_picture(rows: Sequence["Row"], says: str) -> Element:
     told = [f"{row.kept:,} kept" for row in rows]
-    if all(row.single is None for row in rows):
-        shares = {row.name: [1.0 - row.sparsity, row.sparsity] for row in rows}
-        return svg.bars(shares, _PLAIN, told, says=says)
-    return svg.bars({row.name: _parts(row) for row in rows}, _PARTS, told, says=says)
+    known = {name for row in rows for name in row.parts}
+    parts = {name: kind for name, kind in _PARTS.items() if name in known}
+    shares = {row.name: [row.parts.get(name, 0.0) for name in parts] for row in rows}
+    return svg.bars(shares, parts, told, says=says)
 
 
 def _rows_table(report: "Report", rows: Sequence["Row"], what: str, caption: str) -> Element:
@@ -161,7 +173,10 @@ def _rows_table(report: "Report", rows: Sequence["Row"], what: str, caption: str
     macs = any(row.macs is not None for row in rows)
     head = [what, "weights", "kept", "pruned"]
     head += ["rank"] * ranks + ["threshold"] * soft + ["multiply-adds left"] * macs
-    head += [*(f"want {voter}" for voter in voters), "unanimity"]
+    asked = any(row.tasks for row in rows)
+    split = any(row.single is not None for row in rows)
+    head += [f"want {voter}" for voter in voters]
+    head += ["unanimity"] * asked + ["one task's", "no task's"] * split
     body = []
     for row in rows:
         cells = [row.name, f"{row.parameters:,}", f"{row.kept:,}", f"{row.sparsity:.2%}"]
@@ -169,7 +184,9 @@ def _rows_table(report: "Report", rows: Sequence["Row"], what: str, caption: str
         cells += [f"{row.threshold:.3g}" if row.threshold is not None else ""] * soft
         cells += [f"{row.macs_kept:,.0f}" if row.macs_kept is not None else ""] * macs
         cells += [f"{row.want[v]:.1%}" if v in row.want else "" for v in voters]
-        body.append([*cells, f"{row.unanimity:.1%}"])
+        cells += [f"{row.unanimity:.1%}"] * asked
+        alone = ["" if part is None else f"{part:.1%}" for part in (row.single, row.nobody)]
+        body.append(cells + alone * split)
     total = ["all", f"{report.parameters:,}", f"{report.kept:,}", f"{report.sparsity:.2%}"]
     body.append(total + [""] * (len(head) - len(total)))
     return table(head, body, caption=caption)
@@ -198,25 +215,24 @@ def _layers(report: "Report") -> Element:
         element("h2", "Layers"),
         element("p", told),
         _rows_picture(shown, "How much of each layer is kept, and for whom."),
+        *_wanted(shown),
         _rows_table(report, report.layers, "layer", "Layers, in numbers."),
     )
 
 
-def _wanted(report: "Report") -> Element:
-    voters = list(dict.fromkeys(voter for row in report.layers for voter in row.want))
+def _wanted(rows: Sequence["Row"]) -> list[Element]:
+    """Who wanted it: a heat map of voters, and of all tasks together."""
+    voters = list(dict.fromkeys(voter for row in rows for voter in row.want))
     if len(voters) < 2:
-        return Element("")
-    rows = {row.name: [row.want.get(voter) for voter in voters] for row in report.layers[:_MOST]}
-    return element(
-        "section",
-        element("h2", "Who wanted it"),
-        element(
-            "p",
-            "Of the weights that a layer keeps, the share that each voter alone would keep. The "
-            "numbers stand in the table of layers.",
-        ),
-        svg.heat(rows, voters, says="For each layer and voter the share of the kept weights."),
+        return []
+    shares = {row.name: [*(row.want.get(v) for v in voters), row.unanimity] for row in rows}
+    told = (
+        "Of the weights that a layer keeps, the share that each voter alone would keep, and the "
+        "share that every task which uses the layer would keep."
     )
+    says = "For each layer and voter the share of the kept weights, and the unanimity."
+    picture = svg.heat(shares, [*voters, "unanimity"], says=says)
+    return [element("h3", "Who wanted it"), element("p", told), picture]
 
 
 def _groups(report: "Report") -> Element:
@@ -234,9 +250,10 @@ def _groups(report: "Report") -> Element:
 
 
 def _history(report: "Report") -> Element:
-    moments = report.history
-    if len(moments) < 2:
+    if len(report.history) < 2:
         return Element("")
+    every = -(-len(report.history) // _MOMENTS)
+    moments = report.history[::-every][::-1]  # the last is among them
     names = list(dict.fromkeys(name for m in moments for name in m.components))
 
     def over(key: str) -> dict[str, list[tuple[float, float]]]:
@@ -265,92 +282,61 @@ def _history(report: "Report") -> Element:
         task: [(float(m.step), m.weights[task]) for m in moments if task in m.weights]
         for task in report.tasks
     }
-    if any(len({w for _, w in points}) > 1 for points in weights.values()):
+    weighed = any(len({w for _, w in points}) > 1 for points in weights.values())
+    if weighed:
         parts.append(element("h3", "What each task's loss counts"))
         parts.append(
             svg.lines(weights, unit="number", across="step", says="Weight of each task's loss.")
         )
     tau = bool(thresholds)
     head = ["step", "pruned", *names, *(f"threshold {name}" for name in names if tau)]
-    head += [f"weight {task}" for task in moments[-1].weights]
+    head += [f"weight {task}" for task in moments[-1].weights if weighed]
     rows = []
     for m in moments:
         own = [m.components.get(name, {}) for name in names]
         cells = [f"{m.step:,}", f"{m.sparsity:.2%}"]
         cells += [f"{x['sparsity']:.2%}" if "sparsity" in x else "" for x in own]
         cells += [f"{x['threshold']:.3g}" if "threshold" in x else "" for x in own if tau]
-        rows.append([*cells, *(f"{w:.3g}" for w in m.weights.values())])
-    parts.append(table(head, rows, caption="Every update that is remembered."))
+        rows.append([*cells, *(f"{w:.3g}" for w in m.weights.values() if weighed)])
+    told = "Every update that is remembered." if every == 1 else f"One of every {every} updates."
+    parts.append(table(head, rows, caption=told))
     return element("section", *parts)
 
 
-def _affinity(found: Mapping[str, Affinity]) -> Element:
-    if not found:
+def _masks(masks: Mapping[str, Drawn]) -> Element:
+    if not masks:
         return Element("")
-    layers = list(dict.fromkeys(layer.name for a in found.values() for layer in a.layers))
-    places = {what: {layer.name: layer for layer in a.layers} for what, a in found.items()}
-    shown = layers[:_MOST]
-    cells = {
-        name: [places[what][name].iou if name in places[what] else None for what in found]
-        for name in shown
-    }
-    head = ["layer", *(f"{what}: {x}" for what in found for x in ("overlap", "by chance"))]
-    rows = []
-    for name in layers:
-        row = [name]
-        for what in found:
-            layer = places[what].get(name)
-            row += ["", ""] if layer is None else [f"{layer.iou:.3f}", f"{layer.chance:.3f}"]
-        rows.append(row)
-    total = ["all"]
-    for a in found.values():
-        total += [f"{a.iou:.3f}", f"{a.chance:.3f}"]
+    figures, rows = [], []
+    for name, drawn in masks.items():
+        pair = drawn if isinstance(drawn, tuple) else (drawn,)
+        for when, kept in zip(("before", "after") if len(pair) > 1 else ("",), pair, strict=True):
+            told = f"{name}, {when}" if when else name
+            shape = " x ".join(map(str, kept.shape))
+            numbers = f"{int(kept.sum()):,} of {kept.numel():,} kept"
+            picture = svg.mask(kept, says=f"Mask of {told}: rows are outputs, dark is kept.")
+            caption = element("figcaption", f"{told}, {shape}: {numbers}")
+            figures.append(element("figure", picture, caption))
+            rows.append([told, shape, f"{kept.numel():,}", f"{int(kept.sum()):,}"])
     return element(
         "section",
-        element("h2", "Where tasks agree"),
-        element(
-            "p",
-            "How much the masks that tasks would have alone overlap: intersection over union. "
-            "Masks that have nothing to do with each other overlap, too, by chance.",
-        ),
-        svg.heat(cells, list(found), says="For each layer the overlap of the tasks' masks."),
-        table(head, [*rows, total], caption="Overlap of masks, and that of independent ones."),
+        element("h2", "Masks"),
+        element("div", *figures, class_="figures"),
+        table(["mask", "shape", "weights", "kept"], rows, caption="Masks, in numbers."),
     )
 
 
-def _masks(masks: Mapping[str, Tensor]) -> Element:
-    if not masks:
-        return Element("")
-    pictures = [
-        element(
-            "figure",
-            svg.mask(kept, says=f"Mask of {name}: rows are outputs, dark is kept."),
-            element(
-                "figcaption",
-                f"{name}, {' x '.join(map(str, kept.shape))}: "
-                f"{int(kept.sum()):,} of {kept.numel():,} kept",
-            ),
-        )
-        for name, kept in masks.items()
-    ]
-    return element("section", element("h2", "Masks"), element("div", *pictures, class_="figures"))
-
-
 def _uncovered(report: "Report") -> Element:
-    if not report.left_alone and report.coverage >= 1.0:
+    share = report.coverage
+    if not report.left_alone and share is not None and share >= 1.0:
         return Element("")
     rows = [[name, why] for name, why in report.left_alone.items()]
-    told = f"{report.coverage:.1%} of the model's matrices take part."
+    told = "Which share of the model's matrices takes part is not known."
+    if share is not None:
+        told = f"{share:.1%} of the model's matrices take part."
     parts = [element("h2", "What was left alone"), element("p", told)]
     if rows:
         parts.append(table(["layer", "why"], rows, caption="Layers that are not pruned."))
     return element("section", *parts)
-
-
-def _plan(plan: str) -> Element:
-    if not plan:
-        return Element("")
-    return element("section", element("h2", "Compressed"), element("pre", plan, tabindex="0"))
 
 
 def _words(report: "Report") -> Element:
@@ -360,6 +346,8 @@ def _words(report: "Report") -> Element:
         "would keep.",
         "unanimity": "Of the kept weights, the share that each of the tasks which use the layer "
         "would keep alone.",
+        "one task's, no task's": "Of the kept weights, the share that exactly one of these tasks "
+        "would keep alone, and the share that none of them would.",
         "component": "'shared' is what you declared as shared; a task's own is what no other task "
         "uses; 'undeclared' is used by several, and was not declared.",
     }
@@ -369,57 +357,3 @@ def _words(report: "Report") -> Element:
         words["rank"] = "Singular directions kept, of those there were."
     items = [e for w, told in words.items() for e in (element("dt", w), element("dd", told))]
     return element("section", element("h2", "Words"), element("dl", *items))
-
-
-_STYLE = """
-:root{color-scheme:light dark}
-body{margin:0;background:Canvas}
-.mtprune{--ink:#1c2430;--soft:#5a6675;--paper:#fff;--line:#d9dfe7;--c0:#0b3c6f;--c1:#2f7fc1;
---c2:#e08a1e;--c3:#8b93a0;--c4:#e9edf2;--s0:#0b3c6f;--s1:#c2570c;--s2:#1f7a4d;--s3:#8a2f8f;
---s4:#7a5c00;--s5:#3f4a57;color:var(--ink);background:var(--paper);
-font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:0 auto;padding:24px 20px}
-@media (prefers-color-scheme:dark){.mtprune{--ink:#e8edf3;--soft:#a7b3c2;--paper:#14181d;
---line:#333c47;--c0:#9cc9f5;--c1:#4d93d6;--c2:#f0a548;--c3:#7d8794;--c4:#262d36;--s0:#9cc9f5;
---s1:#f39a5b;--s2:#6fd3a0;--s3:#d99be0;--s4:#e2c25c;--s5:#c6d0dc}}
-.mtprune h1{font-size:30px;line-height:1.2;margin:0 0 4px}
-.mtprune h2{font-size:19px;margin:34px 0 6px}
-.mtprune h3{font-size:15px;margin:18px 0 4px}
-.mtprune .lead{font-size:17px;margin:0 0 14px}
-.mtprune .method{color:var(--soft);font-size:13px;overflow-wrap:anywhere}
-.mtprune .cards{display:flex;flex-wrap:wrap;gap:10px;margin:0 0 14px}
-.mtprune .card{border:1px solid var(--line);border-radius:8px;padding:8px 14px;flex:1 1 150px}
-.mtprune .card b{display:block;font-size:20px}
-.mtprune .card span{color:var(--soft);font-size:13px}
-.mtprune .picture{overflow-x:auto;margin:8px 0}
-.mtprune svg{display:block;width:100%;min-width:600px;height:auto}
-.mtprune svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
-.mtprune .c0{fill:var(--c0)}.mtprune .c1{fill:var(--c1)}.mtprune .c2{fill:var(--c2)}
-.mtprune .c3{fill:var(--c3)}.mtprune .c4{fill:var(--c4)}
-.mtprune .cell{fill:var(--c0);fill-opacity:calc(.06 + .94*var(--share));stroke:var(--line);
-stroke-width:.5}
-.mtprune svg text.on{fill:var(--paper)}
-.mtprune .grid{fill:none;stroke:var(--line)}
-.mtprune .line{fill:none;stroke-width:2}
-.mtprune .line.s0{stroke:var(--s0)}.mtprune .line.s1{stroke:var(--s1)}
-.mtprune .line.s2{stroke:var(--s2)}.mtprune .line.s3{stroke:var(--s3)}
-.mtprune .line.s4{stroke:var(--s4)}.mtprune .line.s5{stroke:var(--s5)}
-.mtprune text.s0{fill:var(--s0)}.mtprune text.s1{fill:var(--s1)}.mtprune text.s2{fill:var(--s2)}
-.mtprune text.s3{fill:var(--s3)}.mtprune text.s4{fill:var(--s4)}.mtprune text.s5{fill:var(--s5)}
-.mtprune .box{overflow:auto;max-height:420px;border:1px solid var(--line);border-radius:8px;
-margin:8px 0}
-.mtprune table{border-collapse:collapse;width:100%;font-size:13px}
-.mtprune caption{text-align:left;color:var(--soft);padding:6px 10px}
-.mtprune th,.mtprune td{padding:4px 10px;text-align:right;border-top:1px solid var(--line);
-white-space:nowrap;background:none;color:inherit}
-.mtprune thead th{position:sticky;top:0;background:var(--paper)}
-.mtprune th:first-child{text-align:left}
-.mtprune td:last-child{text-align:right}
-.mtprune pre{overflow:auto;font-size:12px;border:1px solid var(--line);border-radius:8px;
-padding:10px}
-.mtprune .figures{display:flex;flex-wrap:wrap;gap:16px}
-.mtprune figure{margin:0;max-width:100%}
-.mtprune figcaption{font-size:12px;color:var(--soft);overflow-wrap:anywhere}
-.mtprune .mask{image-rendering:pixelated;border:1px solid var(--line);max-width:100%}
-.mtprune dt{font-weight:600}.mtprune dd{margin:0 0 8px;color:var(--soft)}
-@media print{.mtprune .box{max-height:none;overflow:visible}.mtprune section{break-inside:auto}}
-"""

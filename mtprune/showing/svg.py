@@ -75,17 +75,23 @@ def heat(
         marks.append(_text(_short(name), left - 8, y + 14, anchor="end", title=name))
         for j, share in enumerate(shares):
             title = f"{name}, {columns[j]}: " + ("none" if share is None else f"{share:.1%}")
-            cell = _rectangle(left + j * wide, y, wide - 2, _ROW - 2, "cell", title)
-            marks.append(element("g", cell, style=f"--share:{0 if share is None else share:.3f}"))
+            tone = f"--share:{0 if share is None else share:.3f}"
+            box = (left + j * wide, y, wide - 2, _ROW - 2)
+            marks.append(_rectangle(*box, "cell", title, style=tone))
             if share is not None and wide >= 34:
                 middle = left + (j + 0.5) * wide - 1
-                tone = "on" if share > 0.55 else None
-                marks.append(_text(f"{share:.0%}", middle, y + 14, anchor="middle", kind=tone))
+                marks.append(_text(f"{share:.0%}", middle, y + 14, anchor="middle"))
     return _picture(marks, _WIDTH, 30 + len(rows) * _ROW, says)
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, unit: str, across: str, says: str
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    unit: str,
+    across: str,
+    says: str,
+    mark: tuple[float, float] | None = None,
+    band: Sequence[tuple[float, float, float]] = (),
 ) -> Element:
     """Lines over steps, each named at its end.
 
@@ -94,6 +100,8 @@ def lines(
         unit: How values are written: ``"share"`` or ``"number"``.
         across: What lies across.
         says: What the picture shows.
+        mark: From where to where a stretch is marked.
+        band: What is filled: where along, and from which value to which.
     """
     points = [point for line in series.values() for point in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -106,6 +114,14 @@ def lines(
         return left + along * (right - left), low - (y / top if top else 0.0) * (low - high)
 
     marks = []
+    if mark is not None:
+        start, end = (place(x, 0)[0] for x in mark)
+        marks.append(_rectangle(start, high, end - start, low - high, "mark", "watershed"))
+    if len(band) > 1:
+        below = [place(x, max(0.0, value)) for x, value, _ in band]
+        above = [place(x, min(top, value)) for x, _, value in band]
+        told = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*above, *reversed(below)])
+        marks.append(element("polygon", points=told, class_="band"))
     for i in range(5):
         value = top * i / 4
         _, y = place(first, value)
@@ -183,12 +199,22 @@ def _picture(marks: Sequence[Element], width: float, height: float, says: str) -
     box = f"0 0 {width:g} {height:g}"
     inner = [element("title", says), *marks]
     picture = element("svg", *inner, viewBox=box, role="img", aria_label=says)
-    return element("div", picture, class_="picture")
+    # On a phone it is wider than the page: it scrolls, by keys too.
+    told = {"tabindex": "0", "role": "region", "aria_label": "picture"}
+    return element("div", picture, class_="picture", **told)
 
 
-def _rectangle(x: float, y: float, width: float, height: float, kind: str, title: str) -> Element:
+def _rectangle(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    kind: str,
+    title: str,
+    style: str | None = None,
+) -> Element:
     places = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
-    return element("rect", element("title", title), class_=kind, **places)
+    return element("rect", element("title", title), class_=kind, style=style, **places)
 
 
 def _line(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> Element:

@@ -487,6 +487,73 @@ def test_a_model_that_does_not_run():
         channels(nn.Sequential(conv(3, 8)), torch.randn(1, 4, 8, 8))
 
 
+class Looking(nn.Module):
+    """Attention whose number of heads follows from the width that is left of its projections."""
+
+    def __init__(self, gain=0.02):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        for layer in (self.q, self.k):  # so that it looks everywhere alike, as at the start
+            nn.init.normal_(layer.weight, std=gain)
+
+    def forward(self, x):
+        rows = x.flatten(2).transpose(1, 2)
+        q, k, v = (
+            layer(rows).view(*rows.shape[:2], -1, 4).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        rows = rows + self.o(seen)
+        return rows + self.down(self.up(rows).relu())
+
+
+@needed
+def test_what_cannot_be_removed_is_named_when_it_is_found():
+    torch.manual_seed(0)
+    model, x = Looking(), torch.randn(2, 16, 3, 3)
+    with pytest.warns(
+        UserWarning, match=r"Left out: 'q\.channels': without some of them the model"
+    ):
+        (group,) = mtprune.Channel(x).groups(model, [])
+    assert group.name == "up.channels"
+    mask_(model, [group], draw([group], 1))
+    fast = mtprune.compress(model, x, groups=[group], measure=FakeTimes())
+    assert off(model, fast, x) <= TOLERANCES[torch.float32]
+    model = nn.Sequential(conv(3, 8), nn.Softmax(1), conv(8, 2))
+    with pytest.raises(
+        ValueError, match=r"channels that cannot be removed: '0\.channels': .*Prune"
+    ):
+        mtprune.MultitaskPruner(
+            model,
+            {"a": lambda out, x: out.mean()},
+            method=mtprune.Vote(0.5, granularity=mtprune.Channel(torch.randn(1, 3, 8, 8))),
+        )
+    tied = nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 8), conv(8, 2))
+    tied[2].weight = tied[1].weight
+    with pytest.raises(ValueError, match=r"'0\.channels': weights are used in two places"):
+        mtprune.Channel(torch.randn(1, 3, 8, 8)).groups(tied, [])
+
+
+@needed
+def test_of_large_images_a_corner_is_looked_at_if_the_model_runs_on_it():
+    seen = []
+    model = nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(96), down(8, 4, 96), nn.Flatten())
+    model.append(nn.Linear(4, 2))
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    groups = channels(model, torch.randn(1, 3, 96, 200))
+    assert [(group.name, group.size) for group in groups] == [("0.channels", 8), ("2.channels", 4)]
+    assert set(seen) == {(64, 64)}
+    seen.clear()
+    del model[1]
+    model[1] = down(8, 4, 48)
+    model[3] = nn.Linear(4 * 2 * 5, 2)
+    groups = channels(model, torch.randn(1, 3, 96, 200))
+    assert [(group.name, group.size) for group in groups] == [("0.channels", 8), ("1.channels", 4)]
+    assert seen[0] == (64, 64)
+    assert set(seen[1:]) == {(96, 200)}
+
+
 def test_without_torch_pruning_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'mtprune[structured]'")):

@@ -40,7 +40,7 @@ class Election:
     @cached_property
     def rankings(self) -> dict[str, Ranking]:
         """Every voter's ranking of all the weights it uses."""
-        return rank(self.ballot.scores, self.priority)
+        return rank(self.ballot.scores, self.priority, self.ballot.census)
 
 
 class Alone(Mapping[str, Mapping[int, Tensor]]):

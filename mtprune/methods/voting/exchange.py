@@ -8,12 +8,13 @@ from torch import Tensor
 
 from mtprune import saliency
 from mtprune.allocation import Allocation, Budget
+from mtprune.census import Census
 from mtprune.facts import Subject
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.weights import alone_of
 from mtprune.schedule import Regrow
-from mtprune.selection import Best, Quota, Ranking, select
+from mtprune.selection import Best, Quota, Ranking, rank, select
 
 __all__ = ["draw", "exchange", "lasting_counts"]
 
@@ -27,15 +28,20 @@ def lasting_counts(
     shapes, components = [s.shape for s in subjects], [s.component for s in subjects]
     sizes = [prod(shape) for shape in shapes]
     keep = sum(sizes) - round(sparsity * sum(sizes))
-    return layerwise.counts(Budget(shapes, components, keep, sizes, min_keep))
+    matrices = [s.matrices for s in subjects]
+    return layerwise.counts(Budget(shapes, components, keep, sizes, min_keep, matrices))
 
 
 def draw(election: Election, sparsity: float) -> Masks:
     """Random masks with the allocation's count in every layer."""
     ballot = election.ballot
     counts = lasting_counts(ballot.subjects, election.allocation, sparsity, election.min_keep)
-    draws = [saliency.random(w, generator=ballot.generator).float() for w in ballot.weights]
-    masks = _best_of_each(draws, counts)
+    # Each layer is drawn as a whole: what a rank has a part of is the same for all.
+    draws = [
+        part.of(saliency.random(mask.new_empty(shape), generator=ballot.generator)).reshape(-1)
+        for part, mask, shape in zip(ballot.parts, ballot.masks, ballot.shapes, strict=True)
+    ]
+    masks = _best_of_each(draws, counts, ballot.census)
     return Masks(masks, alone_of(election, election.rankings, sparsity))
 
 
@@ -50,14 +56,15 @@ def exchange(election: Election, sparsity: float, schedule: Regrow, step: int) -
     """
     fraction = schedule.fraction_at(step)
     ballot = election.ballot
-    counts = [int(mask.sum()) for mask in ballot.masks]
+    counts = ballot.kept
     drop = [
-        min(round(fraction * n), mask.numel() - n)
-        for n, mask in zip(counts, ballot.masks, strict=True)
+        min(round(fraction * n), prod(shape) - n)
+        for n, shape in zip(counts, ballot.shapes, strict=True)
     ]
     survivors = _best_of_each(
         [w.abs().float() for w in ballot.weights],
         [n - d for n, d in zip(counts, drop, strict=True)],
+        ballot.census,
         eligible=ballot.masks,
     )
     able = [~mask for mask in survivors]
@@ -74,6 +81,7 @@ def _grown(election: Election, able: Sequence[Tensor], counts: Sequence[int]) ->
         [Quota((layer,), n, (n,)) for layer, n in enumerate(counts)],
         eligible=able,
         rankings=election.rankings,
+        census=election.ballot.census,
     )
 
 
@@ -87,20 +95,25 @@ def _grown_in_layers(
         if count:
             own = {voter: values[free] for voter, values in scores.items()}
             quota = Quota((0,), count, (0,))
-            [best] = select([own], election.vote, [quota], priority=election.priority)
+            census = election.ballot.census
+            rankings = rank([own], election.priority, census)
+            [best] = select([own], election.vote, [quota], rankings=rankings, census=census)
             grown.masked_scatter_(free, best)
         masks.append(grown)
     return masks
 
 
 def _best_of_each(
-    scores: Sequence[Tensor], counts: Sequence[int], eligible: Sequence[Tensor] | None = None
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    census: Census,
+    eligible: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The ``counts`` highest scores of every layer on its own, flat bool masks."""
     masks = []
     for i, (values, count) in enumerate(zip(scores, counts, strict=True)):
         able = values if eligible is None else values[eligible[i]]
-        best = Best({0: able}, Ranking([able]), count)[0]
+        best = Best({0: able}, Ranking([able], census=census), count)[0]
         if eligible is not None:
             best = torch.zeros_like(eligible[i]).masked_scatter_(eligible[i], best)
         masks.append(best)

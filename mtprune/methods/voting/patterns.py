@@ -1,14 +1,13 @@
 """Patterns: of every m consecutive inputs the same number is kept, those of highest worth."""
 
-from collections.abc import Mapping
-from math import inf
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mtprune.granularity import NM
 from mtprune.holding import Masks
-from mtprune.methods.voting.election import Alone, Election
-from mtprune.selection import worths
+from mtprune.methods.voting.election import Election
+from mtprune.methods.voting.grouped import keep_in_groups
 
 __all__ = ["keep_pattern"]
 
@@ -21,21 +20,35 @@ def keep_pattern(election: Election, pattern: NM, progress: float) -> Masks:
         pattern: The pattern in the end.
         progress: The share of its sparsity that is due.
     """
-    ballot, rankings = election.ballot, election.rankings
     keep = pattern.m - round((pattern.m - pattern.n) * progress)
+    return keep_in_groups(
+        election, [_Inputs(shape, pattern, keep) for shape in election.ballot.shapes]
+    )
 
-    def best(worth: Tensor, layer: int) -> Tensor:
-        return pattern.best(worth.view(ballot.shapes[layer]), keep).view(-1)
 
-    masks = [
-        best(worth.masked_fill(~mask, -inf), layer) & mask
-        for layer, (worth, mask) in enumerate(
-            zip(worths(ballot.scores, election.vote, rankings), ballot.masks, strict=True)
-        )
-    ]
+@dataclass(frozen=True)
+class _Inputs:
+    """Every m consecutive inputs of an output, at each place of the kernel.
 
-    def alone(voter: str) -> Mapping[int, Tensor]:
-        layers = enumerate(ballot.scores)
-        return {layer: best(scores[voter], layer) for layer, scores in layers if voter in scores}
+    Attributes:
+        shape: Of the weight.
+        pattern: The pattern.
+        keep: How many of m are kept.
+    """
 
-    return Masks(masks, Alone(rankings, alone))
+    shape: tuple[int, ...]
+    pattern: NM
+    keep: int
+
+    def split(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values.view(self.shape).movedim(1, -1).reshape(-1, self.pattern.m)
+
+    def join(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        outputs, inputs, *kernel = self.shape
+        return values.view(outputs, *kernel, inputs).movedim(-1, 1).reshape(-1)
+
+    def best(self, worth: Tensor, which: Tensor | None = None) -> Tensor:
+        """See `Groups`."""
+        return self.pattern.best(worth, self.keep)

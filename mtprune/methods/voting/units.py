@@ -10,6 +10,7 @@ from torch import Tensor
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Alone, Election, Scores, merged, own
 from mtprune.model.layers import Layer
+from mtprune.model.parts import Part
 from mtprune.model.units import Units
 from mtprune.selection import fitting_units, least_cost, rank, select_units, worths
 
@@ -96,11 +97,11 @@ def keep_units(election: Election, budget: UnitBudget, progress: float, what: st
         units,
         budget.room(fixed + units.weigh(units.everything()), progress) - fixed,
         election.allocation.units,
-        eligible=units.standing(ballot.masks),
+        eligible=units.standing(ballot.whole_masks()),
         min_keep=election.min_keep,
     )
     alone = _alone(electorate, units, lambda cost: budget.room(cost, progress))
-    return _of_weights(kept, alone, units)
+    return _of_weights(kept, alone, units, ballot.parts)
 
 
 def keep_units_per_task(election: Election, ratio: float) -> Masks:
@@ -110,9 +111,9 @@ def keep_units_per_task(election: Election, ratio: float) -> Masks:
     units = ballot.units
     electorate = _electorate(ballot.scores, units)
     alone = _alone(electorate, units, lambda cost: int(ratio * cost))
-    eligible = units.standing(ballot.masks)
+    eligible = units.standing(ballot.whole_masks())
     kept = merged(electorate.scores, eligible, alone, election.vote)
-    return _of_weights(kept, alone, units)
+    return _of_weights(kept, alone, units, ballot.parts)
 
 
 def pool_of(units: Units) -> Callable[[Layer, Tensor], Tensor]:
@@ -154,17 +155,23 @@ def _electorate(scores: Scores, units: Units) -> _Electorate:
     return _Electorate(_per_cost(summed, units.costs), used)
 
 
-def _spread(wishes: Mapping[int, Tensor], units: Units) -> dict[int, Tensor]:
-    """The masks of weights from those of units, flat; units without one are kept."""
-    masks = units.spread([wishes.get(g, mask) for g, mask in enumerate(units.everything())])
-    return {place: mask.reshape(-1) for place, mask in enumerate(masks)}
+def _spread(kept: Sequence[Tensor], units: Units, parts: Sequence[Part]) -> list[Tensor]:
+    """What is here of the masks of weights, flat, from those of units."""
+    pairs = zip(parts, units.spread(kept), strict=True)
+    return [part.of(mask).reshape(-1) for part, mask in pairs]
 
 
-def _of_weights(kept: Sequence[Tensor], alone: Alone, units: Units) -> Masks:
+def _of_weights(kept: Sequence[Tensor], alone: Alone, units: Units, parts: Sequence[Part]) -> Masks:
     """The masks of weights from those of units."""
+
+    def ask(voter: str) -> Mapping[int, Tensor]:
+        wishes = alone[voter]  # units without one are kept
+        every = [wishes.get(group, mask) for group, mask in enumerate(units.everything())]
+        return dict(enumerate(_spread(every, units, parts)))
+
     return Masks(
-        [mask.reshape(-1) for mask in units.spread(kept)],
-        Alone(alone, lambda voter: _spread(alone[voter], units)),
+        _spread(kept, units, parts),
+        Alone(alone, ask),
         units=dict(zip(units.names, kept, strict=True)) if units.spanning else {},
     )
 

@@ -22,14 +22,21 @@ def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
     """
     ballot = election.ballot
     keep = ballot.total - round(sparsity * progress * ballot.total)
-    upper = [int(mask.sum()) for mask in ballot.masks]
-    budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
+    budget = Budget(
+        ballot.shapes,
+        ballot.components,
+        keep,
+        ballot.kept,
+        election.min_keep,
+        ballot.matrices,
+    )
     masks = select(
         ballot.scores,
         election.vote,
         election.allocation.at(progress).quotas(budget),
         eligible=_unless_all(ballot.masks),
         rankings=election.rankings,
+        census=ballot.census,
     )
     return Masks(masks, alone_of(election, election.rankings, sparsity * progress))
 
@@ -37,7 +44,7 @@ def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
 def keep_per_task(election: Election, ratio: float) -> Masks:
     """Every task keeps the top ``int(ratio * N_k)`` weights, and the vote merges their masks."""
     ballot = election.ballot
-    alone = _alone(election, rank(ballot.scores), lambda n: int(ratio * n))
+    alone = _alone(election, rank(ballot.scores, census=ballot.census), lambda n: int(ratio * n))
     return Masks(merged(ballot.scores, ballot.masks, alone, election.vote), alone)
 
 
