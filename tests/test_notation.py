@@ -282,7 +282,10 @@ def changed(**parts):
         ),
         ({"format": 1, "type": "Erk"}, r"'type' must be a method such as 'Vote'"),
         (changed(priority={"seg": torch}), r"'priority.seg' must be made of containers"),
-        (changed(schedule={"argument": "path"}), r"'schedule.argument' must be one of"),
+        (changed(schedule={"argument": "example_inputs"}), r"'schedule' must be no argument"),
+        (changed(example_inputs={"argument": "x"}), r"'example_inputs.argument' must be one of"),
+        (changed(example_inputs=[1.0]), r"'example_inputs' must be a mapping"),
+        (changed(priority={"seg": 10**400}), r"'priority.seg' must be a finite number"),
         (
             METHOD["speedup"].to_dict(),
             r"was made with `example_inputs`, which are no part of it. Pass "
