@@ -179,9 +179,9 @@ class Card:
 
 
 _LAST = (
-    "## Before you use it\n\nThis page was written by mtprune from what it had measured. It does "
-    "not know what data the network has seen, or for whom it works less well; whoever trained it "
-    "should say so here."
+    "## Before you use it\n\nThis page was written by mtprune from what it had measured and was "
+    "told. It does not know what data the network has seen, or for whom it works less well; who "
+    "trained it should say so here."
 )
 
 

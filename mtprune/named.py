@@ -73,6 +73,7 @@ METHODS: Mapping[str, Maker] = {
     "set_": lambda sparsity, steps: recipes.set_(sparsity, **_exchange(steps)),
     "magnitude": lambda sparsity, steps: recipes.magnitude(sparsity),
     "lamp": lambda sparsity, steps: recipes.lamp(sparsity),
+    "wanda": lambda sparsity, steps: recipes.wanda(sparsity),
     "gradual_magnitude": lambda sparsity, steps: replace(
         recipes.magnitude(sparsity), schedule=_gradual(sparsity, steps).schedule
     ),

@@ -219,7 +219,7 @@ class _Reader:
                 "type": self._dataclass,
                 "function": self._function,
                 "own": lambda part: self._own[self._named(part["own"], self._own)],
-                "argument": self._argument,
+                "argument": self._misplaced,
                 "number": lambda part: float(part["number"].text(("inf", "-inf", "nan"))),
             }
             marks = [mark for mark in read if isinstance(entry.value.get(mark), str)]
@@ -228,6 +228,8 @@ class _Reader:
             return {key: self.value(part) for key, part in entry.mapping().items()}
         if isinstance(entry.value, (list, tuple)):
             return tuple(map(self.value, entry.items()))
+        if checks.is_number(entry.value):
+            entry.number()  # which refuses what is beyond all numbers
         return entry.plain()
 
     def _named(self, entry: Entry, known: Collection[str]) -> str:
@@ -248,7 +250,12 @@ class _Reader:
         given = [field for field in fields(cls) if field.init]
         needed = [f.name for f in given if f.default is f.default_factory is MISSING]
         parts = entry.fields(["type", *needed], optional=[field.name for field in given])
-        values = {key: self.value(part) for key, part in parts.items() if key != "type"}
+        shown = {field.name for field in given if not field.compare}
+        values = {
+            key: self._argument(part, key) if key in shown else self.value(part)
+            for key, part in parts.items()
+            if key != "type"
+        }
         try:
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
@@ -263,11 +270,17 @@ class _Reader:
         entry.fields(["function"])
         return _functions()[name]
 
-    def _argument(self, entry: Entry) -> Any:
-        name = entry["argument"].text(self._arguments)
-        if self._arguments[name] is None:
+    def _argument(self, entry: Entry, name: str) -> Any:
+        """What a value is shown, which is passed beside the data."""
+        if entry.value is None:
+            return None
+        entry.fields(["argument"])["argument"].text([name])
+        if self._arguments.get(name) is None:
             raise ValueError(
                 f"This method was made with `{name}`, which are no part of it. Pass "
                 f"method_from(data, {name}=...): what the model is called with."
             )
         return self._arguments[name]
+
+    def _misplaced(self, entry: Entry) -> Any:
+        raise entry.wrong("must be no argument: only what a model is called with is one")

@@ -147,7 +147,9 @@ class Study:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("A picture needs matplotlib: pip install matplotlib.") from error
+            raise ImportError(
+                "A picture needs matplotlib. Install the extra: pip install 'mtprune[plots]'."
+            ) from error
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         plots = figure.subplots(1, 2, sharey=True)
         parts = (("mean over tasks", "means"), ("the task that loses most", "worsts"))

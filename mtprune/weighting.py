@@ -32,6 +32,7 @@ Weights = Mapping[str, Any]
 """For each task, a number or a 0-dim tensor."""
 
 Weighting = Callable[[Mapping[str, Tensor]], Weights]
+"""A function of the losses that returns the weights."""
 
 
 def uniform(losses: Mapping[str, Tensor]) -> Weights:

@@ -36,7 +36,7 @@ from mtprune import (
     votes,
     weighting,
 )
-from mtprune.allocation import ByComponent, Global, Uniform
+from mtprune.allocation import ByComponent, Global, PerOutput, Uniform
 from mtprune.methods import describe
 from mtprune.patterns import PATTERNS, Attention, FeedForward
 from mtprune.structure import Group, Member
@@ -60,7 +60,7 @@ MINE = (
 METHOD = {
     **{f"saliency {name}": Vote(0.5, saliency=getattr(saliency, name)) for name in (
         *("taylor", "taylor_magnitude", "snip", "fisher", "gradient", "movement"),
-        *("magnitude", "lamp", "random"),
+        *("magnitude", "lamp", "random", "wanda"),
     )},
     **{f"vote {name}": Vote(0.5, vote=getattr(votes, name)) for name in (
         *("unanimous", "intersection", "majority", "mean"),
@@ -77,7 +77,7 @@ METHOD = {
     )},
     "tuple": Vote(0.5, granularity=(Head(patterns=(*PATTERNS, *MINE)), Neuron())),
     **{f"allocation {type(a).__name__}": Vote(0.5, allocation=a) for a in (
-        *(Global(), Uniform(), Erk(0.5), Floor(0.3, of=Erk(2.0))),
+        *(Global(), Uniform(), Erk(0.5), Floor(0.3, of=Erk(2.0)), PerOutput()),
         ByComponent({"shared": 0.5, "type": 0.25}),
     )},
     "numbers": Vote(0.5, priority={"seg": 2, "type": 0.5}, observations="auto", min_keep=0),
@@ -282,7 +282,10 @@ def changed(**parts):
         ),
         ({"format": 1, "type": "Erk"}, r"'type' must be a method such as 'Vote'"),
         (changed(priority={"seg": torch}), r"'priority.seg' must be made of containers"),
-        (changed(schedule={"argument": "path"}), r"'schedule.argument' must be one of"),
+        (changed(schedule={"argument": "example_inputs"}), r"'schedule' must be no argument"),
+        (changed(example_inputs={"argument": "x"}), r"'example_inputs.argument' must be one of"),
+        (changed(example_inputs=[1.0]), r"'example_inputs' must be a mapping"),
+        (changed(priority={"seg": 10**400}), r"'priority.seg' must be a finite number"),
         (
             METHOD["speedup"].to_dict(),
             r"was made with `example_inputs`, which are no part of it. Pass "
@@ -318,6 +321,7 @@ def test_methods_by_name_prune_what_was_asked_in_the_time_that_was_given():
 
 
 def test_methods_by_name_are_the_recipes():
+    assert set(mtprune.recipes.__all__) <= set(METHODS)
     assert METHODS["lamp"](0.9, 5) == mtprune.recipes.lamp(0.9)
     assert METHODS["best"](0.9, 5) == mtprune.recipes.best(0.9)
     assert METHODS["best_joint"](0.9, 5) == replace(mtprune.recipes.best(0.9), disentangled=False)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,12 @@ def test_it_prints_and_is_written(tmp_path):
     assert line["results"][2]["depth"]["rmse"] == 2.0
     assert line["behind"]["among"] == pytest.approx(found["magnitude", 0.5].behind.among)
     assert "one seed nothing is known of chance" in str(run(Trainer(), seeds=1))
+
+
+def test_a_picture_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install 'mtprune\[plots\]'"):
+        run(Trainer(), seeds=1).figure()
 
 
 def test_what_was_stopped_goes_on(tmp_path):

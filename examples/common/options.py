@@ -54,7 +54,7 @@ _WHEN = {
     "gradual_magnitude": "gradual",
     **dict.fromkeys(("disparse_static", "snip", "random"), "init"),
     **dict.fromkeys(("adapmtl", "adapmtl_uniform", "adapmtl_worst"), "init"),
-    **dict.fromkeys(("disparse_pretrained", "magnitude", "lamp"), "trained"),
+    **dict.fromkeys(("disparse_pretrained", "magnitude", "lamp", "wanda"), "trained"),
 }
 
 METHODS: dict[str, str | None] = {

@@ -15,10 +15,10 @@ ROOT = Path(mtprune.__file__).parent
 # What architecture.md calls "what all of these use", and the folders that nobody imports from.
 INTERNAL = {
     *("bits", "checkpoint", "checks", "distributed", "facts", "files", "progress", "reading"),
-    *("text", "trials", "model", "observing", "showing", "__main__"),
+    *("results", "text", "trials", "model", "observing", "showing", "__main__"),
 }
 # Folders are read from their __init__; these have public modules inside.
-INSIDE = ("compression.forms", "integrations.transformers")
+INSIDE = ("compression.forms", "integrations.hub", "integrations.transformers")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def doc_of_value(module: str, name: str) -> str:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             is_doc = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
             return inspect.cleandoc(below.value.value) if is_doc else ""
-    for statement in body:
+    for statement in ast.walk(ast.Module(body, [])):  # those for types, too
         if isinstance(statement, ast.ImportFrom) and statement.module:
             if any(name == (alias.asname or alias.name) for alias in statement.names):
                 return doc_of_value(statement.module, name)
