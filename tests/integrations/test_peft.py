@@ -83,11 +83,11 @@ def start(tmp_path, method, backend="inplace", pruned=True, **options):
     return trainer, pruner, model
 
 
-def test_scoring_leaves_training_as_it_is(tmp_path, backend):
+def test_scoring_leaves_training_as_it_is(tmp_path):
     found = []
     for pruned in (False, True):
         method = Vote(0.0, schedule=Cubic(2, 6, 1))
-        trainer, pruner, model = start(tmp_path, method, backend, pruned)
+        trainer, pruner, model = start(tmp_path, method, pruned=pruned)
         trainer.train()
         if pruner is not None:
             assert pruner.report().step == 6
@@ -96,12 +96,11 @@ def test_scoring_leaves_training_as_it_is(tmp_path, backend):
     assert same(*found)
 
 
-def test_adapters_are_pruned_and_what_is_frozen_is_not(tmp_path, backend):
-    trainer, pruner, model = start(tmp_path, Vote(0.5, schedule=Cubic(2, 6, 2)), backend)
+def test_adapters_are_pruned_and_what_is_frozen_is_not(tmp_path):
+    trainer, pruner, model = start(tmp_path, Vote(0.5, schedule=Cubic(2, 6, 2)))
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainer.train()
     masks = pruner.masks
-    print({n: (int(m.sum()), m.numel()) for n, m in masks.items()})
     assert zeros(masks) == round(0.5 * sum(mask.numel() for mask in masks.values()))
     pruner.finalize()
     assert all("lora_" in name or "modules_to_save" in name for name in masks)
@@ -110,12 +109,18 @@ def test_adapters_are_pruned_and_what_is_frozen_is_not(tmp_path, backend):
         assert not model.get_parameter(name)[~mask].any()
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, backend):
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
     method = Vote(0.5, schedule=Cubic(2, 7, 2))
     often = {"save_strategy": "steps", "save_steps": 4}
-    trainer, straight, one = start(tmp_path, method, backend, **often)
+    trainer, straight, one = start(tmp_path, method, **often)
     trainer.train()
-    trainer, pruner, other = start(tmp_path, method, backend, **often)
+    trainer, pruner, other = start(tmp_path, method, **often)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(straight.masks, pruner.masks)
     assert same(one.state_dict(), other.state_dict())
+
+
+def test_names_that_peft_would_not_find_again_are_refused(tmp_path):
+    trainer, _, _ = start(tmp_path, Vote(0.5, schedule=Cubic(2, 7, 2)), "prune")
+    with pytest.raises(ValueError, match="PEFT saves .* Build the pruner with backend='inplace'"):
+        trainer.train()
