@@ -122,5 +122,5 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
 
 def test_names_that_peft_would_not_find_again_are_refused(tmp_path):
     trainer, _, _ = start(tmp_path, Vote(0.5, schedule=Cubic(2, 7, 2)), "prune")
-    with pytest.raises(ValueError, match="PEFT saves .* Build the pruner with backend='inplace'"):
+    with pytest.raises(ValueError, match=r"PEFT saves .* Build the pruner with backend='inplace'"):
         trainer.train()
