@@ -51,7 +51,9 @@ class Name:
                 "",
                 *(f"   {line}" for line in self.doc.split("\n")),
             ]
-        options = ["   :members:", "   :show-inheritance:"] * (self.kind == "autoclass")
+        options = ["   :members:"] * (self.kind == "autoclass")
+        if getattr(self.value, "__bases__", (object,)) != (object,):
+            options.append("   :show-inheritance:")
         return [f".. {self.kind}:: {self.path}", *options]
 
 
