@@ -1,6 +1,7 @@
 """Integrations with other libraries. Each is imported only when it is used.
 
 - `transformers`: a callback for ``transformers.Trainer``, and ``save_pretrained``.
+- `peft`: LoRA adapters that leave zeros as they are.
 - `pretrained`: the format of compressed models that ``from_pretrained`` loads; registered by an
   `import_hook`, because ``import mtprune`` does not import transformers.
 - `torch_pruning`: the channels of a model, found by torch-pruning.

@@ -55,6 +55,7 @@ def take_inventory(
         raise ValueError(
             f"The model has nothing prunable. Prunable are {KINDS}; `include` names other matrices."
         )
+    _check_adapters(prunable)
     declared = declare(model, prunable, selection.shared)
     for component in dict.fromkeys(d.component for d in declared):
         if component in tasks:
@@ -108,6 +109,23 @@ def _listed(layers: Sequence[Layer], reasons: Mapping[str, str]) -> str:
         + f" ({module}: {reason})"
         for (module, reason), names in kinds.items()
     )
+
+
+def _check_adapters(layers: Sequence[Layer]) -> None:
+    """Refuse to prune what is added to other weights, as the adapters of peft are.
+
+    Raises:
+        ValueError: If a layer is one.
+    """
+    for layer in layers:
+        if any(part.startswith("lora_") for part in layer.name.split(".")):
+            raise ValueError(
+                f"'{layer.name}' is an adapter's: what is pruned of it is filled again when it is "
+                "merged. Prune before you add adapters, finalize, and call "
+                "mtprune.integrations.peft.keep_zeros(model) after get_peft_model. To prune the "
+                "weights under adapters that are trained, pass exclude='*lora_*', and let them "
+                "require gradients."
+            )
 
 
 def _is_looked_up(layer: Layer) -> bool:
