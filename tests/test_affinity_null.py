@@ -16,6 +16,7 @@ from mtprune.affinity.likeness import Likeness
 from mtprune.affinity.null import Draw, Null
 from mtprune.affinity.pairing import deal, paired
 from mtprune.facts import Subject
+from mtprune.model.parts import Part
 from mtprune.model.task_masks import PackedTaskMasks
 
 
@@ -342,7 +343,10 @@ def null_of(own, draws, tasks=("x", "y")):
             {task: torch.tensor(rows[i], dtype=torch.bool) for task, rows in zip(tasks, masks)}  # noqa: B905
             for i in range(count)
         ]
-        layers = [SimpleNamespace(name=n, shape=s) for n, s in zip(names, shapes, strict=True)]
+        layers = [
+            SimpleNamespace(name=n, shape=s, part=Part(s))
+            for n, s in zip(names, shapes, strict=True)
+        ]
         from mtprune.bits import pack_bits
 
         bits = [{task: pack_bits(mask) for task, mask in row.items()} for row in packed]

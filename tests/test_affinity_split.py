@@ -12,6 +12,7 @@ from mtprune.affinity.likeness import Likeness
 from mtprune.affinity.null import Draw, Null
 from mtprune.bits import pack_bits
 from mtprune.facts import Subject
+from mtprune.model.parts import Part
 from mtprune.model.task_masks import PackedTaskMasks
 
 # --- Planted -------------------------------------------------------------------------------------
@@ -106,8 +107,9 @@ def test_the_one_of_three_that_is_unrelated_goes():
 def draw_of(tasks, layers, agreeing):
     """A draw with masks by hand: for each layer, of each task that uses it."""
     places = [
-        SimpleNamespace(name=name, shape=(len(next(iter(rows.values()))),))
+        SimpleNamespace(name=name, shape=(n,), part=Part((n,)))
         for name, rows in layers.items()
+        for n in [len(next(iter(rows.values())))]
     ]
     masks = [
         {task: torch.tensor(row, dtype=torch.bool) for task, row in rows.items()}

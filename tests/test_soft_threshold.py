@@ -634,7 +634,7 @@ def test_the_recipe_runs_in_a_loop(backend, device):
         ({"max_sparsity": {"t0": 1.5}}, ValueError, r"`max_sparsity`\['t0'\] must be in \(0, 1\]"),
         ({"max_sparsity": 0.0}, ValueError, r"`max_sparsity` must be in \(0, 1\]"),
         ({"weighting": "loud"}, ValueError, "`weighting` must be one of"),
-        ({"weighting": 3}, TypeError, "`weighting` must be one of .* or a function"),
+        ({"weighting": 3}, TypeError, "`weighting` must be one of .* a function of the losses"),
         ({"rate": 0.0}, ValueError, r"`rate` must be in \(0, 1\)"),
         ({"observations": 0}, ValueError, "`observations` must be at least 1"),
     ],
