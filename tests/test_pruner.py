@@ -1037,7 +1037,8 @@ def test_every_recipe_lands_on_its_exact_sparsity(recipe, backend, device):
 
 
 def test_every_recipe_is_tried():
-    others = {"adapmtl_published", "flop"}  # see test_sigmoid_threshold.py and test_low_rank.py
+    # See test_sigmoid_threshold.py, test_low_rank.py and test_wanda.py.
+    others = {"adapmtl_published", "flop", "wanda"}
     assert {name.split(",")[0] for name in RECIPES} == set(recipes.__all__) - others
 
 
