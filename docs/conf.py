@@ -27,8 +27,8 @@ suppress_warnings = ["myst.xref_ambiguous"]
 
 # The reference.
 nitpicky = True
-# Left as text: types of other libraries, for whose names a network would be needed; those that users
-# do not meet; type variables.
+# Left as text: types of other libraries, for whose names a network would be needed; those that
+# users do not meet; type variables.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|optim|transformers|lightning|matplotlib|Module)\b.*"),
     (r"py:.*", r"(collections|typing|types|pathlib|os|enum|fractions|abc)\b.*"),

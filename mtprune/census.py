@@ -17,7 +17,8 @@ from typing_extensions import override
 
 __all__ = ["HERE", "Census", "Scattered"]
 
-_DIGITS = 1 << 16  # numbers are compared 16 bits at a time
+_DIGITS = 1 << 8  # numbers are compared 8 bits at a time: little to send, eight times
+_QUESTIONS = 1 << 16  # asked together: their answers are as large as a histogram
 
 
 class Census:
@@ -137,7 +138,7 @@ class Scattered(Census):
         # Everybody's questions are put to everybody, a few at a time: never more than a histogram.
         asked, places = values.unique(return_inverse=True)
         ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        size = max(1, _DIGITS // ranks)
+        size = max(1, _QUESTIONS // ranks)
         longest = int(self.most(torch.tensor(len(asked), device=values.device)))
         answers = [values.new_zeros(0, dtype=torch.int64)]
         for start in range(0, longest, size):
@@ -154,16 +155,17 @@ class Scattered(Census):
     def kth(self, values: Tensor, k: int) -> tuple[Tensor, int, int]:
         keys = _keys(values)
         found, equal = 0, 0
-        for shift in (48, 32, 16, 0):
-            # Of the leading digit, which has the sign, negative ones come first.
-            digits = (keys >> shift) + _DIGITS // 2 if shift == 48 else keys >> shift & _DIGITS - 1
+        for shift in range(56, -1, -8):
+            # The leading digit has the sign: negative ones come first.
+            lowest = -_DIGITS // 2 if shift == 56 else 0
+            digits = (keys >> shift) - lowest if lowest else keys >> shift & _DIGITS - 1
             counts = self.sum(torch.bincount(digits, minlength=_DIGITS))
             from_top = counts.flip(0).cumsum(0).flip(0)
             digit = int((from_top >= k).sum()) - 1
             equal = int(counts[digit])
             k -= int(from_top[digit]) - equal
             keys = keys[digits == digit]
-            found |= (digit - _DIGITS // 2 if shift == 48 else digit) << shift
+            found |= (digit + lowest) << shift
         return _number(found, values), equal, k
 
     @override

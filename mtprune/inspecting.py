@@ -199,6 +199,8 @@ def _of_pruner(state: Mapping[str, Any]) -> dict[str, Any]:
     masks = _masks(entries["hold"]["masks"], shapes)
     done = entries["done"].whole(least=-1)
     checkpoint.check_seal(entries)
+    if len({count.name for count in facts.counts}) < len(facts.counts):
+        raise entries["facts"]["counts"].wrong("must tell of each layer once")
     if not facts.counts:
         facts = Facts(tuple(Count(name, "", n, n, {}, n) for name, n in sizes.items()))
     for count in facts.counts:
@@ -236,16 +238,28 @@ def _masks(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ten
 
 
 def _of_state(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    dense = {name: tensor for name, tensor in state.items() if _is_dense(tensor)}
     masks = {
         strip(name): tensor != 0
-        for name, tensor in _effective(state).items()
-        if tensor.dim() >= 2 and tensor.numel() and tensor.layout == torch.strided
+        for name, tensor in _effective(dense).items()
+        if tensor.dim() >= 2 and tensor.numel()
     }
     if not masks:
-        raise ValueError(f"'{path}' holds no tensor of two or more dimensions: nothing is pruned.")
+        raise ValueError(
+            f"'{path}' holds no dense tensor of two or more dimensions: nothing is pruned."
+        )
     counts = tuple(_count(name, mask) for name, mask in masks.items())
     report = make_report(Facts(counts), step=0, tasks=[], left_alone={}, coverage=None)
-    return {"report": report, "masks": masks, "notes": (_MATRICES,)}
+    others = [name for name in state if name not in dense]
+    passed_over = [f"Not dense, and not counted: {', '.join(others[:8])}."] if others else []
+    return {"report": report, "masks": masks, "notes": (_MATRICES, *passed_over)}
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its numbers: one of stride 0 may claim any size."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _effective(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -65,6 +65,15 @@ PATTERNS: tuple[Pattern, ...] = (
         ),
     ),
     _separate(
+        "YOLOS",
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "output.dense",
+        head_size="attention.attention_head_size",
+        counts=("attention.num_attention_heads", "attention.all_head_size"),
+    ),
+    _separate(
         "DeBERTa",
         "self.query_proj",
         "self.key_proj",
@@ -232,6 +241,13 @@ PATTERNS: tuple[Pattern, ...] = (
         along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),  # SegFormer
     ),
     FeedForward("GLU of timm", ("fc1.weight", "fc1.weight"), "fc2.weight"),
+    _plain(
+        "PVT, GLPN",
+        "dense1",
+        "dense2",
+        along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),
+    ),
+    _plain("XLM", "lin1", "lin2"),
     _plain("Wav2Vec 2", "intermediate_dense", "output_dense"),
     _plain("ALBERT", "ffn", "ffn_output"),
     _plain("T5", "wi", "wo"),
@@ -328,16 +344,17 @@ def _groups(
     """
     from mtprune.compression.probe import refused  # it needs more than most runs do
 
-    found, refusals = _blocks(model, patterns)
-    if not found and not refusals:
+    found, refusals = candidates(model, patterns)
+    if not found:
         tried = ", ".join(f"'{name}'" for name in dict.fromkeys(p.name for p in patterns)) or "none"
         raise ValueError(
             f"{type(model).__name__} has no {units} where the patterns look. Tried: {tried}. The "
             f"model has {_contents(model)}. Say where they are with a pattern of your own: see "
             "mtprune.patterns."
         )
-    refusals |= refused(model, found, example_inputs)
-    groups = [group for group in found if group.name not in refusals]
+    hopeful = [group for group in found if group.name not in refusals]
+    refusals |= refused(model, hopeful, example_inputs)
+    groups = [group for group in hopeful if group.name not in refusals]
     if not groups:
         raise ValueError(
             f"{type(model).__name__} has {units} that cannot be removed: {_listed(refusals)}. "
@@ -348,8 +365,23 @@ def _groups(
     return groups
 
 
-def _blocks(model: nn.Module, patterns: Sequence[Pattern]) -> tuple[list[Group], dict[str, str]]:
-    """The group of every block, and why those of some cannot lose units, by the group's name."""
+def candidates(
+    model: nn.Module, patterns: Sequence[Pattern] = PATTERNS
+) -> tuple[list[Group], dict[str, str]]:
+    """The group of every block that a pattern fits, tried or not.
+
+    Args:
+        model: Any model, with masks or without.
+        patterns: The patterns to look for; the first that fits a block counts.
+
+    Returns:
+        The groups, and why some of them cannot lose units by their patterns, by the group's name.
+
+    Example:
+        >>> groups, refusals = candidates(nn.TransformerEncoderLayer(16, 4, 32))
+        >>> [group.name for group in groups], refusals
+        (['neurons', 'self_attn.heads'], {})
+    """
     stacks: dict[str, list[Group]] = {}
     refusals: dict[str, str] = {}
     taken: set[str] = set()
@@ -359,10 +391,10 @@ def _blocks(model: nn.Module, patterns: Sequence[Pattern]) -> tuple[list[Group],
             if group is None or any(member.tensor in taken for member in group.members):
                 continue
             taken.update(member.tensor for member in group.members)
+            stack = _stack(group.name, pattern)
+            stacks.setdefault(stack, []).append(group)
             if pattern.why_not:
-                refusals[group.name] = pattern.why_not
-            else:
-                stacks.setdefault(_stack(group.name, pattern), []).append(group)
+                refusals[stack] = pattern.why_not
     return [_together(name, groups) for name, groups in stacks.items()], refusals
 
 

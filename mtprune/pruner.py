@@ -141,6 +141,7 @@ class MultitaskPruner:
         )
         self._task_masks: PackedTaskMasks | None = None
         self._facts = Facts.before(inventory.layers)
+        self._backend = backend
         self._trackers: list[Tracker] = []
         self._finalized = False
         handles = accept_pruned_keys(inventory.layers)

@@ -229,6 +229,7 @@ FAMILIES = {
         (4,) * 4,
         (24,) * 4,
     ),
+    "yolos": Family("Yolos", "Model", "", {**IMAGE, "image_size": [16, 16]}, (4, 4)),
     "siglip": Family(
         "Siglip",
         "Model",
@@ -262,7 +263,8 @@ def inputs(model: Any, seed: int = 0, rows: int = 2, length: int = 7) -> dict[st
     ids = {"input_ids": torch.randint(3, 64, (rows, length), generator=random)}
     ids["attention_mask"] = torch.ones_like(ids["input_ids"])
     size = getattr(model.config, "image_size", 16)
-    pixels = {"pixel_values": torch.randn(rows, 3, size, size, generator=random)}
+    high, wide = size if isinstance(size, list) else (size, size)
+    pixels = {"pixel_values": torch.randn(rows, 3, high, wide, generator=random)}
     further = {"decoder_input_ids": torch.randint(3, 64, (rows, length - 2), generator=random)}
     main = model.main_input_name
     if main == "pixel_values":

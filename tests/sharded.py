@@ -5,10 +5,12 @@ The back-end follows `MTPRUNE_TEST_DEVICE`: NCCL where that is cuda and there ar
 
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +18,9 @@ import mtprune
 from tests.ranks import device_of
 
 TASKS = ("a", "b")
+SCATTER = next(
+    name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name)
+)
 
 
 class Net(nn.Module):
@@ -141,3 +146,28 @@ class Loop:
 def quiet() -> None:
     """Torch has something to say of its own modules."""
     warnings.filterwarnings("ignore", module="torch")
+
+
+@contextmanager
+def watched() -> Any:
+    """How many bytes every collective sends from this rank, by its name."""
+    names = ("all_reduce", "all_gather", SCATTER, "broadcast", "all_gather_object")
+    sent: list[tuple[str, int]] = []
+    before = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            tensor = args[1] if name in ("all_gather", SCATTER) else args[0]
+            size = tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
+            sent.append((name, size))
+            return before[name](*args, **options)
+
+        return call
+
+    try:
+        for name in names:
+            setattr(dist, name, counting(name))
+        yield sent
+    finally:
+        for name, call in before.items():
+            setattr(dist, name, call)

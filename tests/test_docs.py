@@ -26,6 +26,14 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
+BRINGS = {
+    "import lightning": "lightning",
+    "import accelerate": "accelerate",
+    "from torchjd": "torchjd",
+    "utils.tensorboard": "tensorboard",
+}
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,11 +105,12 @@ def test_code_block_runs(
     if "torch.onnx" in code:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    if "import lightning" in code:
-        pytest.importorskip("lightning")
+    for imported, package in BRINGS.items():
+        if imported in code:
+            pytest.importorskip(package)
     assert compile(code, "block", "exec")
     with warnings.catch_warnings():
-        if "torch.onnx" in code or "import lightning" in code:
+        if any(name in code for name in ("torch.onnx", *BRINGS)):
             warnings.simplefilter("ignore")  # their own, of torch's internals and of workers
         exec(compile(code, "block", "exec"), namespace())
 

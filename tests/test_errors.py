@@ -399,7 +399,7 @@ CONSTRUCTION = {
     "shared module with nothing prunable": (
         {"shared_modules": lambda model: model.trunk[1]},
         ValueError,
-        r"Shared 'trunk\.1' has nothing prunable\. Prunable: Linear, .*MultiheadAttention\. "
+        r"Shared 'trunk\.1' has nothing prunable\. Prunable: Linear, .*MultiheadAttention, .*\. "
         r"Found parameters of LayerNorm\.",
     ),
     "shared module without parameters": (

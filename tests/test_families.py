@@ -171,6 +171,15 @@ def test_what_cannot_lose_heads_is_refused_with_the_reason():
             heads(families.build(name))
 
 
+@torch.no_grad()
+def test_pruned_heads_that_stay_are_told_by_the_plan():
+    model = families.build("bloom")
+    model.transformer.h[1].self_attention.dense.weight[:, :8] = 0
+    fast = compress(model, families.inputs(model), measure=dense)
+    (line,) = plan_of(fast).stayed
+    assert line.startswith("stayed: 1 pruned of 4 units of 'transformer.h.1.self_attention.heads'")
+
+
 def test_some_of_a_model_are_left_out_by_name():
     model = families.build("olmo2")
     attention = model.model.layers[0].self_attn

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mtprune import Cubic, LowRank, MultitaskPruner, SoftThreshold, Vote
 from mtprune.__main__ import main
 from mtprune.checkpoint import sealed
 from mtprune.inspecting import CHECKPOINT, COMPRESSED, STATE, compare, inspect
+from tests.tampering import tampered
 from tests.test_page import Page
 
 TASKS = ("a", "b")
@@ -324,6 +327,43 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
+def told_or_refused(value, path, seal):
+    """Save a value, and let all be told of it that can be; whether anything was."""
+    try:
+        torch.save(seal(value), path)
+    except Exception:  # some values no file can hold
+        return True
+    try:
+        found = inspect(path)
+    except ValueError:
+        return False
+    json.dumps([str(found), found.to_dict()], allow_nan=False)
+    found.report.save(path.with_suffix(".html"), masks=found.masks)
+    return True
+
+
+@pytest.mark.slow
+def test_tampered_files_are_told_of_or_refused(voted, tmp_path):
+    state = {name: v for name, v in voted[1].state_dict().items() if name != "digest"}
+    parts = {"model": voted[0].state_dict(), "epoch": 3}
+    known = 0
+    for seed in range(60):
+        known += told_or_refused(tampered(state, seed)[0], tmp_path / "p.pt", sealed)
+        known += told_or_refused(tampered(parts, seed)[0], tmp_path / "m.pt", lambda value: value)
+    assert 20 < known < 110
+
+
+def test_tensors_that_claim_more_than_they_have_are_passed_over(tmp_path, capsys):
+    state = {"a.weight": torch.eye(2), "b.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}
+    torch.save({**state, "c.weight": torch.eye(2).to_sparse()}, tmp_path / "m.pt")
+    out, _, code = run(capsys, "inspect", tmp_path / "m.pt")
+    assert code == 0
+    assert "Not dense, and not counted: b.weight, c.weight." in out
+    torch.save({"b.weight": state["b.weight"]}, tmp_path / "n.pt")
+    _, err, code = run(capsys, "inspect", tmp_path / "n.pt")
+    assert (code, "holds no dense tensor of two or more dimensions" in err) == (1, True)
+
+
 def broken(folder, files):
     """Files that are wrong in many ways, and what is said of each."""
     whole = (files / "pruner.pt").read_bytes()
@@ -332,6 +372,10 @@ def broken(folder, files):
     counts = [{**facts["counts"][0], "kept": 10**9}, *facts["counts"][1:]]
     lies = sealed(
         {k: v for k, v in {**state, "facts": {**facts, "counts": counts}}.items() if k != "digest"}
+    )
+    twice = sealed(
+        {k: v for k, v in state.items() if k != "digest"}
+        | {"facts": {**facts, "counts": [*facts["counts"], facts["counts"][0]]}}
     )
     masks = {name: torch.zeros_like(bits) for name, bits in state["hold"]["masks"].items()}
     empty = sealed({k: v for k, v in state.items() if k != "digest"} | {"hold": {"masks": masks}})
@@ -347,6 +391,7 @@ def broken(folder, files):
         "vectors": ({"bias": torch.zeros(3)}, "holds a dict, and no state of a pruner"),
         "changed": ({**state, "step": state["step"] + 1}, "'digest' must be the fingerprint"),
         "lies": (lies, "'facts.counts.0.kept' must be a whole number"),
+        "twice": (twice, "'facts.counts' must tell of each layer once"),
         "other masks": (empty, "must keep "),
         "newer": ({**state, "version": 99}, "pruner with other version: it has 99, this one 2."),
     }
@@ -408,6 +453,16 @@ def test_help_tells_the_exit_codes(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("inspect", "compare", "report", "Exit codes: 0 done, 1"))
+
+
+def test_the_console_script_is_the_same_program():
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    script = config["options.entry_points"]["console_scripts"].strip()
+    name, _, target = script.partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "mtprune"
+    assert getattr(import_module(module), function) is main
 
 
 @pytest.mark.slow

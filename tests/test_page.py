@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 
@@ -430,14 +430,75 @@ def test_refuses(voted, tmp_path, name, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclass(frozen=True)
+class Known(LayerAffinity):
+    """A layer whose overlap was compared with that of unrelated tasks."""
+
+    expected: float = 0.0
+    interval: tuple[float, float] = (0.0, 0.0)
+
+
+def test_the_interval_of_an_excess_is_a_band(voted, tmp_path):
+    layers = tuple(
+        Known(f"layer{i}", 0.9 - i / 2, 0.1, {}, expected=0.3, interval=(0.4, 0.8))
+        for i in range(2)
+    )
+    found = {"a, b": Affinity(layers, 0.5, 0.1)}
+    text = voted.report().save(tmp_path / "r.html", affinity=found).read_text(encoding="utf-8")
+    table = Page(text).tables["Overlap of masks, that of unrelated tasks, and the excess."]
+    assert table[0][1:] == ["a, b: overlap", "a, b: unrelated", "a, b: excess", "a, b: ±"]
+    assert table[1] == ["layer0", "0.900", "0.300", "+0.600", "0.200"]
+    [band] = re.findall(r'<polygon points="([^"]*)" class="band"', text)
+    heights = [float(point.split(",")[1]) for point in band.split()]
+    assert heights == pytest.approx([228 - 216 * y for y in (0.5, 0.5, 0.1, 0.1)], abs=0.06)
+
+
+# In a browser.
+
+
+CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+
+
+def browse(folder, path, *words):
+    """What Chromium says of a page."""
+    command = [*CHROMIUM, "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    return subprocess.run(
+        [*command, *words, path.as_uri()], capture_output=True, text=True, timeout=300, check=True
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_a_browser_opens_it_without_a_complaint(voted, tmp_path):
-    path = voted.report().save(tmp_path / "report.html")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
+    report, beside = large(voted.report())
+    path = report.save(tmp_path / "report.html", **beside)
+    done = browse(tmp_path, path, "--dump-dom")
     assert "CONSOLE" not in done.stderr
-    assert Page(done.stdout).tables == Page(path.read_text(encoding="utf-8")).tables
+    tables = Page(done.stdout).tables
+    assert tables == Page(path.read_text(encoding="utf-8")).tables
+    told = report.to_dict()["layers"]
+    assert [row[1:3] for row in tables["Layers, in numbers."][1:-1]] == [
+        [f"{row['parameters']:,}", f"{row['kept']:,}"] for row in told
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_it_is_light_or_dark_and_fits_a_phone(voted, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    report, beside = large(voted.report())
+    path = report.save(tmp_path / "report.html", **beside)
+    dark = "--blink-settings=preferredColorScheme=0"
+    for name, words in (("light", ()), ("dark", (dark,))):
+        for wide in (900, 500):  # the least that a window may be
+            picture = tmp_path / f"{name}{wide}.png"
+            size = f"--window-size={wide},1500"
+            browse(tmp_path, path, f"--screenshot={picture}", size, *words)
+            with image.open(picture) as shot:
+                pixels = shot.convert("RGB")
+                paper = tuple(round(255 * c) for c in rgb(colours(name == "dark")["paper"]))
+                assert pixels.getpixel((3, 3)) == paper
+                assert len(pixels.getcolors(1 << 20)) > 20
+                # Nothing reaches over the edge: what is wider scrolls in a box of its own.
+                edge = pixels.crop((wide - 8, 0, wide, 1500)).getcolors()
+                assert edge == [(8 * 1500, paper)]

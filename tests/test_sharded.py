@@ -3,12 +3,10 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import mtprune
@@ -32,7 +30,19 @@ from mtprune import (
 from mtprune.integrations.dcp import PrunerState
 from mtprune.weighting import PruningSensitivity
 from tests.ranks import device_of, on_ranks
-from tests.sharded import TASKS, Encoder, Loop, Net, batch, losses, quiet, shard, whole
+from tests.sharded import (
+    SCATTER,
+    TASKS,
+    Encoder,
+    Loop,
+    Net,
+    batch,
+    losses,
+    quiet,
+    shard,
+    watched,
+    whole,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -191,31 +201,6 @@ def accumulated(rank: int, world: int, scored: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         pruner.step()
     return {name: whole(p) for name, p in net.named_parameters()}
-
-
-@contextmanager
-def watched() -> Any:
-    """How many bytes every collective sends from this rank, by its name."""
-    names = ("all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast", "all_gather_object")
-    sent: list[tuple[str, int]] = []
-    before = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            tensor = args[1] if name in ("all_gather", "reduce_scatter_tensor") else args[0]
-            size = tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
-            sent.append((name, size))
-            return before[name](*args, **options)
-
-        return call
-
-    try:
-        for name in names:
-            setattr(dist, name, counting(name))
-        yield sent
-    finally:
-        for name, call in before.items():
-            setattr(dist, name, call)
 
 
 class Wide(nn.Module):
@@ -434,13 +419,13 @@ def test_gradients_that_wait_for_more_are_as_without_scoring(others: list[Any]) 
 
 
 def test_nothing_larger_than_a_histogram_and_a_layer_is_sent(others: list[Any]) -> None:
-    histogram, layer = 8 * (1 << 16), 4 * 600 * 600
+    histogram, layer = 8 * (1 << 16), 4 * 600 * (600 + 1)  # with its bias, in the training's
     sends = others[0]["sent"]
     assert sends["floor"]
     for name, messages in sends.items():
         for call, size in messages:
             # Gradients are of one layer; all else are counts, and masks where modules read them.
-            assert size <= (layer if call == "reduce_scatter_tensor" else histogram), (name, call)
+            assert size <= (layer if call == SCATTER else histogram), (name, call)
     gathered = [size for call, size in sends["movement"] if call == "all_gather"]
     assert max(gathered) == 300 * 600  # the mask of a layer, a byte for each weight of its part
 

@@ -31,6 +31,7 @@ from mtprune import (
 )
 from mtprune.curves import Alone, Point
 from mtprune.intervals import Change, changes
+from tests import nets
 
 TASKS = ("a", "b")
 
@@ -115,6 +116,44 @@ def test_each_sparsity_is_that_of_a_fresh_pruner_to_the_bit(method):
         for name, value in model.state_dict().items():
             assert torch.equal(state[name], value), name
         assert point.pruned == pruner.sparsity
+
+
+@pytest.mark.parametrize("name", nets.each())
+def test_awkward_nets_are_pruned_as_by_a_pruner(name):
+    net, states = nets.build(name), []
+    batches = [net.make_batch(seed) for seed in range(2)]
+    before = copy.deepcopy(net.model.state_dict())
+
+    def evaluate(model):
+        states.append({n: v.clone() for n, v in model.state_dict().items()})
+        return dict.fromkeys(net.task_losses, 1.0)
+
+    with nets.expected(net):
+        sweep(
+            net.model,
+            net.task_losses,
+            batches,
+            net.shared_modules,
+            sparsities=[0.6],
+            evaluate=evaluate,
+            method=Vote(0.5, observations=2),
+            sensitivity=(),
+            lower_is_better=True,
+            forward=lambda model, batch: model(batch["x"]),
+            progress=False,
+            include=net.include,
+        )
+    for n, value in net.model.state_dict().items():
+        assert torch.equal(value, before[n]), n
+    method = Vote(0.6, observations=2)
+    pruner = MultitaskPruner(
+        net.model, net.task_losses, net.shared_modules, method=method, include=net.include
+    )
+    with nets.expected(net):
+        pruner.prune(batches, forward=lambda model, batch: model(batch["x"]), progress=False)
+    pruner.finalize()
+    for n, value in net.model.state_dict().items():
+        assert torch.equal(states[1][n], value), n
 
 
 def test_refit_is_the_vote_s_refit():

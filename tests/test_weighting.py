@@ -457,3 +457,36 @@ def test_memory_that_is_no_memory_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         weigher.read(Entry({**state, **change}, "This checkpoint", ""))
     assert weigher.state_dict() == state
+
+
+class Product(nn.Module):
+    """Makes one loss of all, by a factor that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, losses):
+        return self.factor * losses.prod()
+
+
+def test_a_module_makes_the_total_and_a_task_counts_as_much_as_its_loss_moves_it():
+    module = Product()
+    weigher = Weigher(parse_weighting(module), ["a", "b"])
+    losses = {task: torch.tensor(x, requires_grad=True) for task, x in {"a": 3.0, "b": 5.0}.items()}
+    total = weigher.weigh(losses)
+    assert total == 30.0
+    total.backward()
+    assert weigher.weights == {"a": 10.0, "b": 6.0}
+    assert losses["a"].grad == 10.0
+    assert module.factor.grad == 15.0
+    other = Weigher(parse_weighting(module), ["a", "b"])
+    other.load(other.read(Entry(weigher.state_dict(), "This checkpoint", "")))
+    assert other.weights == weigher.weights
+
+
+def test_a_module_that_makes_no_loss_is_refused():
+    weigher = Weigher(parse_weighting(nn.Identity()), ["a", "b"])
+    losses = {task: torch.tensor(1.0, requires_grad=True) for task in "ab"}
+    with pytest.raises(ValueError, match=r"Identity\(\) must make one loss of losses \[2\]. Got"):
+        weigher.weigh(losses)

@@ -1,8 +1,8 @@
 """Names of the API become links wherever they are written as code.
 
-In docstrings a name in single backticks is looked up from where it stands: in its class, its module,
-then the rest. In pages, code such as ``recipes.best(0.9)`` leads to what it calls. Anything that is no
-name of the API stays code.
+In docstrings a name in single backticks is looked up from where it stands: in its class, its
+module, then the rest. In pages, code such as ``recipes.best(0.9)`` leads to what it calls. Anything
+that is no name of the API stays code.
 """
 
 import re

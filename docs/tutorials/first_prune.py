@@ -91,7 +91,7 @@ def test(model):
 model = Net()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
-for step in range(600):
+for _ in range(600):
     batch = draw(generator)
     optimizer.zero_grad()
     outputs = model(batch["image"])
@@ -114,7 +114,7 @@ pruner = mtprune.MultitaskPruner(
     model, losses, [model.trunk], sparsity=0.9, steps=STEPS, optimizer=optimizer
 )
 sparsities = []
-for step in range(STEPS):
+for _ in range(STEPS):
     batch = draw(generator)
     optimizer.zero_grad()
     seen = pruner.observe(model(batch["image"]), batch)  # {"digit": ..., "odd": ..., "ink": ...}

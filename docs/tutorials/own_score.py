@@ -164,6 +164,9 @@ rates = {name: chosen_rate(name) for name in ("dense", *methods)}
 print("learning rates:", rates)
 
 # %% [markdown]
+# A rate at the end of the grid says that the grid is too short: before you tell anybody, go on until the
+# best of each method has a neighbour on either side.
+#
 # ## The result
 #
 # The change of each task's test loss against the dense net of the same seed, in percent, `+` is better:
@@ -211,7 +214,7 @@ for other in ("size", "|w g|"):
 from matplotlib import pyplot as plt
 
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-for row, (name, seeds) in enumerate(changes.items()):
+for row, seeds in enumerate(changes.values()):
     axes.plot([mean(s) for s in seeds], [row] * len(seeds), "o", alpha=0.6)
 axes.axvline(0, color="gray", linewidth=1)
 axes.set_yticks(range(len(changes)), list(changes))

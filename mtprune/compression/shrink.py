@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.trial import complete
 from mtprune.compression.verify import Reference, difference
 from mtprune.model.layers import find_layers
-from mtprune.patterns import heads, neurons
+from mtprune.patterns import candidates
 from mtprune.structure import Group
 
 __all__ = ["check_shrunk", "groups_of", "shrink"]
@@ -62,11 +61,9 @@ class Units:
 
 def _known_groups(model: nn.Module, batches: Sequence[Any]) -> Units:
     """Heads and neurons that patterns find, and which of them a trial can remove."""
-    groups = []
-    for find in (heads, neurons):
-        with suppress(ValueError):  # the model has none
-            groups += find(model)
-    fine = complete(model, groups, batches) if groups else []
+    groups, hopeless = candidates(model)
+    hopeful = [group for group in groups if group.name not in hopeless]
+    fine = complete(model, hopeful, batches) if hopeful else []
     return Units(fine, [group for group in groups if group not in fine])
 
 

@@ -121,6 +121,11 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 f"The pruner prunes a {type(self.pruner._model).__name__} that is no part of the "
                 f"{type(trained).__name__} this Trainer trains. Build both on one model."
             )
+        if hasattr(trained, "peft_config") and self.pruner._backend == "prune":
+            raise ValueError(
+                "PEFT saves and loads adapters under their own names, which backend='prune' "
+                "changes. Build the pruner with backend='inplace'."
+            )
         if state.global_step:
             self._load(self._resume_from or _folder(args, state))
         self._stop()  # in case the last run was interrupted

@@ -55,6 +55,8 @@ def take_inventory(
         raise ValueError(
             f"The model has nothing prunable. Prunable are {KINDS}; `include` names other matrices."
         )
+    asked = selected(model, selection.include, "include")
+    _check_adapters([layer for layer in prunable if id(layer.parameter) not in asked])
     declared = declare(model, prunable, selection.shared)
     for component in dict.fromkeys(d.component for d in declared):
         if component in tasks:
@@ -147,6 +149,26 @@ def _listed(layers: Sequence[Layer], reasons: Mapping[str, str]) -> str:
         + f" ({module}: {reason})"
         for (module, reason), names in kinds.items()
     )
+
+
+def _check_adapters(layers: Sequence[Layer]) -> None:
+    """Refuse to prune what is added to other weights, as the adapters of peft are.
+
+    Args:
+        layers: Those that nobody asked for by name.
+
+    Raises:
+        ValueError: If a layer is one.
+    """
+    for layer in layers:
+        if any(part.startswith("lora_") for part in layer.name.split(".")):
+            raise ValueError(
+                f"'{layer.name}' is an adapter's: what is pruned of it is filled again when it is "
+                "merged. Prune before you add adapters, finalize, and call "
+                "mtprune.integrations.peft.keep_zeros(model) after get_peft_model. To prune the "
+                "weights under adapters that are trained, pass exclude='*lora_*', and let them "
+                "require gradients. For smaller adapters, pass include='*lora_*'."
+            )
 
 
 def _is_looked_up(layer: Layer) -> bool:

@@ -119,7 +119,9 @@ class _Rows(Part):
         rows = grad.new_zeros(self._ranks * self._each, *self.shape[1:], dtype=self._like.dtype)
         rows[: self._whole_shape[0]] = grad
         mine = rows.new_empty(self._each, *self.shape[1:])
-        dist.reduce_scatter_tensor(mine, rows, group=self._group)
+        # The first is the name from torch 2.13 on.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(mine, rows, group=self._group)
         for group in self._others:
             dist.all_reduce(mine, group=group)
         mine /= self._world

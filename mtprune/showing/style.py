@@ -40,7 +40,8 @@ stroke-width:.5}
 .mtprune .box{overflow:auto;max-height:420px;border:1px solid var(--line);border-radius:8px;
 margin:8px 0}
 .mtprune table{border-collapse:collapse;width:100%;font-size:13px}
-.mtprune caption{text-align:left;color:var(--soft);padding:6px 10px}
+.mtprune caption{text-align:left;color:var(--soft);padding:6px 10px;position:sticky;left:0;
+box-sizing:border-box;max-width:calc(100vw - 44px)}
 .mtprune th,.mtprune td{padding:4px 10px;text-align:right;border-top:1px solid var(--line);
 white-space:nowrap;background:none;color:inherit}
 .mtprune thead th{position:sticky;top:0;background:var(--paper)}

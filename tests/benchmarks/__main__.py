@@ -15,6 +15,7 @@ NAMES = (
     "observe_memory",
     "selection",
     "step",
+    "sharded",
     "dynamic",
     "memory",
     "growth",

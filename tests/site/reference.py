@@ -51,7 +51,9 @@ class Name:
                 "",
                 *(f"   {line}" for line in self.doc.split("\n")),
             ]
-        options = ["   :members:", "   :show-inheritance:"] * (self.kind == "autoclass")
+        options = ["   :members:"] * (self.kind == "autoclass")
+        if getattr(self.value, "__bases__", (object,)) != (object,):
+            options.append("   :show-inheritance:")
         return [f".. {self.kind}:: {self.path}", *options]
 
 
@@ -121,9 +123,9 @@ def doc_of_value(module: str, name: str) -> str:
             is_doc = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
             return inspect.cleandoc(below.value.value) if is_doc else ""
     for statement in ast.walk(ast.Module(body, [])):  # those for types, too
-        if isinstance(statement, ast.ImportFrom) and statement.module:
-            if any(name == (alias.asname or alias.name) for alias in statement.names):
-                return doc_of_value(statement.module, name)
+        names = statement.names if isinstance(statement, ast.ImportFrom) else []
+        if any(name == (alias.asname or alias.name) for alias in names):
+            return doc_of_value(str(statement.module), name)
     return ""
 
 
@@ -145,6 +147,25 @@ def pages() -> list[Page]:
             seen.add(identity)
             found.setdefault(module, {})[name] = Name(path, value)
     return [Page(module, tuple(found[module].values())) for module in public if module in found]
+
+
+def contents() -> str:
+    """The first page of the reference: the modules, with what each is about."""
+    lines = ["Reference", "=========", ""]
+    lines += ["Every public name, from the docstrings. Names without a module before them, such as"]
+    lines += [
+        "`Vote`, are imported from `mtprune` itself.",
+        "",
+        ".. list-table::",
+        "   :widths: 1 3",
+        "",
+    ]
+    for page in pages():
+        lines += [f"   * - :doc:`{page.module} <{page.file.removesuffix('.rst')}>`"]
+        lines += [f"     - {page.summary}"]
+    lines += ["", ".. toctree::", "   :hidden:", ""]
+    lines += [f"   {page.file.removesuffix('.rst')}" for page in pages()]
+    return "\n".join(lines) + "\n"
 
 
 def public_names() -> set[str]:

@@ -23,6 +23,7 @@ def stage(folder: Path) -> None:
         put(ROOT / name, folder / name, folder)
     for page in reference.pages():
         write(folder / "reference" / page.file, page.text())
+    write(folder / "reference" / "index.rst", reference.contents())
     for tutorial in tutorials.scripts():
         write(folder / "tutorials" / f"{tutorial.stem}.md", tutorials.page(tutorial))
 
@@ -34,6 +35,8 @@ def put(source: Path, target: Path, folder: Path) -> None:
         shutil.copyfile(source, target)
         return
 
+    scripts = tutorials.scripts()
+
     def moved(match: re.Match[str]) -> str:
         aim = (source.parent / match[2]).resolve()
         if not aim.is_relative_to(ROOT / "docs"):
@@ -42,6 +45,8 @@ def put(source: Path, target: Path, folder: Path) -> None:
                 put(aim, place, folder)
         else:
             place = folder / aim.relative_to(ROOT / "docs")
+            if aim in scripts:
+                place = place.with_suffix(".md")
         return match[1] + os.path.relpath(place, target.parent)
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Tutorials: scripts in cells (``# %%``), and pages made of them with what they printed.
 
-A cell is prose if it begins with ``# %% [markdown]``, and code otherwise. `run` executes the code of
-a script cell by cell and keeps what each printed and drew beside the script; `page` puts it together.
+A cell is prose if it begins with ``# %% [markdown]``, and code otherwise. `keep` executes the code
+cell by cell and keeps what each printed and drew beside the script; `page` puts it together.
 """
 
 import ast
@@ -91,7 +91,9 @@ def is_current(script: Path) -> bool:
     """Whether the outputs that are kept are those of the code as it is, but for its layout."""
     outputs = json.loads(kept(script).read_text())
     now, then = [cell.text for cell in code(script)], [output["code"] for output in outputs]
-    same = (ast.dump(ast.parse(a)) == ast.dump(ast.parse(b)) for a, b in zip(now, then))
+    same = (
+        ast.dump(ast.parse(a)) == ast.dump(ast.parse(b)) for a, b in zip(now, then, strict=False)
+    )
     return len(now) == len(then) and all(same)
 
 
