@@ -1,8 +1,8 @@
 """For Lightning: a callback that shows a pruner the losses of a step, and saves it with the rest.
 
 Lightning restores a module's weights before it asks for optimizers, runs forward and backward
-inside ``optimizer.step(closure)``, and hands on one loss. So the callback takes the tasks' losses
-from the module before the backward, changes masks after the batch in which an optimizer has
+inside ``optimizer.step(closure)``, and hands on one loss. So the callback takes the tasks'
+losses from the module before the backward, changes masks after the batch in which an optimizer has
 stepped, and lets a module that has no masks yet take weights that were saved with them.
 """
 
