@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # `encoder` brings weights to download, which no test does; `dev` is for the linters.
-TRIED = ("progress", "safetensors", "structured", "onnx", "transformers", "examples")
+TRIED = (
+    *("progress", "safetensors", "structured", "onnx", "transformers", "lightning", "trackers"),
+    "examples",
+)
 
 
 def requirements(extra: str) -> dict[str, str]:
