@@ -10,13 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # `encoder` brings weights to download, which no test does; `dev` is for the linters.
 TRIED = (
-    "plots",
-    "progress",
-    "safetensors",
-    "structured",
-    "onnx",
-    "transformers",
-    "hub",
+    *("plots", "progress", "safetensors", "structured", "onnx", "transformers", "hub"),
+    *("lightning", "trackers"),
     "examples",
 )
 
