@@ -46,11 +46,9 @@ class Name:
     def directive(self) -> list[str]:
         """What documents it, in reStructuredText."""
         if self.kind == "data":
-            return [
-                f".. py:data:: {self.path}",
-                "",
-                *(f"   {line}" for line in self.doc.split("\n")),
-            ]
+            module, _, name = self.path.rpartition(".")
+            doc = [f"   {line}" for line in self.doc.split("\n")]
+            return [f".. py:data:: {name}", f"   :module: {module}", "", *doc]
         options = ["   :members:"] * (self.kind == "autoclass")
         if getattr(self.value, "__bases__", (object,)) != (object,):
             options.append("   :show-inheritance:")
