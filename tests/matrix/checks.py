@@ -5,6 +5,7 @@ those of a smaller copy within the tolerance of `compress`, on other inputs than
 """
 
 import copy
+import re
 import tempfile
 import time
 import warnings
@@ -337,6 +338,8 @@ def try_(trial: Trial, column: str) -> Cell:
 
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    refused = re.search(r"cannot be removed: .*?': (.*?)(?:\. Prune its .*)?$", text)
+    text = text if refused is None else f"cannot be removed: {refused.group(1)}"
     return text if len(text) < 240 else f"{text[:236]} ..."
 
 
