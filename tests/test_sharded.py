@@ -419,7 +419,7 @@ def test_gradients_that_wait_for_more_are_as_without_scoring(others: list[Any]) 
 
 
 def test_nothing_larger_than_a_histogram_and_a_layer_is_sent(others: list[Any]) -> None:
-    histogram, layer = 8 * (1 << 16), 4 * 600 * (600 + 1)  # with its bias, in the training's
+    histogram, layer = 8 * (1 << 16), 4 * 600 * 600
     sends = others[0]["sent"]
     assert sends["floor"]
     for name, messages in sends.items():
