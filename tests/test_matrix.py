@@ -16,14 +16,12 @@ QUICK = [column for column in COLUMNS if column != "ONNX"]
 SLICE = {
     "opt": ("heads", "neurons", "generate"),
     "gpt neox": ("heads", "neurons", "generate"),
-    "xglm": ("heads", "neurons", "generate"),
+    "bart": ("heads", "neurons", "generate"),
     "distilbert": ("heads", "neurons"),
     "deberta": ("heads", "neurons"),
     "vit": ("heads", "neurons"),
     "segformer": ("heads",),
     "convnext": ("channels",),
-    "resnet": ("channels",),
-    "wav2vec 2": ("heads", "neurons"),
 }
 """What must work of some families that are tried in no other test of every run."""
 
@@ -64,7 +62,7 @@ def test_the_page_tells_what_works_and_why_not():
     assert "heads 1 of 2, channels 0 of 0" in text
     assert "No cell went through with a wrong result" in text
     wrong = page([row("a", **{**fine, "heads": (WRONG, "off")})], {})
-    assert "1 cells went through with a wrong result" in wrong
+    assert "1 cells went through with another result than expected" in wrong
     assert "| a | yes | WRONG | yes | yes |" in wrong
     assert not is_green(row("a", **{**fine, "compress": (WRONG, "off")}))
 

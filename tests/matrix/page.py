@@ -47,7 +47,7 @@ def page(rows: Iterable[Mapping[str, Any]], versions: Mapping[str, str]) -> str:
     told = (
         "No cell went through with a wrong result."
         if not wrong
-        else f"{wrong} cells went through with a wrong result: these are defects."
+        else f"{wrong} cells went through with another result than expected: look at them first."
     )
     parts = [_HEAD.format(wrong=told), _summary(built, versions)]
     for library in LIBRARIES:
