@@ -49,7 +49,9 @@ def page(rows: Iterable[Mapping[str, Any]], versions: Mapping[str, str]) -> str:
         if not wrong
         else f"{wrong} cells went through with another result than expected: look at them first."
     )
-    parts = [_HEAD.format(wrong=told), _summary(built, versions)]
+    seen = {column for row in built for column in row["cells"]}
+    lines = [x for x in _HEAD.splitlines(True) if not x.startswith("| ONNX") or "ONNX" in seen]
+    parts = ["".join(lines).format(wrong=told), _summary(built, versions)]
     for library in LIBRARIES:
         mine = [row for row in built if row["library"] == library]
         if mine:
