@@ -13,6 +13,7 @@ from mtprune.integrations.pretrained import save_pretrained
 from mtprune.patterns import heads, neurons
 from tests import families
 from tests.families import FAMILIES
+from tests.long import LONG
 
 CI = ("llama", "gemma, one key", "gpt2", "falcon, shared keys", "mixtral", "t5", "swin")
 """The families that are looked at in every run, unlike in kind."""
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def every():
     for name in FAMILIES:
-        yield pytest.param(name, marks=() if name in CI else pytest.mark.slow)
+        yield pytest.param(name, marks=() if name in CI else LONG)
 
 
 def found(model, name):

@@ -10,10 +10,13 @@ from types import ModuleType
 import pytest
 
 import mtprune
+from tests.long import few
 from tests.site import reference, tutorials
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(reference.public_names())
+
+LONGEST = ("encoder_to_int8", "own_score")
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -74,7 +77,11 @@ def test_what_a_tutorial_shows_was_printed_by_its_code(script: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", tutorials.scripts(), ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    few(tutorials.scripts(), *(s for s in tutorials.scripts() if s.stem not in LONGEST)),
+    ids=lambda script: script.stem,
+)
 def test_tutorial_runs(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "onnxruntime" in script.read_text():
         pytest.importorskip("onnxruntime")
