@@ -115,3 +115,11 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
         )
         assert loaded == [], f"{page.name} loads {loaded}"
     assert "taylor_magnitude" in (tmp_path / "searchindex.js").read_text()
+
+
+def test_pictures_show_what_a_pruner_does(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tests.site import pictures
+
+    pictures.main(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"vote", "kept", "loop"}
