@@ -50,7 +50,7 @@ def percentiles(net: Net, losses: dict[str, Any], batch: dict[str, Tensor]) -> d
 
 def heat(place: Axes, values: Tensor, title: str) -> None:
     """Percentiles: dark is what a task wants most."""
-    place.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    place.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
     dressed(place, title)
 
 
@@ -68,7 +68,9 @@ def draw_vote(ranked: dict[str, Tensor], worth: Tensor, mask: Tensor) -> Figure:
     heat(places[0], ranked["seg"], "how seg ranks the weights")
     heat(places[1], ranked["depth"], "how depth ranks them")
     heat(places[2], worth, "the vote: the higher of the two")
-    places[3].imshow(mask, cmap=ListedColormap([GONE, BOTH]), vmin=0, vmax=1, aspect="equal")
+    places[3].imshow(
+        mask.numpy(), cmap=ListedColormap([GONE, BOTH]), vmin=0, vmax=1, aspect="equal"
+    )
     dressed(places[3], "the mask: the best of them all")
     return figure
 
@@ -83,7 +85,7 @@ def draw_kept(mask: Tensor, alone: dict[str, Tensor]) -> Figure:
     colors = [GONE, BOTH, LEFT, RIGHT, "#8a8f98"]
     figure = Figure(figsize=(7, 3), layout="constrained")
     place = figure.subplots()
-    place.imshow(kinds, cmap=ListedColormap(colors), vmin=0, vmax=4, aspect="equal")
+    place.imshow(kinds.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=4, aspect="equal")
     dressed(place, "who would keep each weight of the trunk")
     counts = np.bincount(kinds.flatten().numpy(), minlength=5)
     for color, name, count in zip(colors, names, counts, strict=True):
