@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import mtprune
 from mtprune import Grouped, LowRank, MultitaskPruner, Vote, patterns
@@ -81,6 +82,19 @@ def check_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> 
     assert a.keys() == b.keys(), f"{what}: other outputs"
     off = max(difference(a[k], b[k]) for k in a)
     assert off <= TOLERANCE, f"{what}: outputs differ by {off:.1e}"
+
+
+def check_alike(model: nn.Module, other: nn.Module, inputs: Any, what: str) -> None:
+    """The same within the tolerance; where a model rounds more than that itself, in float64."""
+    a, b = outputs(model, inputs), outputs(other, inputs)
+    if a.keys() == b.keys() and max(difference(a[k], b[k]) for k in a) > TOLERANCE:
+        exact = [copy.deepcopy(net).double() for net in (model, other)]
+        a, b = (outputs(net, _doubled(inputs)) for net in exact)
+    check_close(a, b, what)
+
+
+def _doubled(inputs: Any) -> Any:
+    return tree_map(lambda x: x.double() if torch.is_floating_point(x) else x, inputs)
 
 
 @dataclass
@@ -170,8 +184,7 @@ class Trial:
         fast = mtprune.compress(model, self.inputs, groups=groups, measure=prefer("dense"))
         sizes = [sum(p.numel() for p in net.parameters()) for net in (fast, self.model)]
         assert sizes[0] < sizes[1], "nothing was removed"
-        expected = outputs(model, self.others)
-        check_close(expected, outputs(fast, self.others), "smaller copy")
+        check_alike(model, fast, self.others, "smaller copy")
         self.small[kind], self.pruned[kind] = fast, model
         return f"{len(groups)} x {groups[0].size}, {sizes[0] / sizes[1]:.0%}"
 
