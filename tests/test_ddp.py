@@ -122,6 +122,7 @@ def test_masks_are_those_of_one_process(way: str, two: list[Any]) -> None:
         assert torch.equal(first["masks"][name], mask)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("late", [5])
 def test_a_rank_that_joins_early_is_missed_by_name(late: int, tmp_path: Any) -> None:
     first, _ = on_ranks(__name__, "join", tmp_path, timeout=late)

@@ -46,7 +46,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", few(FEW, "train", "files-plans"))
+@pytest.mark.parametrize("target", few(FEW, "files-plans"))
 def test_nothing_is_wrong_in_a_few_cases(target, tmp_path):
     out = tmp_path / "out.jsonl"
     ran = run(target, "--cases", str(FEW[target]), "--seed", "5000", "--out", str(out))

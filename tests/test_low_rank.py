@@ -561,6 +561,7 @@ def test_gates_start_open_and_change_nothing():
     assert loop.pruner.sparsity == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gates_close_until_the_constraint_is_met():
     loop = Loop(

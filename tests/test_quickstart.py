@@ -62,6 +62,7 @@ def test_shows_what_it_says_each_time(quickstart, tmp_path, capsys):
     assert quickstart.main(arguments) == results
 
 
+@pytest.mark.long
 def test_one_shot_inplace_global(quickstart, tmp_path):
     how = ["--one-shot", "--backend", "inplace", "--allocation", "global", "--sparsity", "0.75"]
     results = quickstart.main([*TINY, *how, "--scale", "32", "--out", str(tmp_path)])
@@ -70,6 +71,7 @@ def test_one_shot_inplace_global(quickstart, tmp_path):
         assert run["method"] == "joint" or run["differ"] == 0
 
 
+@pytest.mark.long
 def test_adapmtl_takes_the_place_of_the_vote(quickstart, tmp_path, capsys):
     arguments = [*TINY, "--method", "adapmtl", "--scale", "32", "--out", str(tmp_path)]
     results = quickstart.main(arguments)

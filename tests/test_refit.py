@@ -513,6 +513,7 @@ def test_old_descriptions_of_votes_do_not_name_it():
     assert "refit=Refit(samples=9, damping=0.1, steps=12)" in describe(Vote(0.5, refit=Refit(9)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_vote_with_refit_is_a_method():
     check_method(Vote(0.7, schedule=Cubic(begin=1, end=5, every=2), refit=Refit(samples=64)))

@@ -64,7 +64,7 @@ METHODS = {
     "components": lambda: Vote(0.7, schedule=RISE, allocation={"a": 0.5}, priority={"b": 2.0}),
     "voters": lambda: Vote(0.7, schedule=RISE, voters=(saliency.magnitude,)),
     "per task": lambda: Vote(PerTaskKeep(0.3), schedule=RISE),
-    "stable": lambda: Vote(0.05, schedule=OneShot(5), observations="auto"),
+    "stable": lambda: Vote(0.97, schedule=OneShot(5), observations="auto"),
     "regrow": lambda: Vote(0.7, allocation="erk", schedule=Regrow(every=2, end=6)),
     "regrow in layers": lambda: Vote(
         0.7, allocation="uniform", schedule=Regrow(every=2, end=6, within="layer")
@@ -480,6 +480,7 @@ def test_weights_that_were_gathered_do_not_go_stale(others: list[Any]) -> None:
             torch.testing.assert_close(found[task], alone[task])
 
 
+@pytest.mark.long
 def test_two_ranks_are_resumed_on_four(others: list[Any], four: list[Any]) -> None:
     loop = Loop(method_to_resume(), 0, 1, spread=None).train(3)
     before = loop.masks()
@@ -488,6 +489,7 @@ def test_two_ranks_are_resumed_on_four(others: list[Any], four: list[Any]) -> No
         check_same(result["resumed"], alone)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SQUARE)
 def test_copies_of_parts_decide_alike(name: str, four: list[Any]) -> None:
     alone = trained(name, 0, 1, spread=None)
@@ -495,6 +497,7 @@ def test_copies_of_parts_decide_alike(name: str, four: list[Any]) -> None:
         check_same(result[name], alone, weights=1e-6)
 
 
+@pytest.mark.long
 def test_four_ranks_of_which_some_have_no_row(four: list[Any]) -> None:
     alone = trained("floor", 0, 1, spread=None)
     for result in four:

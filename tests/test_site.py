@@ -16,7 +16,7 @@ from tests.site import reference, tutorials
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(reference.public_names())
 
-LONGEST = ("encoder_to_int8", "own_score")
+LONGEST = ("encoder_to_int8", "first_prune", "own_score", "your_trainer")
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -29,6 +29,7 @@ from mtprune.statistics import PerWeight
 from mtprune.testing import NETS, methods
 from tests import nets as shelf
 from tests import test_pruner
+from tests.long import LONG
 
 SOON = Cubic(begin=1, end=5, every=2)
 PLAIN = {"trunk_with_heads": NETS["trunk_with_heads"]}
@@ -376,9 +377,12 @@ def cases():
     """Each method on two nets, in turn; a few of them in the fast loop."""
     names, found = list(NETS), []
     for place, name in enumerate(METHODS):
-        for net in (names[place % len(names)], names[(place + 3) % len(names)]):
+        for net, marks in (
+            (names[place % len(names)], pytest.mark.slow),
+            (names[(place + 3) % len(names)], LONG),
+        ):
             fast = (name, net) in {("disparse_dynamic", "convolutions"), ("flop", "attention")}
-            found.append(pytest.param(name, net, marks=() if fast else pytest.mark.slow))
+            found.append(pytest.param(name, net, marks=() if fast else marks))
     return found
 
 

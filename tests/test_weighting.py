@@ -72,6 +72,7 @@ def test_noise_does_not_see_the_scale_of_a_loss():
     assert scaled == plain
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_noise_is_the_coefficient_of_variation_of_stationary_losses():
     torch.manual_seed(0)

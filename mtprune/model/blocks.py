@@ -124,6 +124,7 @@ class FeedForward:
 
 
 Pattern = Attention | FeedForward
+"""A shape of module in which heads or neurons are found."""
 
 
 def match(name: str, module: nn.Module, pattern: Pattern) -> Group | None:

@@ -14,11 +14,15 @@ import mtprune
 ROOT = Path(mtprune.__file__).parent
 # What architecture.md calls "what all of these use", and the folders that nobody imports from.
 INTERNAL = {
-    *("bits", "checkpoint", "checks", "distributed", "facts", "files", "progress", "reading"),
-    *("results", "text", "trials", "model", "observing", "showing", "__main__"),
+    *("bits", "census", "checkpoint", "checks", "distributed", "facts", "files", "intervals"),
+    *("progress", "reading", "results", "text", "trials"),
+    *("model", "observing", "showing", "__main__"),
 }
 # Folders are read from their __init__; these have public modules inside.
-INSIDE = ("compression.forms", "integrations.hub", "integrations.transformers")
+INSIDE = (
+    "compression.forms",
+    *(f"integrations.{name}" for name in ("dcp", "hub", "lightning", "peft", "transformers")),
+)
 
 
 @dataclass(frozen=True)
