@@ -32,10 +32,11 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|optim|transformers|lightning|matplotlib|Module)\b.*"),
     (r"py:.*", r"(collections|typing|types|pathlib|os|enum|fractions|abc)\b.*"),
-    (r"py:.*", r"mtprune\.(model|observing|facts|reading)\..*"),
-    (r"py:.*", r"mtprune\.(compression|holding|selection)\.\w+\..*"),
+    (r"py:.*", r"mtprune\.(model|observing|census|facts|reading)\..*"),
+    (r"py:.*", r"mtprune\.(affinity|compression|holding|selection)\.\w+\..*"),
     (r"py:.*", r"mtprune\.[\w.]+\._\w+"),
     (r"py:.*", r"(mtprune\.[\w.]+\.)?[A-Z]"),
+    (r"py:.*", r"Drawn"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -14,7 +14,7 @@ import mtprune
 ROOT = Path(mtprune.__file__).parent
 # What architecture.md calls "what all of these use", and the folders that nobody imports from.
 INTERNAL = {
-    *("bits", "census", "checkpoint", "checks", "distributed", "facts", "files", "intervals"),
+    *("bits", "census", "checkpoint", "checks", "distributed", "facts", "files"),
     *("progress", "reading", "results", "text", "trials"),
     *("model", "observing", "showing", "__main__"),
 }
