@@ -18,33 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Affinity", "LayerAffinity", "chance", "compare", "iou", "overlap"]
 
 
-@dataclass(frozen=True)
-class LayerAffinity:
-    """One layer's overlap.
+class _Beside:
+    """An overlap beside what to expect of unrelated tasks."""
 
-    Attributes:
-        name: The layer.
-        iou: Intersection over union of its masks; NaN if all are empty.
-        chance: The expected overlap of independent masks of the same densities.
-        densities: Share kept by each task.
-        null: The overlap in each draw of a null; empty without one.
-        rank: Of two tasks, Spearman's correlation of their saliencies, beside the null's; None
-            without a null.
-        cosine: Of two tasks, the cosine of their gradients, likewise.
-    """
-
-    name: str
     iou: float
     chance: float
-    densities: Mapping[str, float]
-    null: tuple[float, ...] = ()
-    rank: Contrast | None = None
-    cosine: Contrast | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether no task keeps anything, so that there is no overlap: neither 0 nor 1."""
-        return isnan(self.iou)
+    null: tuple[float, ...]
 
     @property
     def contrast(self) -> Contrast:
@@ -73,7 +52,36 @@ class LayerAffinity:
 
 
 @dataclass(frozen=True)
-class Affinity:
+class LayerAffinity(_Beside):
+    """One layer's overlap.
+
+    Attributes:
+        name: The layer.
+        iou: Intersection over union of its masks; NaN if all are empty.
+        chance: The expected overlap of independent masks of the same densities.
+        densities: Share kept by each task.
+        null: The overlap in each draw of a null; empty without one.
+        rank: Of two tasks, Spearman's correlation of their saliencies, beside the null's; None
+            without a null.
+        cosine: Of two tasks, the cosine of their gradients, likewise.
+    """
+
+    name: str
+    iou: float
+    chance: float
+    densities: Mapping[str, float]
+    null: tuple[float, ...] = ()
+    rank: Contrast | None = None
+    cosine: Contrast | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no task keeps anything, so that there is no overlap: neither 0 nor 1."""
+        return isnan(self.iou)
+
+
+@dataclass(frozen=True)
+class Affinity(_Beside):
     """The overlap of several tasks' masks. It prints as a table.
 
     Attributes:
@@ -94,31 +102,6 @@ class Affinity:
     pairs: Mapping[tuple[str, str], "Affinity"] = field(default_factory=dict)
     rank: Contrast | None = None
     cosine: Contrast | None = None
-
-    @property
-    def contrast(self) -> Contrast:
-        """The overlap of all layers together beside the null's."""
-        return Contrast(self.iou, self.null)
-
-    @property
-    def expected(self) -> float:
-        """The overlap to expect of unrelated tasks: the null's mean, or by chance without one."""
-        return self.contrast.expected if self.null else self.chance
-
-    @property
-    def excess(self) -> float:
-        """The overlap beyond that."""
-        return self.iou - self.expected
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Where the excess to be expected lies, with a confidence of 95 %; None without a null."""
-        return self.contrast.interval if self.null else None
-
-    @property
-    def reach(self) -> float | None:
-        """Half the width of that interval; None without a null that tells."""
-        return _reach(self.interval)
 
     @property
     def empty(self) -> list[str]:

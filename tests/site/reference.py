@@ -54,7 +54,10 @@ class Name:
             doc = [f"   {line}" for line in self.doc.split("\n")]
             return [f".. py:data:: {name}", f"   :module: {module}", "", *doc]
         options = ["   :members:"] * (self.kind == "autoclass")
-        if getattr(self.value, "__bases__", (object,)) != (object,):
+        bases = getattr(self.value, "__bases__", (object,))
+        if any(base.__name__.startswith("_") for base in bases):
+            options.append("   :inherited-members:")  # it is the only place for them
+        elif bases != (object,):
             options.append("   :show-inheritance:")
         return [f".. {self.kind}:: {self.path}", *options]
 
