@@ -16,7 +16,7 @@ from tests.site import reference, tutorials
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(reference.public_names())
 
-LONGEST = ("encoder_to_int8", "first_prune", "own_score", "your_trainer")
+LONGEST = ("encoder_to_int8", "first_prune", "own_score", "vision_transformer", "your_trainer")
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -83,9 +83,9 @@ def test_what_a_tutorial_shows_was_printed_by_its_code(script: Path) -> None:
     ids=lambda script: script.stem,
 )
 def test_tutorial_runs(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "onnxruntime" in script.read_text():
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
+    for name in ("onnxruntime", "onnxscript", "timm"):
+        if name in script.read_text():
+            pytest.importorskip(name)
     monkeypatch.setenv("MPLBACKEND", "agg")
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
