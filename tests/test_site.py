@@ -123,3 +123,13 @@ def test_pictures_show_what_a_pruner_does(tmp_path: Path) -> None:
 
     pictures.main(tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"vote", "kept", "loop"}
+
+
+def test_pages_are_short_enough_to_be_read() -> None:
+    """Less than 1,500 words of prose; tables and code are looked up rather than read."""
+    long = {}
+    for path in (ROOT / "docs").rglob("*.md"):
+        prose = re.sub(r"^```.*?^```|^\|.*?$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        if len(prose.split()) >= 1500:
+            long[path.name] = len(prose.split())
+    assert not long
