@@ -53,9 +53,10 @@ def best(
     For a trained network it rests on the comparisons of docs/results/recipe.md, where rounds were
     ahead of the gradual vote, and both of joint saliency, ``|w * g|`` by vote, LAMP and magnitude.
     The score does that more than the vote: where losses are well scaled, a voter for each task is
-    hardly better than one for their sum. For a pretrained encoder it rests on pilots: there the
-    score for trained networks was clearly worse than ``|w * g|``, and joint saliency
-    (``disentangled=False``) in the same rounds as good or better. Where it loses: a small network
+    hardly better than one for their sum. For a pretrained encoder it rests
+    on the same page: rounds of ``|w * g|`` lost less than half of what gradual pruning does, the
+    score for trained networks was clearly worse, and joint saliency (``disentangled=False``) was
+    level. Where it loses: a small network
     that overfits may do far better from scratch than pruned and fine-tuned for a short time.
 
     Args:

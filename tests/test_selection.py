@@ -8,6 +8,7 @@ from mtprune.allocation import Budget, Floor, Global, parse_allocation
 from mtprune.selection import Best, Quota, Ranking, arrays, select
 from tests import oracles
 from tests.oracles import EXACT, KINDS, ODD, sampler
+from tests.long import LONG
 from tests.test_votes import EVERY_VOTE, VOTES
 
 SPARSITIES = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999]
@@ -120,8 +121,23 @@ def test_weights_of_equal_mean_are_kept_by_position(device):
 # --- Against the oracle --------------------------------------------------------------------------
 
 
-@EVERY_KIND
-@EVERY_VOTE
+PAIRS = [
+    pytest.param(
+        name,
+        kind,
+        marks=()
+        if kind == TYPICAL
+        else pytest.mark.slow
+        if (i - j) % len(KINDS) in (0, 3)
+        else LONG,
+    )
+    for i, name in enumerate(VOTES)
+    for j, kind in enumerate(KINDS)
+]
+"""Every run tries each vote with three kinds of scores, the long run with all."""
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_every_mask_is_the_oracles_weight_by_weight(name, kind, device):
     net, total = EXACT, EXACT.total
     scores = net.scores(sampler(kind, device))
