@@ -289,7 +289,7 @@ def test_the_operator_looks_at_sizes(place, value, dtype):
 def test_an_exported_program_takes_other_types(tmp_path):
     model, x = net(), torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(model, x, measure=prefer("sparse"))
-    program = torch.export.export(fast, (x,)).module()
+    program = torch.export.export(fast, (x,), strict=False).module()
     linear = torch.ops.mtprune.sparse_linear
     parts = fast[3]._parts()
     rows = torch.randn(4, 288)
@@ -313,7 +313,7 @@ def test_it_is_exported(tmp_path):
     assert isinstance(fast[0], Sparse)
     assert isinstance(fast[3], Sparse)
     program = torch.export.export(
-        fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
+        fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},), strict=False
     )
     other = torch.randn(7, 3, 6, 6)
     assert torch.equal(program.module()(other), fast(other))

@@ -303,7 +303,7 @@ def test_random_nets(seed):
     assert plan.sizes.parameters == sum(p.numel() for p in fast.parameters())
     assert plan.sizes.parameters < plan.sizes.against.parameters
     if seed < 5:
-        program = torch.export.export(fast, (x,))
+        program = torch.export.export(fast, (x,), strict=False)
         assert off(fast, program.module(), x) == 0
     for cut in plan.removal.cuts:
         assert tuple(fast.state_dict()[cut.tensor].shape) == cut.after

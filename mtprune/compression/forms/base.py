@@ -231,12 +231,17 @@ def pointwise_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
     return conv
 
 
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting`` before torch 2.7, as far as the export is not strict."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def _check_exporting(form: nn.Module, args: Any) -> None:
     """A hook that names the layer at which an export fails: torch fails without a name."""
     assert isinstance(form, Form)
     if form.exporters == EXPORTERS:
         return
-    exporting = getattr(torch.compiler, "is_exporting", bool)
+    exporting = getattr(torch.compiler, "is_exporting", _is_exporting)
     onnx = torch.onnx.is_in_onnx_export()
     if (onnx and "ONNX" not in form.exporters) or (
         exporting() and "torch.export" not in form.exporters
