@@ -22,10 +22,10 @@ import torch
 
 __all__ = ["COMPILERS", "FLAGS", "HEADERS", "SOURCES", "declare", "library", "unavailable"]
 
-SOURCES = (Path(__file__).with_name("sparse.c"),)
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("sparse.c", "block.c"))
 """What is compiled, each by itself."""
 
-HEADERS: tuple[Path, ...] = ()
+HEADERS = (Path(__file__).with_name("panel.h"),)
 """What the sources include of ours."""
 
 COMPILERS = ("cc", "gcc", "clang")
@@ -47,6 +47,8 @@ _WEIGHT = (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _SHORT, _LONG)
 FUNCTIONS = {
     "mtprune_linear": (*_WEIGHT, _LONG, _POINTER, _LONG, _POINTER, _SHORT),
     "mtprune_conv": (*_WEIGHT, _POINTER, _POINTER, _POINTER, _SHORT),
+    "mtprune_block": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _SHORT),
+    "mtprune_block_check": (_POINTER,),
 }
 """The functions of the library, with the types of their arguments."""
 
