@@ -32,10 +32,10 @@ SPARSE_BELOW = 0.35
 class Together(nn.TransformerEncoderLayer):
     """A `torch.nn.TransformerEncoderLayer` that runs as one block. Made by `join`.
 
-    The block is packed at the first call and again when a weight has changed, unless it was changed
-    in place behind autograd's back, through ``.data``. With a mask of queries, with gradients, hooks
-    on a part, another type or device, in training, while it is traced or compiled, or without native
-    code, its parts are called one by one.
+    The block is packed at the first call and again when a weight has changed, unless it was
+    changed in place behind autograd's back, through ``.data``. With a mask of queries, gradients,
+    hooks on a part, another type or device, in training, while it is traced or compiled, or without
+    native code, its parts are called one by one.
     """
 
     _packed: "_Packed | None" = None

@@ -22,6 +22,7 @@
 #define QUERIES (2 * LANES)
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* One weight [outputs, inputs], packed: dense or sparse.
  *
@@ -74,7 +75,7 @@ ALWAYS vec exponential(vec x)
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return chosen(x < -87.0f, (vec){0}, (vec)((ivec)p + ((ivec)n << 23)));
+    return chosen(x < -87.0f, (vec){0}, (vec)((bits)p + ((bits)n << 23)));
 }
 
 /* x times the normal distribution function. The error function is 7.1.26 of Abramowitz and Stegun,
