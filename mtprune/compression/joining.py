@@ -13,6 +13,7 @@ from mtprune.compression.plan import Joined, Plan
 from mtprune.compression.running import run
 from mtprune.compression.timing import Measure
 from mtprune.compression.together import Together, can_join, join, separate
+from mtprune.compression.verify import ROUNDING, difference
 
 __all__ = ["MARGIN", "choose_blocks", "join_all", "separate_all"]
 
@@ -45,8 +46,9 @@ def choose_blocks(
     found = []
     for name, calls in _recorded(model, layers, batches).items():
         layer, apart, together = layers[name], 0.0, 0.0
-        for (args, kwargs), times in calls.values():
-            join(layer)
+        join(layer)
+        alike = all(_is_alike(layer, call) for call, _ in calls.values())
+        for (args, kwargs), times in calls.values() if alike else ():
             functions = [partial(f, layer, *args, **kwargs) for f in (_apart, _together)]
             first, second = measure(functions)
             apart, together = apart + times * first, together + times * second
@@ -56,12 +58,21 @@ def choose_blocks(
     return tuple(found)
 
 
-def _apart(layer: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
-    return nn.TransformerEncoderLayer.forward(layer, *args, **kwargs)
+def _apart(layer: Together, *args: Any, **kwargs: Any) -> Any:
+    return layer.apart.forward(layer, *args, **kwargs)
 
 
-def _together(layer: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
-    return Together.forward(layer, *args, **kwargs)  # type: ignore[arg-type]
+def _together(layer: Together, *args: Any, **kwargs: Any) -> Any:
+    return layer.forward(*args, **kwargs)
+
+
+def _is_alike(layer: nn.Module, call: _Call) -> bool:
+    """Whether a joined layer gives as a block what it gives part by part."""
+    args, kwargs = call
+    expected, got = (f(layer, *args, **kwargs) for f in (_apart, _together))  # type: ignore[arg-type]
+    return type(expected) is type(got) is Tensor and (
+        difference(expected, got) <= ROUNDING[torch.float32]
+    )
 
 
 def _has_zeros(layer: nn.Module) -> bool:
@@ -83,7 +94,7 @@ def _recorded(
     for name, layer in layers.items():
 
         def record(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            mine, x = calls[name], (*args, kwargs.get("src"))[0]
+            mine, x = calls[name], (*args, *kwargs.values())[0]
             first, times = mine.get(x.shape, ((args, kwargs), 0))
             mine[x.shape] = (first, times + 1)
 
@@ -97,20 +108,20 @@ def _recorded(
 
 
 def join_all(model: nn.Module, plan: Plan) -> None:
-    """Let the layers that a plan joins run as blocks.
+    """Let the layers that a plan joins run as blocks; what cannot, stays part by part.
 
     Raises:
         ValueError: If the plan is for another model.
     """
+    modules = dict(model.named_modules())
     for name in _names(plan):
-        layer = dict(model.named_modules()).get(name)
-        if layer is None or not can_join(layer):
-            got = "no such layer" if layer is None else f"a {type(layer).__name__} that cannot"
+        if name not in modules:
             raise ValueError(
                 f"The plan is for another model: it runs '{name}' as one block, and this model has "
-                f"{got}."
+                "no such layer."
             )
-        join(layer)
+        if can_join(modules[name]):
+            join(modules[name])
 
 
 def separate_all(model: nn.Module, plan: Plan) -> None:

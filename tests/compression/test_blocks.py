@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mtprune import patterns
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.forms import building, packed
 from mtprune.compression.forms.block import Block
+from mtprune.compression.plan import Joined
 from mtprune.compression.together import Together, can_join, join, separate
 from mtprune.compression.verify import difference
 from tests.compression.fakes import zero_
@@ -216,7 +218,7 @@ def test_copies():
     join(layer)
     y = layer(x)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(other) is Together
+        assert type(other) is type(layer)
         assert other._packed is None
         assert torch.equal(other(x), y)
     assert set(layer.state_dict()) == set(layer_of().state_dict())
@@ -232,6 +234,45 @@ def test_what_cannot_be_joined():
         assert not can_join(layer)
         with pytest.raises(ValueError, match=f"A {type(layer).__name__} of this kind cannot run"):
             join(layer)
+
+
+@torch.no_grad()
+def test_layers_of_bert():
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+    )
+    ids = torch.randint(0, 50, (3, 9))
+    seen = torch.ones(3, 9, dtype=torch.long)
+    seen[1, 5:] = 0
+    for build in (transformers.BertModel, transformers.RobertaModel):
+        for attention in ("sdpa", "eager"):
+            model = build._from_config(config, attn_implementation=attention).eval()
+            plain = copy.deepcopy(zero_(model, 0.8))
+            for layer in model.encoder.layer:
+                join(layer)
+            for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": seen}):
+                got = model(**inputs).last_hidden_state
+                assert difference(plain(**inputs).last_hidden_state, got) <= 2e-6
+                assert all(layer._packed.block is not None for layer in model.encoder.layer)
+            # Whoever asks for what a block does not make gets it.
+            names = {"output_attentions": True, "output_hidden_states": True}
+            if attention == "eager":
+                asked, other = model(ids, **names), plain(ids, **names)
+                assert len(asked.attentions) == len(other.attentions) == 2
+                assert len(asked.hidden_states) == 3
+            other = copy.deepcopy(model)
+            assert torch.equal(other(ids).last_hidden_state, model(ids).last_hidden_state)
+            # Queries with masks of their own.
+            x = torch.randn(3, 9, 24)
+            mask = torch.ones(3, 1, 9, 9).tril().log()
+            expected = plain.encoder.layer[0](x, mask)
+            assert torch.equal(model.encoder.layer[0](x, mask), expected)
 
 
 class Encoder(nn.Module):
@@ -336,9 +377,14 @@ def test_a_new_process_gives_the_same_bits(tmp_path):
 def test_a_plan_of_another_model():
     model, x = zero_(Encoder(), 0.8).eval(), torch.randn(2, 7, 16)
     plan = mtprune.plan_of(mtprune.compress(model, x, measure=Times()))
+    other = replace(plan, blocks=(Joined("trunk.layers.7"),))
+    with pytest.raises(ValueError, match=r"runs 'trunk.layers.7' as one block, and this model has"):
+        mtprune.compress(model, x, plan=other)
+    # What cannot run as one runs part by part.
     model.trunk.layers[1].activation = torch.tanh
-    with pytest.raises(ValueError, match=r"runs 'trunk.layers.1' as one block, and this model"):
-        mtprune.compress(model, x, plan=plan)
+    model.trunk.layers[1].activation_relu_or_gelu = 0
+    fast = mtprune.compress(model, x, plan=plan)
+    assert [isinstance(layer, Together) for layer in fast.trunk.layers] == [True, False]
 
 
 def test_a_dense_model_stays_as_it_is():
