@@ -66,9 +66,9 @@ def compress(
     (torch's sparse product, on a CPU), ``"2:4"`` (CUDA, float16 and bfloat16) or ``"rank"`` (two
     layers, where these are smaller). The projections of a ``MultiheadAttention`` that attends to
     itself are timed too. A form that is not faster than the dense one by 5 % is not taken, and of
-    forms within 5 % of each other the smallest is. Then each encoder layer that native code knows is
-    timed as one block, and becomes one if that is faster (``plan.blocks``). If the model as a whole
-    is no faster, all layers stay dense.
+    forms within 5 % of each other the smallest is. Then each encoder layer that native code knows
+    is timed as one block, and becomes one if that is faster (``plan.blocks``). If the model as a
+    whole is no faster, all layers stay dense.
 
     The copy is in eval mode and meant for inference; the model is left as it is.
 
