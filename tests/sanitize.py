@@ -24,8 +24,8 @@ from mtprune.compression.forms.block import ACTIVATIONS, Block
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
 
 
-def build(folder: Path) -> Path:
-    """Build the library with sanitizers.
+def build(folder: Path, march: str) -> Path:
+    """Build the library with sanitizers, for a kind of processor.
 
     Raises:
         RuntimeError: If the compiler cannot.
@@ -213,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
     parser.add_argument("--cases", type=int, default=500, help="how many layers")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--march", default="native", help="the processor, as the compiler names it")
     parser.add_argument("--library", type=Path, help="drive this one, in this process")
     options = parser.parse_args(arguments)
     if options.library is not None:
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         with tempfile.TemporaryDirectory() as folder:
-            library = build(Path(folder))
+            library = build(Path(folder), options.march)
             where = ["--library", str(library)]
             many = ["--cases", str(options.cases), "--seed", str(options.seed)]
             done = subprocess.run(

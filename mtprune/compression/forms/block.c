@@ -20,6 +20,7 @@
 #define BUNDLES 8  /* so many times as many are made together */
 #define KEYS 4     /* keys, or numbers of a value, that a query meets together */
 #define QUERIES (2 * LANES)
+#define SPAN (4 * LANES) /* columns of the widest panel: as many vectors as one weight meets */
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -463,7 +464,8 @@ static void run_span(const Block *b, const Span *s, const float *x, const float 
 /* So many sentences of a length as a span. */
 static Span span_of(int64_t sentences, int64_t length)
 {
-    Span s = {sentences, length, sentences * length, 0, panel_width(sentences * length)};
+    const int64_t tokens = sentences * length;
+    Span s = {sentences, length, tokens, 0, (int)smaller(panel_width(tokens), SPAN)};
     s.panels = rounded(s.tokens, s.P);
     return s;
 }
@@ -559,7 +561,7 @@ int mtprune_block(const Block *b, const float *x, const float *mask, int64_t sen
     if (sentences < 1 || length < 1)
         return 0;
     /* Short sentences share a panel, as long as each thread has one. */
-    int64_t each = larger(1, WIDEST / length);
+    int64_t each = larger(1, SPAN / length);
     each = smaller(each, larger(1, sentences / threads));
     return run(b, sentences, each, length, x, mask, y, threads);
 }
