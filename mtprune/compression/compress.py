@@ -34,7 +34,7 @@ from mtprune.compression.verify import Reference, Replaced, worst_layer
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
 
-__all__ = ["assemble", "compress", "is_compressed", "plan_of"]
+__all__ = ["assemble", "compress", "finish", "is_compressed", "plan_of"]
 
 _PLAN = "_mtprune_plan"
 
@@ -155,7 +155,7 @@ def compress(
     if plan.sizes is None:
         # A copy once more: the user's own model is never run.
         plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
-    return _finish(work, replace(plan, subnetwork=part))
+    return finish(work, replace(plan, subnetwork=part))
 
 
 def _choose_forms(
@@ -249,10 +249,10 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             forms[site.name] = FORMS[choice](site.layer, parts)
     place(sites, forms)
-    return _finish(model, plan)
+    return finish(model, plan)
 
 
-def _finish(model: nn.Module, plan: Plan) -> nn.Module:
+def finish(model: nn.Module, plan: Plan) -> nn.Module:
     """The model in eval mode, with its plan, and with its forms' names."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
