@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mtprune.compression.forms import Sparse, native
+from mtprune.compression.forms import Sparse, building
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
 
@@ -30,7 +30,15 @@ def build(folder: Path) -> Path:
         RuntimeError: If the compiler cannot.
     """
     library = folder / "sparse.so"
-    command = [compiler(), *FLAGS, "-fPIC", "-shared", str(native.SOURCE), "-o", str(library)]
+    command = [
+        compiler(),
+        *FLAGS,
+        "-fPIC",
+        "-shared",
+        *map(str, building.SOURCES),
+        "-o",
+        str(library),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[:500]}")
@@ -62,8 +70,8 @@ def drive(library: Path, cases: int, seed: int) -> dict[str, int]:
         AssertionError: If a result is wrong, or what lies is not refused.
     """
     loaded = ctypes.CDLL(str(library))
-    native._declare(loaded)
-    native._library = lambda: loaded  # type: ignore[assignment]
+    building.declare(loaded)
+    building.library = lambda: loaded  # type: ignore[assignment]
     dice = random.Random(seed)
     counts = {"products": 0, "convolutions": 0, "refused": 0}
     for number in range(cases):

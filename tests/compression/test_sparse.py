@@ -10,14 +10,14 @@ from torch import nn
 
 import mtprune
 from mtprune.compression.attention import SelfAttention
-from mtprune.compression.forms import Sparse, native
+from mtprune.compression.forms import Sparse, building, products
 from mtprune.compression.verify import difference
 from tests.compression.fakes import prefer, zero_
 from tests.long import few
 
 ROOT = Path(__file__).parents[2]
 
-needs_compiler = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
+needs_compiler = pytest.mark.skipif(bool(building.unavailable()), reason=building.unavailable())
 
 pytestmark = needs_compiler
 
@@ -26,11 +26,11 @@ pytestmark = needs_compiler
 def fresh(monkeypatch, tmp_path):
     """No library was looked for yet, and none is in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
-    native._warn.cache_clear()
+    building.library.cache_clear()
+    products._warn.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
-    native._warn.cache_clear()
+    building.library.cache_clear()
+    products._warn.cache_clear()
 
 
 @pytest.fixture
@@ -329,19 +329,19 @@ def test_it_is_traced():
     with torch.no_grad():
         assert torch.equal(compiled(x), fast(x))
     for op, args in (
-        (native._multiply_op, (torch.randn(3, 288), *fast[3]._parts(), 10)),
-        (native._convolve_op, (x, *fast[0]._parts(), (8, 6, 6), (3, 3, 1, 1, 1, 1, 1, 1))),
+        (products._multiply_op, (torch.randn(3, 288), *fast[3]._parts(), 10)),
+        (products._convolve_op, (x, *fast[0]._parts(), (8, 6, 6), (3, 3, 1, 1, 1, 1, 1, 1))),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 CHILD = """
 import sys, torch
-from mtprune.compression.forms import native
-assert not native._library.cache_info().currsize  # not at import
+from mtprune.compression.forms import building, products
+assert not building.library.cache_info().currsize  # not at import
 x, start = torch.arange(3.0)[None], torch.tensor([0, 1]).int()
-print(native.multiply(x, start, torch.tensor([2]).int(), torch.ones(1), None, 1).item())
-print(repr(native.unavailable()))
+print(products.multiply(x, start, torch.tensor([2]).int(), torch.ones(1), None, 1).item())
+print(repr(building.unavailable()))
 """
 
 
@@ -371,7 +371,7 @@ def test_processes_that_compile_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", few([b"", b"no library", None]))
 def test_a_broken_cache_is_made_anew(fresh, broken):
-    assert native.unavailable() == ""
+    assert building.unavailable() == ""
     (library,) = fresh.glob("mtprune/*/sparse.so")
     # Another file, because this one is mapped: writing into it would reach the running code.
     content = library.read_bytes()[:4096] if broken is None else broken
@@ -388,25 +388,25 @@ def test_a_cache_that_others_write_to_is_not_used(fresh, monkeypatch):
     (fresh / "mtprune").chmod(0o777)
     elsewhere = fresh / "elsewhere"
     elsewhere.mkdir()
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(elsewhere))
-    assert native.unavailable() == ""
+    monkeypatch.setattr(building.tempfile, "gettempdir", lambda: str(elsewhere))
+    assert building.unavailable() == ""
     assert not list((fresh / "mtprune").iterdir())
     assert list(elsewhere.glob("mtprune-*/*/sparse.so"))
 
 
 @pytest.mark.slow
 def test_without_openmp_it_is_one_thread(fresh, monkeypatch, set_threads):
-    compile_ = native._compile
+    compile_ = building._compile
 
     def refuse(compiler, flags, where):
         if "-fopenmp" in flags:
             raise OSError("no OpenMP here")
         compile_(compiler, flags, where)
 
-    monkeypatch.setattr(native, "_compile", refuse)
+    monkeypatch.setattr(building, "_compile", refuse)
     set_threads(2)
     check(zero_(nn.Linear(20, 30), 0.8), torch.randn(200, 20))
-    assert native.unavailable() == ""
+    assert building.unavailable() == ""
 
 
 @pytest.mark.slow
@@ -414,8 +414,8 @@ def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
     model, x = net(), torch.randn(2, 3, 6, 6)
     fast = mtprune.compress(model, x, measure=prefer("sparse"))
     plan = mtprune.plan_of(fast)
-    native._library.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    building.library.cache_clear()
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
     reason = r"no C compiler was found \(cc, gcc, clang, or the variable CC\)"
     other = mtprune.compress(model, x, measure=prefer("sparse"))
     assert {row.choice for row in mtprune.plan_of(other).rows} == {"dense"}
@@ -430,8 +430,8 @@ def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CC", "false")
-    monkeypatch.setattr(native, "COMPILERS", ())
-    assert native.unavailable() == "the C compiler false made no library: it returned 1"
+    monkeypatch.setattr(building, "COMPILERS", ())
+    assert building.unavailable() == "the C compiler false made no library: it returned 1"
 
 
 class Classifier(nn.Module):
@@ -481,9 +481,11 @@ def test_attention_is_opened_and_travels(padded, tmp_path):
 
 
 def test_what_ships():
-    """The source is data of the package."""
+    """The sources are data of the package."""
     from setuptools.config.setupcfg import read_configuration
 
     options = read_configuration(ROOT / "setup.cfg")["options"]
-    assert native.SOURCE.name in options["package_data"]["mtprune.compression.forms"]
-    assert native.SOURCE.exists()
+    shipped = options["package_data"]["mtprune.compression.forms"]
+    for path in (*building.SOURCES, *building.HEADERS):
+        assert path.name in shipped
+        assert path.exists()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms import indices, native
+from mtprune.compression.forms import indices, products
 from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Csr"]
@@ -99,7 +99,7 @@ class Csr(Form):
         """Whether torch's sparse kernels can multiply: after a cast or a move they cannot."""
         values = self.weight_values
         return (
-            native.is_plain(x)
+            products.is_plain(x)
             and x.is_cpu
             and values.is_cpu
             and x.dtype == values.dtype

@@ -1,4 +1,4 @@
-"""The sparse form: kept weights and their indices, multiplied by the C code of `native`."""
+"""The sparse form: kept weights and their indices, multiplied by the C code of `products`."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mtprune.compression.forms import indices, native
+from mtprune.compression.forms import building, indices, products
 from mtprune.compression.forms.base import Dense, Form, Parts, bias_part, check_bias
 
 __all__ = ["Sparse"]
 
 
 class Sparse(Form):
-    """Kept weights and their indices, multiplied by the C code of `native` on a CPU.
+    """Kept weights and their indices, multiplied by the C code of `products` on a CPU.
 
     A convolution is a product too: each weight is multiplied with the pixels under its tap, row by
     row of the image. The rows of the kernel are stored one after the other, so that a kernel row
@@ -69,7 +69,7 @@ class Sparse(Form):
     @override
     @staticmethod
     def unavailable() -> str:
-        return native.unavailable()
+        return building.unavailable()
 
     @override
     def _store(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class Sparse(Form):
             )
         if not self._is_native(x):
             return F.linear(x, self.weight, self.bias)
-        return native.multiply(x, *self._parts(), self.weight_shape[0])
+        return products.multiply(x, *self._parts(), self.weight_shape[0])
 
     def _convolve(self, x: Tensor) -> Tensor:
         outputs, channels, *kernel = self.weight_shape
@@ -125,7 +125,7 @@ class Sparse(Form):
             x = F.pad(x, (left, right, top, bottom))
             return F.conv2d(x, self.weight, self.bias, stride, 0, dilation)
         geometry = (*kernel, *stride, top, left, *dilation)
-        return native.convolve(x, *self._parts(), (outputs, height, width), geometry)
+        return products.convolve(x, *self._parts(), (outputs, height, width), geometry)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # Not by attributes, which modules look up slowly: the product itself takes microseconds.
@@ -136,15 +136,15 @@ class Sparse(Form):
     def _is_native(self, x: Tensor) -> bool:
         """Whether the native code can multiply: the layer and its input are float32 on the CPU.
 
-        After a move or a cast it cannot, nor for what `native.is_plain` says: then each call makes
-        the dense weight.
+        After a move or a cast it cannot, nor for what `products.is_plain` says: then each call
+        makes the dense weight.
         """
         values = self._parts()[2]
         return (
             x.is_cpu
             and values.is_cpu
             and x.dtype == values.dtype == torch.float32
-            and native.is_plain(x)
+            and products.is_plain(x)
         )
 
     @property

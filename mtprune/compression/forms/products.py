@@ -1,62 +1,23 @@
-"""Native code: the sparse product of ``sparse.c``, compiled by the machine's own compiler.
-
-Nothing is compiled at import: the first use compiles. The library is kept in the user's cache
-directory, under a key of source, compiler and processor, and called without the interpreter's lock.
-"""
+"""Products: a sparse matrix times a dense one, and a sparse convolution, by the C code."""
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtprune.compression.forms import building
 from mtprune.compression.forms.indices import BROKEN, check, unpack
 
-__all__ = ["convolve", "is_plain", "multiply", "unavailable"]
-
-SOURCE = Path(__file__).with_name("sparse.c")
-
-COMPILERS = ("cc", "gcc", "clang")
-
-FLAGS = (
-    # Without linking OpenMP's runtime: torch has loaded one, and two would disturb each other.
-    ("-O3", "-march=native", "-fopenmp"),
-    ("-O3", "-march=native"),
-    ("-O3",),
-)
-"""Flags of the compiler, best first; none changes the order of sums or the meaning of infinity."""
+__all__ = ["convolve", "is_plain", "multiply"]
 
 _LARGEST = (1 << 31) - 1
 """Sizes, steps and margins are no larger, so that sums and products of two are no overflow."""
-
-_LIBRARY = "sparse.so"
-_DIGEST = "sha256"
-
-
-def unavailable() -> str:
-    """Why this machine has no native code; empty if it has. The first call compiles.
-
-    Example:
-        >>> reason = unavailable()
-        >>> reason == "" or "compiler" in reason
-        True
-    """
-    library = _library()
-    return library if isinstance(library, str) else ""
 
 
 def multiply(
@@ -146,7 +107,7 @@ def _multiply(
 ) -> Tensor:
     _check_rows(x, outputs)
     *batch, inputs = x.shape
-    library = _library()
+    library = building.library()
     if isinstance(library, str):
         _warn(library)
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
@@ -177,7 +138,7 @@ def _convolve(
     geometry: Sequence[int],
 ) -> Tensor:
     _check_geometry(x, size, geometry)
-    library = _library()
+    library = building.library()
     if isinstance(library, str):
         _warn(library)
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
@@ -377,141 +338,3 @@ def _no_backward(context: Any, gradient: Tensor) -> None:
 
 _multiply_op.register_autograd(_no_backward)
 _convolve_op.register_autograd(_no_backward)
-
-
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The library, from the cache or compiled now; or the reason why there is none."""
-    try:
-        compiler = _compiler()
-    except ValueError as error:
-        return f"the variable CC is no command of a compiler: {os.environ['CC']!r}, {error}"
-    if not compiler:
-        return f"no C compiler was found ({', '.join(COMPILERS)}, or the variable CC)"
-    reason = ""
-    try:
-        directory = _cache_directory()
-        for flags in FLAGS:
-            folder = directory / _key(compiler, flags)
-            try:
-                if not _is_intact(folder):
-                    _compile(compiler, flags, folder)
-                return _tried(ctypes.CDLL(str(folder / _LIBRARY)))
-            except OSError as error:
-                reason = reason or str(error)
-                shutil.rmtree(folder, ignore_errors=True)  # or it would be tried for ever
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = reason or str(error)
-    return f"the C compiler {compiler[0]} made no library: {_first_line(reason)}"
-
-
-def _compiler() -> list[str]:
-    wanted = shlex.split(os.environ.get("CC", ""))
-    for command in [wanted, *([name] for name in COMPILERS)]:
-        if command and shutil.which(command[0]):
-            return command
-    return []
-
-
-def _cache_directory() -> Path:
-    """A directory that only this user can write to: libraries in it are executed."""
-    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    candidates = [Path(tempfile.gettempdir()) / f"mtprune-{user}"]
-    with suppress(RuntimeError):  # a user without a home
-        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        home = home if home.is_absolute() else Path.home() / ".cache"
-        candidates.insert(0, home / "mtprune")
-    for directory in candidates:
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory = directory.resolve()  # who may write is a matter of where a link leads
-            status = directory.stat()
-            is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-            if is_own and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
-                return directory
-        except OSError:
-            continue
-    return Path(tempfile.mkdtemp(prefix="mtprune-"))
-
-
-def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60
-    ).stdout
-    parts = (SOURCE.read_text(), *compiler, version, *flags, torch.__version__, _processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    """The features of the processor, which ``-march=native`` depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.exists() else []
-    features = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU"))]
-    return "\n".join([platform.machine(), platform.processor(), *features])
-
-
-def _is_intact(folder: Path) -> bool:
-    """Whether a folder holds the library as it was compiled: a broken one may crash the process."""
-    try:
-        digest = hashlib.sha256((folder / _LIBRARY).read_bytes()).hexdigest()
-        return digest == (folder / _DIGEST).read_text()
-    except OSError:
-        return False
-
-
-def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> None:
-    """Compile into a folder that appears when it is complete."""
-    draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        for command in (
-            [*compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", "sparse.o"],
-            [*compiler, "-shared", "sparse.o", "-o", _LIBRARY],
-        ):
-            run = subprocess.run(
-                command, cwd=draft, capture_output=True, text=True, errors="replace", timeout=300
-            )
-            if run.returncode:
-                raise OSError(_first_line(run.stderr) or f"it returned {run.returncode}")
-        (draft / "sparse.o").unlink()
-        (draft / _DIGEST).write_text(hashlib.sha256((draft / _LIBRARY).read_bytes()).hexdigest())
-        if _is_intact(folder):  # another process was faster
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not _is_intact(folder):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _tried(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions' arguments, after a product that is known.
-
-    Raises:
-        OSError: If it is not this library, or computes something else.
-    """
-    try:
-        _declare(library)
-    except AttributeError as error:
-        raise OSError(f"what it made is not the library of {SOURCE.name}: {error}") from error
-    start, column = torch.tensor([0, 1, 3]).int(), torch.tensor([2, 0, 1]).int()
-    value, bias, x = torch.tensor([2.0, 3, 4]), torch.tensor([0.5, -1]), torch.tensor([[1.0, 2, 3]])
-    y = torch.zeros(1, 2)
-    weight = _weight(start, column, value, bias, 2, 1)
-    code = library.mtprune_linear(*weight, 3, x.data_ptr(), 1, y.data_ptr(), 1)
-    if code or y.tolist() != [[6.5, 10.0]]:
-        raise OSError("the library it made computes something else")
-    return library
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, short, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    weight: tuple[Any, ...] = (pointer, pointer, pointer, pointer, long, short, long)
-    library.mtprune_linear.argtypes = (*weight, long, pointer, long, pointer, short)
-    library.mtprune_conv.argtypes = (*weight, pointer, pointer, pointer, short)
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:200]
