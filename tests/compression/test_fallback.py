@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression.forms import Form, Sparse, native
+from mtprune.compression.forms import Form, Sparse, building, products
 from mtprune.integrations.pretrained import save_pretrained
 from tests import encoders
 from tests.compression.fakes import prefer, zero_
@@ -33,15 +33,15 @@ class Net(nn.Module):
 @pytest.fixture
 def bare(monkeypatch):
     """Take the compiler away, and forget what was built."""
-    native.unavailable()
+    building.unavailable()
 
     def take_away():
-        native._library.cache_clear()
+        building.library.cache_clear()
         monkeypatch.setattr(shutil, "which", lambda name: None)
 
     yield take_away
-    native._library.cache_clear()
-    native._warn.cache_clear()
+    building.library.cache_clear()
+    products._warn.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -135,3 +135,26 @@ def test_pretrained_models_too(bare, tmp_path):
     loaded.save_pretrained(tmp_path / "two")
     again = auto.from_pretrained(tmp_path / "two")
     assert torch.equal(encoder.states(again), encoder.states(encoder.model))
+
+
+def test_what_was_never_saved_is_made_dense_once(bare, monkeypatch):
+    model, x = zero_(Net(), 0.8).eval(), torch.randn(2, 3, 8, 8)
+    fast = mtprune.compress(model, x, measure=prefer("sparse"))
+    program = torch.export.export(fast, (x,)).module()
+    bare()
+    made = []
+    unpack = products.unpack
+    monkeypatch.setattr(products, "unpack", lambda *args: made.append(args) or unpack(*args))
+    with torch.no_grad(), pytest.warns(UserWarning, match="multiplied as dense ones, which are"):
+        first = fast(x)
+    torch.testing.assert_close(first, model(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(fast(x), first)
+    assert len(made) == 2
+    with torch.no_grad():
+        fast.head.weight_values.mul_(2)  # what changes is made anew
+        model.head.weight.mul_(2)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    assert len(made) == 3
+    for _ in range(2):
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
+    assert len(made) <= 5
