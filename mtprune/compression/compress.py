@@ -33,10 +33,12 @@ from mtprune.compression.timing import Measure, interleaved
 from mtprune.compression.verify import Reference, Replaced, worst_layer
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
+from mtprune.progress import is_watched, stages
 
 __all__ = ["assemble", "compress", "finish", "is_compressed", "plan_of"]
 
 _PLAN = "_mtprune_plan"
+_STAGES = 5
 
 
 def compress(
@@ -51,6 +53,7 @@ def compress(
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
+    progress: bool | None = None,
 ) -> nn.Module:
     """A copy of a sparse model that is faster on this machine and gives the same outputs.
 
@@ -89,7 +92,9 @@ def compress(
         plan: A plan made before or edited. Nothing is timed. Give the ``tasks`` it was made for.
         tolerance: The relative Frobenius norm by which outputs may differ: 1e-5 in float32 unless
             given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
-        measure: How forms are timed: from a list of functions to the milliseconds of each.
+        measure: How forms are timed: from a list of functions to the milliseconds of each. Layers
+            that are alike, in shape and in share of zeros, are timed once.
+        progress: Show a progress bar, if tqdm is installed; where a terminal is, unless given.
 
     Raises:
         ValueError: If the model does not run on the inputs, is not finalized, or groups or plan
@@ -134,18 +139,24 @@ def compress(
             f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
         )
     work = copy.deepcopy(model).eval()
-    units = groups_of(model, groups, batches) if plan is None else Units()
     is_timed = plan is None
     before = copy.deepcopy(work)
-    with unnested(work), unnested(before):
+    shown = is_watched() if progress is None else progress
+    with unnested(work), unnested(before), stages(_STAGES, shown) as begin:
+        begin("trying out units")
+        units = groups_of(model, groups, batches) if plan is None else Units()
+        begin("running other inputs")
         reference = Reference.of(before, batches)
+        begin("removing dead units")
         removal = shrink(work, units.groups, reference, plan)
         if removal:
             check_shrunk(work, reference, units.groups, tolerance)
         if plan is None:
-            plan, replaced = _choose_forms(work, batches, removal, portable, measure)
+            begin("timing layers")
+            plan, replaced = _choose_forms(work, batches, removal, portable, measure, shown)
         else:
             plan, replaced = _replay_forms(work, batches, plan, portable)
+        begin("comparing outputs")
         exact = not (removal or replaced)
         reference.check(work, tolerance, partial(worst_layer, replaced), exact=exact)
         if is_timed:
@@ -159,12 +170,17 @@ def compress(
 
 
 def _choose_forms(
-    work: nn.Module, batches: Sequence[Any], removal: Removal, portable: bool, measure: Measure
+    work: nn.Module,
+    batches: Sequence[Any],
+    removal: Removal,
+    portable: bool,
+    measure: Measure,
+    shown: bool,
 ) -> tuple[Plan, list[Replaced]]:
     """Time all forms of all layers, and put the best in their places."""
     sites = find_sites(work, self_attentions(work, batches))
     calls = record_calls(work, sites, batches)
-    plan, forms = choose(sites, calls, measure, removal, portable)
+    plan, forms = choose(sites, calls, measure, removal, portable, shown)
     plan, forms = dense_unless_faster(work, sites, batches, plan, forms, measure)
     place(sites, forms)
     return plan, [Replaced(s, forms[s.name], calls[s.name]) for s in sites if s.name in forms]
