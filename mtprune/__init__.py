@@ -19,18 +19,11 @@
 """
 
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from mtprune import saliency, votes
-from mtprune.allocation import Erk, Floor, PerOutput
-from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
-from mtprune.methods.vote import PerTaskKeep, Vote
-from mtprune.pruner import MultitaskPruner
-from mtprune.refitting import Refit
-from mtprune.report import Report
-from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
 
 if _TYPE_CHECKING:
     from mtprune import (
@@ -40,10 +33,13 @@ if _TYPE_CHECKING:
         metrics,
         plots,
         recipes,
+        saliency,
         sampling,
         testing,
+        votes,
         weighting,
     )
+    from mtprune.allocation import Erk, Floor, PerOutput
     from mtprune.cards import Card
     from mtprune.choosing import Choice, choose
     from mtprune.compression import (
@@ -61,10 +57,16 @@ if _TYPE_CHECKING:
     )
     from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
+    from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
     from mtprune.integrations.hub import push_to_hub
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
+    from mtprune.methods.vote import PerTaskKeep, Vote
     from mtprune.named import METHODS
     from mtprune.notation import method_from
+    from mtprune.pruner import MultitaskPruner
+    from mtprune.refitting import Refit
+    from mtprune.report import Report
+    from mtprune.schedule import Cubic, Hold, Linear, OneShot, Regrow, Rounds
     from mtprune.studying import Study, study
     from mtprune.sweeping import sweep
 
@@ -130,18 +132,8 @@ __all__ = [
 ]
 
 
-_MODULES = (
-    "affinity",
-    "budget",
-    "choosing",
-    "metrics",
-    "plots",
-    "recipes",
-    "sampling",
-    "testing",
-    "weighting",
-)
-_LATER = {
+_NAMES = {
+    "allocation": ("Erk", "Floor", "PerOutput"),
     "cards": ("Card",),
     "choosing": ("Choice", "choose"),
     "compression": (
@@ -159,24 +151,30 @@ _LATER = {
     ),
     "curves": ("Sweep",),
     "explaining": ("explained", "priorities"),
+    "granularity": ("NM", "Block", "Channel", "Element", "Grouped", "Head", "Neuron"),
     "integrations.hub": ("push_to_hub",),
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
+    "methods.vote": ("PerTaskKeep", "Vote"),
     "named": ("METHODS",),
     "notation": ("method_from",),
+    "pruner": ("MultitaskPruner",),
+    "refitting": ("Refit",),
+    "report": ("Report",),
+    "schedule": ("Cubic", "Hold", "Linear", "OneShot", "Regrow", "Rounds"),
     "studying": ("Study", "study"),
     "sweeping": ("sweep",),
 }
 
 
 def __getattr__(name: str) -> _Any:
-    """What most runs do not need is imported when somebody asks for it."""
-    if name in _MODULES:
-        return _import_module(f"mtprune.{name}")
-    for module, names in _LATER.items():
+    """What is here is imported when somebody asks for it: no program needs all of it."""
+    for module, names in _NAMES.items():
         if name in names:
             return getattr(_import_module(f"mtprune.{module}"), name)
     if name == "__version__":
         return _import_module("importlib.metadata").version("mtprune")
+    if not name.startswith("_") and _find_spec(f"mtprune.{name}") is not None:
+        return _import_module(f"mtprune.{name}")
     raise AttributeError(f"module 'mtprune' has no attribute '{name}'")
 
 

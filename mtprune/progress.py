@@ -1,10 +1,11 @@
 """Progress bars, where tqdm is installed."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["bar", "is_watched"]
+__all__ = ["bar", "is_watched", "stages"]
 
 T = TypeVar("T")
 
@@ -24,6 +25,31 @@ def bar(items: Iterable[T], shown: bool, label: str) -> Iterable[T]:
         return items
     watched: Iterable[T] = tqdm(items, desc=label, leave=False)
     return watched
+
+
+@contextmanager
+def stages(count: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar over stages of unlike kinds; its function names the stage that begins.
+
+    Example:
+        >>> with stages(2, shown=False) as begin:
+        ...     begin("reading")
+        ...     begin("writing")
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        shown = False
+    if not shown:
+        yield lambda label: None
+        return
+    with tqdm(total=count, leave=False, bar_format="{desc}: {n_fmt}/{total_fmt}{bar}") as shown_bar:
+
+        def begin(label: str) -> None:
+            shown_bar.update()
+            shown_bar.set_description(label)
+
+        yield begin
 
 
 def is_watched() -> bool:

@@ -6,8 +6,9 @@ from math import isfinite
 
 import pytest
 
+from tests.benchmarks import peers
 from tests.benchmarks.__main__ import NAMES
-from tests.benchmarks.harness import TOY, report
+from tests.benchmarks.harness import TOY, machine, report
 from tests.long import few
 
 
@@ -20,3 +21,33 @@ def test_a_benchmark_runs_and_its_rows_print(name, tmp_path, capsys):
     report(rows, TOY, str(tmp_path / "rows.json"))
     assert rows[0].what in capsys.readouterr().out
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_peers_run_and_their_page_is_written(tmp_path):
+    rows = peers.run(TOY)
+    assert not any("does not run" in row.against for row in rows)
+    path = tmp_path / "page.md"
+    path.write_text(f"Before.\n\n{peers.START}\nold\n{peers.END}\n\nAfter.\n")
+    peers.write(path, rows, machine())
+    told = path.read_text()
+    assert told.startswith("Before.")
+    assert told.endswith("After.\n")
+    assert "old" not in told
+    assert "| ours, 90 % | " in told
+
+
+def test_what_is_missing_is_a_row_that_says_so(monkeypatch):
+    def missing(*given):
+        raise ImportError("No module named 'openvino'")
+
+    monkeypatch.setitem(peers.DENSE, "OpenVINO", (peers.FP32, missing))
+    ways = ("torch, eager", "OpenVINO")
+    monkeypatch.setattr(peers, "DENSE", {name: peers.DENSE[name] for name in ways})
+    monkeypatch.setattr(peers, "SMALLER", ways)
+    rows = peers.rows_of(peers.subjects(TOY)[0], TOY)
+    assert {row.against for row in rows if "ms" not in row.detail} == {
+        "not here: No module named 'openvino'"
+    }
+    assert "* OpenVINO not here: No module named 'openvino'." in peers.page(rows)

@@ -277,6 +277,37 @@ class SelfAttention(_Attending):
         )
         return own.train(attention.training)
 
+    def is_dense(self) -> bool:
+        """Whether both projections are Linear layers."""
+        return all(type(layer) is nn.Linear for layer in (self.in_proj, self.out_proj))
+
+    def closed(self) -> nn.MultiheadAttention:
+        """The attention that this one was made of, with torch's fused projections, if `is_dense`.
+
+        Example:
+            >>> own = SelfAttention.of(nn.MultiheadAttention(8, 2))
+            >>> own.closed()
+            MultiheadAttention(
+              (out_proj): NonDynamicallyQuantizableLinear(in_features=8, out_features=8, bias=True)
+            )
+        """
+        into, out = cast(nn.Linear, self.in_proj), cast(nn.Linear, self.out_proj)
+        attention = nn.MultiheadAttention(
+            out.out_features,
+            1,  # not all numbers of heads fit the width
+            self.dropout,
+            out.bias is not None,
+            batch_first=self.batch_first,
+            device="meta",
+        )
+        mine: Any = attention
+        mine.in_proj_weight, mine.in_proj_bias = into.weight, into.bias
+        mine.out_proj.weight, mine.out_proj.bias = out.weight, out.bias
+        attention.num_heads, attention.head_dim = self.num_heads, self.head_dim
+        if self.num_heads * self.head_dim != attention.embed_dim:
+            narrow(attention)
+        return attention.train(self.training)
+
     @override
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
         # One projection computes all three of an input, also those that the input is not used for.

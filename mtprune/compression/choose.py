@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from mtprune.compression.joining import join_all, separate_all
 from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.running import run, unnested
 from mtprune.compression.sites import Site
+from mtprune.compression.times import Times, bytes_of
 from mtprune.compression.timing import Measure
-from mtprune.progress import bar, is_watched
+from mtprune.progress import bar
 
 __all__ = [
     "build_forms",
@@ -39,15 +39,25 @@ def choose(
     measure: Measure,
     removal: Removal,
     portable: bool,
+    shown: bool,
 ) -> tuple[Plan, dict[str, Form]]:
     """Time every form of every layer, and take the best.
+
+    Args:
+        sites: The layers.
+        calls: The inputs of each.
+        measure: How forms are timed.
+        removal: The units that were removed before.
+        portable: Whether only forms that can be exported count.
+        shown: Whether to show a progress bar.
 
     Returns:
         The plan, and the forms of the layers that do not stay dense.
     """
     rows, chosen, unavailable = [], {}, {}
     compressible = bool(removal)
-    for site in bar(sites, is_watched(), "timing layers"):
+    times = Times(measure)
+    for site in bar(sites, shown, "timing layers"):
         row = _row(site)
         weight = site.layer.weight.detach()
         zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
@@ -55,7 +65,7 @@ def choose(
         forms = _candidates(site, zeros, portable) if may_change else {}
         compressible = compressible or (zeros > 0 and weight.numel() > 0) or bool(forms)
         if forms:
-            row = _timed(row, site, forms, calls[site.name], measure)
+            row = _timed(row, site, forms, times.of(site, forms, calls[site.name]))
             if row.choice != "dense":
                 chosen[site.name] = forms[row.choice]
         elif zeros == 0 or not weight.numel():
@@ -101,17 +111,11 @@ def _candidates(site: Site, zeros: float, portable: bool) -> dict[str, Form]:
     return forms
 
 
-@torch.no_grad()
-def _timed(row: Row, site: Site, forms: Mapping[str, Form], calls: Calls, measure: Measure) -> Row:
-    """The row with the times of all forms, and the best choice."""
-    total = [0.0] * (1 + len(forms))
-    for x, times in calls.values():
-        functions = [partial(module, x) for module in (site.layer, *forms.values())]
-        # Outside autograd's and, as elsewhere, in the mode the model will run in.
-        total = [t + times * ms for t, ms in zip(total, measure(functions), strict=True)]
-    measured = [Measured("dense", total[0], site.bytes)]
-    for (choice, form), ms in zip(forms.items(), total[1:], strict=True):
-        measured.append(Measured(choice, ms, sum(t.nbytes for t in form.state_dict().values())))
+def _timed(row: Row, site: Site, forms: Mapping[str, Form], times: Sequence[float]) -> Row:
+    """The row with the times of all forms, the dense one first, and the best choice."""
+    measured = [Measured("dense", times[0], site.bytes)]
+    for (choice, form), ms in zip(forms.items(), times[1:], strict=True):
+        measured.append(Measured(choice, ms, bytes_of(form)))
     return replace(row, choice=_best(measured), measured=tuple(measured))
 
 

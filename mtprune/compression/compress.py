@@ -35,10 +35,12 @@ from mtprune.compression.together import Together
 from mtprune.compression.verify import Reference, Replaced, worst_layer
 from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
+from mtprune.progress import is_watched, stages
 
-__all__ = ["assemble", "compress", "is_compressed", "plan_of"]
+__all__ = ["assemble", "compress", "finish", "is_compressed", "plan_of"]
 
 _PLAN = "_mtprune_plan"
+_STAGES = 5
 
 
 def compress(
@@ -53,6 +55,7 @@ def compress(
     plan: Plan | None = None,
     tolerance: float | None = None,
     measure: Measure = interleaved,
+    progress: bool | None = None,
 ) -> nn.Module:
     """A copy of a sparse model that is faster on this machine and gives the same outputs.
 
@@ -92,7 +95,9 @@ def compress(
         plan: A plan made before or edited. Nothing is timed. Give the ``tasks`` it was made for.
         tolerance: The relative Frobenius norm by which outputs may differ: 1e-5 in float32 unless
             given. Outputs are bitwise equal if nothing is removed and all layers stay dense.
-        measure: How forms are timed: from a list of functions to the milliseconds of each.
+        measure: How forms are timed: from a list of functions to the milliseconds of each. Layers
+            that are alike, in shape and in share of zeros, are timed once.
+        progress: Show a progress bar, if tqdm is installed; where a terminal is, unless given.
 
     Raises:
         ValueError: If the model does not run on the inputs, is not finalized, or groups or plan
@@ -137,18 +142,24 @@ def compress(
             f"The plan is for the tasks {sorted(_tasks(plan))}. Compress with the same `tasks`."
         )
     work = copy.deepcopy(model).eval()
-    units = groups_of(model, groups, batches) if plan is None else Units()
     is_timed = plan is None
     before = copy.deepcopy(work)
-    with unnested(work), unnested(before):
+    shown = is_watched() if progress is None else progress
+    with unnested(work), unnested(before), stages(_STAGES, shown) as begin:
+        begin("trying out units")
+        units = groups_of(model, groups, batches) if plan is None else Units()
+        begin("running other inputs")
         reference = Reference.of(before, batches)
+        begin("removing dead units")
         removal = shrink(work, units.groups, reference, plan)
         if removal:
             check_shrunk(work, reference, units.groups, tolerance)
         if plan is None:
-            plan, replaced = _choose_forms(work, batches, removal, portable, measure)
+            begin("timing layers")
+            plan, replaced = _choose_forms(work, batches, removal, portable, measure, shown)
         else:
             plan, replaced = _replay_forms(work, batches, plan, portable)
+        begin("comparing outputs")
         exact = not (removal or replaced or plan.blocks)
         reference.check(work, tolerance, partial(worst_layer, replaced), exact=exact)
         if is_timed:
@@ -158,16 +169,21 @@ def compress(
     if plan.sizes is None:
         # A copy once more: the user's own model is never run.
         plan = replace(plan, sizes=sizes_of(work, batches, copy.deepcopy(original).eval()))
-    return _finish(work, replace(plan, subnetwork=part))
+    return finish(work, replace(plan, subnetwork=part))
 
 
 def _choose_forms(
-    work: nn.Module, batches: Sequence[Any], removal: Removal, portable: bool, measure: Measure
+    work: nn.Module,
+    batches: Sequence[Any],
+    removal: Removal,
+    portable: bool,
+    measure: Measure,
+    shown: bool,
 ) -> tuple[Plan, list[Replaced]]:
     """Time all forms of all layers, and put the best in their places."""
     sites = find_sites(work, self_attentions(work, batches))
     calls = record_calls(work, sites, batches)
-    plan, forms = choose(sites, calls, measure, removal, portable)
+    plan, forms = choose(sites, calls, measure, removal, portable, shown)
     if not portable:
         place(sites, forms)
         plan = replace(plan, blocks=choose_blocks(work, batches, measure, bool(removal)))
@@ -260,10 +276,10 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
             forms[site.name] = FORMS[choice](site.layer, parts)
     place(sites, forms)
     join_all(model, plan)
-    return _finish(model, plan)
+    return finish(model, plan)
 
 
-def _finish(model: nn.Module, plan: Plan) -> nn.Module:
+def finish(model: nn.Module, plan: Plan) -> nn.Module:
     """The model in eval mode, with its plan, and with its forms' names."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(

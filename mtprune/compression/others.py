@@ -6,7 +6,7 @@ each input apart and all together, and of other sizes where the model runs on th
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ _DRAWS = 2
 _STRENGTHS = (1.0, 0.1, 0.01)
 _MOST_DIMENSIONS = 4
 
+_Ran = list[tuple[Any, Any]]
+"""Batches, each with what the model gives for it."""
+
 
 @dataclass
 class Others:
@@ -29,11 +32,19 @@ class Others:
 
     Attributes:
         batches: The inputs, made as the examples are.
+        outputs: What the model gives for each of them.
         unvaried: The inputs for which the model takes no other values, as far as was tried.
     """
 
     batches: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
     unvaried: list[str] = field(default_factory=list)
+
+    def add(self, found: Iterable[tuple[Any, Any]]) -> None:
+        """Add inputs, each with its outputs."""
+        for batch, outputs in found:
+            self.batches.append(batch)
+            self.outputs.append(outputs)
 
 
 def other_inputs(model: nn.Module, batches: Sequence[Any]) -> Others:
@@ -58,11 +69,11 @@ def other_inputs(model: nn.Module, batches: Sequence[Any]) -> Others:
             example = _Example(model, batch, random)
             for place, name in example.varied.items():
                 other = example.strongest(place)
-                if other is not None:
-                    found.batches.append(other)
+                if other:
+                    found.add(other)
                 elif name not in found.unvaried:
                     found.unvaried.append(name)
-            found.batches += example.together()
+            found.add(example.together())
     return found
 
 
@@ -84,20 +95,21 @@ class _Example:
         self._model = model
         self._random = random
         self._strengths: dict[int, float] = {}
-        self._finite = _is_finite(model, batch)
+        self._finite = _is_finite(run(model, [batch])[0])
         self.varied = {i: _name(path) for i, (path, leaf) in enumerate(paths) if _varies(leaf)}
 
-    def strongest(self, place: int) -> Any:
-        """The batch with one part changed as much as the model takes it; None if it takes none."""
+    def strongest(self, place: int) -> _Ran:
+        """The batch with one part changed as much as the model takes it; none if it takes none."""
         for strength in _STRENGTHS:
-            for other in self._usable(self._leaves, {place: strength}):
+            other = self._usable(self._leaves, {place: strength})
+            if other:
                 self._strengths[place] = strength
                 return other
-        return None
+        return []
 
-    def together(self) -> list[Any]:
+    def together(self) -> _Ran:
         """Batches with all parts changed, of the size of the example and of others."""
-        found = []
+        found: _Ran = []
         for _ in range(_DRAWS if len(self._strengths) > 1 else _DRAWS - 1):
             found += self._usable(self._leaves, self._strengths)
         for dim in range(_MOST_DIMENSIONS):
@@ -105,26 +117,21 @@ class _Example:
                 found += self._usable(longer, self._strengths)
         return found
 
-    def _usable(self, leaves: Sequence[Any], strengths: Mapping[int, float]) -> list[Any]:
+    def _usable(self, leaves: Sequence[Any], strengths: Mapping[int, float]) -> _Ran:
         """A changed batch, if the model runs on it, and is finite if it was for the example."""
         new = list(leaves)
         for place, strength in strengths.items():
             new[place] = _other(new[place], strength, self._random)
         other = tree_unflatten(new, self._tree)
         try:
-            fine = _is_finite(self._model, other) or not self._finite
+            (outputs,) = run(self._model, [other])
         except ValueError:
             return []
-        return [other] if fine else []
+        return [(other, outputs)] if not self._finite or _is_finite(outputs) else []
 
 
-def _is_finite(model: nn.Module, batch: Any) -> bool:
-    """Whether all outputs for a batch are.
-
-    Raises:
-        ValueError: If the model does not run on it.
-    """
-    (outputs,) = run(model, [batch])
+def _is_finite(outputs: Any) -> bool:
+    """Whether all outputs for a batch are."""
     return all(bool(tensor.isfinite().all()) for _, tensor in named_tensors(outputs))
 
 

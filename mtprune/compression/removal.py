@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from mtprune import checks
 from mtprune.compression.attention import narrow, narrowed
 from mtprune.compression.plan import Cut, Removal
-from mtprune.compression.running import run
+from mtprune.compression.running import runs
 from mtprune.model.layers import is_conv1d
 from mtprune.structure import NOBODY, Group, Member
 
@@ -237,23 +237,36 @@ def constants(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -
                 high[name] = most.maximum(high.get(name, most))
 
         handles.append(layer.register_forward_pre_hook(record, with_kwargs=True))
+
+    def is_constant(name: str) -> Tensor:
+        # A weighted mean of equal numbers may differ from them in the last places.
+        rounding = 64 * torch.finfo(low[name].dtype).eps * high[name].abs()
+        return high[name] - low[name] <= rounding
+
+    def is_known() -> bool:
+        # What has varied once is no constant any more: most models are seen through at once.
+        return low.keys() == readers.keys() and not any(bool(is_constant(n).any()) for n in low)
+
+    def look() -> None:
+        for _ in runs(model, batches):
+            if is_known():
+                return
+
     try:
         with narrowings:
-            run(model, batches)
-            with torch.random.fork_rng(devices=[]):  # nor is noise a constant
-                torch.manual_seed(0)
-                run(model, batches)
+            look()
+            if not is_known():
+                with torch.random.fork_rng(devices=[]):  # nor is noise a constant
+                    torch.manual_seed(0)
+                    look()
     finally:
         for handle in handles:
             handle.remove()
-    inputs = {}
-    for name, layer in readers.items():
-        if name in low:
-            # A weighted mean of equal numbers may differ from them in the last places.
-            rounding = 64 * torch.finfo(low[name].dtype).eps * high[name].abs()
-            is_constant = high[name] - low[name] <= rounding
-            inputs[name] = _movable(layer, torch.where(is_constant, high[name], torch.nan))
-    return inputs
+    return {
+        name: _movable(layer, torch.where(is_constant(name), high[name], torch.nan))
+        for name, layer in readers.items()
+        if name in low
+    }
 
 
 def _declared(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:

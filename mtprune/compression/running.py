@@ -55,24 +55,28 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-@torch.no_grad()
 def run(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
     """The outputs for all batches; buffers and random state are left as they were.
 
     Raises:
         ValueError: If the model fails on them.
     """
-    outputs = []
+    return list(runs(model, batches))
+
+
+@torch.no_grad()
+def runs(model: nn.Module, batches: Sequence[Any]) -> Iterator[Any]:
+    """`run`, one batch after the other, for those who may stop early."""
     for i, batch in enumerate(batches):
         with untouched(model):
             try:
-                outputs.append(call(model, batch))
+                outputs = call(model, batch)
             except Exception as error:
                 raise ValueError(
                     f"The model does not run on `example_inputs[{i}]`: {error} Give a tensor, a "
                     "tuple of arguments, a dict of keyword arguments, or a list of these."
                 ) from error
-    return outputs
+        yield outputs
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.compress import assemble, plan_of
+from mtprune.compression.fallback import fall_back
 from mtprune.compression.plan import Plan
 from mtprune.compression.stored_masks import masks_of, numbered, read_masks
 from mtprune.compression.switching import forget, switch_tasks, whole
@@ -165,6 +166,8 @@ def load(
     for target in (deepcopy(model), model):
         _put(target, saved, tensors, folder)
     forget(model)
+    if saved.plan is not None:
+        fall_back(model)
     if saved.task_masks is not None:
         remember_task_masks(model, saved.task_masks)
         if tasks is not None:

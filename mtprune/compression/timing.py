@@ -9,6 +9,9 @@ import torch
 
 __all__ = ["Measure", "interleaved", "sampled"]
 
+_SECONDS = 0.5
+"""A function is not timed for much longer than this."""
+
 Measure = Callable[[Sequence[Callable[[], object]]], Sequence[float]]
 """How functions are timed: from functions to the milliseconds of each."""
 
@@ -45,7 +48,7 @@ def sampled(
         function()  # the first call allocates
         seconds = max(_seconds(function, 1), 1e-9)
         loops.append(max(1, min(200, int(1e-3 / seconds))))
-        rounds = min(rounds, max(least, int(2 / seconds)))
+        rounds = min(rounds, max(least, int(_SECONDS / seconds)))
     samples: list[list[float]] = [[] for _ in functions]
     collects = gc.isenabled()
     gc.disable()

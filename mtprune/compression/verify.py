@@ -92,7 +92,7 @@ class Reference:
         """
         expected = run(model, batches)
         others = other_inputs(model, batches)
-        return cls(model, batches, others, expected, run(model, others.batches))
+        return cls(model, batches, others, expected, others.outputs)
 
     @property
     def proving(self) -> Sequence[Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.compress import assemble, plan_of
+from mtprune.compression.fallback import fall_back
 from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
 from mtprune.compression.sites import find_sites
@@ -101,6 +102,7 @@ class PlanConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts the forms of a plan into a model before its weights are loaded."""
 
+    quantization_config: Any
     requires_calibration = True  # loading a dense model cannot make a plan
 
     def is_serializable(self) -> bool:
@@ -138,6 +140,9 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, Form) and module.frozen:
                 module.requires_grad_(False)
+        if fall_back(model, stacklevel=4):
+            self.quantization_config = _config(model, plan_of(model))
+            model.config.quantization_config = self.quantization_config
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
         """The state, with entries that make code without mtprune fail to load it."""

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -214,6 +215,18 @@ def isolated(settings: Settings, function: Callable[..., Any], *args: Any) -> An
     return json.loads(done.stdout.splitlines()[-1])
 
 
+PEERS = ("onnx", "onnxruntime", "openvino", "torchao")
+
+
+def packages() -> dict[str, str]:
+    """The versions of other runtimes, as far as they are there."""
+    found = {}
+    for name in PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on; no names, no places."""
     info = Path("/proc/cpuinfo")
@@ -231,6 +244,8 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "mtprune": mtprune.__version__,
+        "packages": packages(),
+        "load": os.getloadavg()[0],
     }
 
 
@@ -258,12 +273,32 @@ def report(rows: Sequence[Row], settings: Settings, to: str | None) -> None:
 
 def main(run: Callable[[Settings], list[Row]]) -> None:
     """The command line of a benchmark."""
-    settings, to = arguments()
-    report(run(settings), settings, to)
+    given = arguments()
+    report(run(given.settings), given.settings, given.to)
 
 
-def arguments() -> tuple[Settings, str | None]:
+@dataclass(frozen=True)
+class Given:
+    """What the command line says.
+
+    Attributes:
+        settings: How much to measure.
+        to: The file for the rows as JSON.
+        names: The benchmarks to run; none for the usual ones.
+        page: The page whose tables are to be written.
+    """
+
+    settings: Settings
+    to: str | None
+    names: Sequence[str]
+    page: str | None
+
+
+def arguments() -> Given:
     parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", help="which benchmarks; the usual ones unless given")
+    parser.add_argument("--page", help="write the tables of `peers` into this page")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads to time with")
     parser.add_argument("--quick", action="store_true", help="smaller nets, fewer repetitions")
     parser.add_argument("--toy", action="store_true", help="only whether it runs")
     parser.add_argument("--repeats", type=int)
@@ -275,4 +310,6 @@ def arguments() -> tuple[Settings, str | None]:
     settings = TOY if given.toy else QUICK if given.quick else Settings()
     if given.repeats:
         settings = Settings(settings.size, given.repeats, settings.threads)
-    return settings, given.json
+    if given.threads:
+        settings = Settings(settings.size, settings.repeats, tuple(given.threads))
+    return Given(settings, given.json, given.names, given.page)

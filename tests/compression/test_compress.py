@@ -339,8 +339,27 @@ def test_it_is_imported_when_asked_for():
 
 
 @pytest.mark.parametrize("watched", [True, False])
-def test_a_bar_is_shown_in_a_terminal_only(monkeypatch, capsys, watched):
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_a_bar_is_shown_where_wanted_or_in_a_terminal(monkeypatch, capsys, watched, progress):
     pytest.importorskip("tqdm")
-    monkeypatch.setattr("mtprune.compression.choose.is_watched", lambda: watched)
-    mtprune.compress(mlp(), torch.randn(3, 6), measure=FakeTimes())
-    assert ("timing layers" in capsys.readouterr().err) == watched
+    module = sys.modules["mtprune.compression.compress"]
+    monkeypatch.setattr(module, "is_watched", lambda: watched)
+    mtprune.compress(mlp(), torch.randn(3, 6), measure=FakeTimes(), progress=progress)
+    shown = capsys.readouterr().err
+    for stage in ("running other inputs", "timing layers", "comparing outputs"):
+        assert (stage in shown) == (watched if progress is None else progress)
+
+
+def test_layers_that_are_alike_are_timed_once():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    model = nn.Sequential(*layers, nn.Linear(6, 6, bias=False))
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            two = torch.eye(6) + torch.eye(6).roll(i + 1, 0)
+            layer.weight.copy_(torch.eye(6) if i == 3 else two)  # one has fewer
+    times = FakeTimes(csr=1.0)
+    fast = mtprune.compress(model, torch.randn(3, 6), measure=times, groups=())
+    assert times.timed == 4  # the first three, the one with fewer, the one without bias; the whole
+    assert [row.choice for row in mtprune.plan_of(fast).rows] == ["csr"] * 5
+    assert [row.chosen.ms for row in mtprune.plan_of(fast).rows] == [1.0] * 5

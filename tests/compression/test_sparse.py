@@ -423,7 +423,7 @@ def test_without_a_compiler_other_forms_are_taken(fresh, monkeypatch):
     with pytest.warns(UserWarning, match=rf"Layer '0' stays dense: {reason}"):
         mtprune.compress(model, x, plan=plan.replace("3", "dense"))
     # A model that was compressed elsewhere still runs.
-    with pytest.warns(UserWarning, match=f"multiplied as dense ones: {reason}"):
+    with pytest.warns(UserWarning, match=f"kept beside them: {reason}"):
         y = fast(x)
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
 

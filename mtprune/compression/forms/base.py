@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,13 @@ class Form(nn.Module, ABC):
     @abstractmethod
     def weight(self) -> Tensor:
         """The dense weight, made anew: for code that reads it instead of calling the layer."""
+
+    def dense(self) -> Dense:
+        """The dense layer with this weight, for convolutions without groups."""
+        weight, bias = nn.Parameter(self.weight, False), cast(nn.Parameter | None, self.bias)
+        if self.is_conv:
+            return conv_of(cast(nn.Conv2d, self), weight, bias).train(self.training)
+        return linear_of(weight, bias).train(self.training)
 
     def _store(self, layer: Dense, parts: Mapping[str, Tensor]) -> None:
         """Register the parts: numbers as parameters, indices as buffers."""

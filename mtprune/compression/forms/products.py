@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtprune.compression.forms import building
+from mtprune.compression.forms.held import held
 from mtprune.compression.forms.indices import BROKEN, check, unpack
 
 __all__ = ["convolve", "is_eager", "is_plain", "multiply"]
@@ -111,7 +112,7 @@ def _multiply(
     if isinstance(library, str):
         _warn(library)
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
-        weight = _dense((start, column, value), outputs, 1, inputs, x.dtype)
+        weight = _dense((start, column, value), (outputs, inputs), x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     x, parts = x.resolve_neg().contiguous(), _contiguous(start, column, value, bias)
     y = x.new_empty((*batch, outputs))
@@ -168,15 +169,16 @@ def _convolve_dense(
     geometry: Sequence[int],
 ) -> Tensor:
     kernel, stride, before, dilation = (tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6))
-    inputs = x.shape[1] * kernel[0] * kernel[1]
-    flat = _dense((start, column, value), size[0], kernel[0], inputs, x.dtype)
-    weight = flat.view(size[0], *kernel, x.shape[1]).permute(0, 3, 1, 2)
-    after = [
-        max(0, (size[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - x.shape[2 + i])
-        for i in range(2)
-    ]
+    weight = _dense((start, column, value), (size[0], *kernel, x.shape[1]), x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    ends = [(size[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
+    after = [max(0, ends[i] - before[i] - x.shape[2 + i]) for i in range(2)]
+    if after == list(before):
+        y = F.conv2d(x, weight, bias, stride, before, dilation)
+        if y.shape[2:] == tuple(size[1:]):
+            return y.contiguous()
     padded = F.pad(x, (before[1], after[1], before[0], after[0]))
-    y = F.conv2d(padded, weight, None if bias is None else bias.to(x.dtype), stride, 0, dilation)
+    y = F.conv2d(padded, weight, bias, stride, 0, dilation)
     return y[..., : size[1], : size[2]].contiguous()
 
 
@@ -207,16 +209,27 @@ def _one_device(x: Tensor, *parts: Tensor | None) -> None:
 
 
 def _dense(
-    parts: tuple[Tensor, Tensor, Tensor], rows: int, groups: int, columns: int, dtype: torch.dtype
+    parts: tuple[Tensor, Tensor, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """The dense matrix of a sparse one, of another type, whatever stands in its parts.
+    """The dense weight of a sparse one, of another type, whatever stands in its parts.
+
+    Args:
+        parts: Starts, columns and values.
+        shape: ``(outputs, inputs)``, or that of the stored convolution, ``(outputs, height, width,
+            channels)``; the result has its channels before its height.
+        dtype: The type of the result.
 
     Raises:
         ValueError: If its indices are out of range.
     """
-    start, column, value = parts
-    check(start, column, value, rows, groups, columns)
-    return unpack(start, column, value, rows, columns).to(dtype)
+
+    def make() -> Tensor:
+        rows, columns = shape[0], math.prod(shape[1:])
+        check(*parts, rows, 1 if len(shape) == 2 else shape[1], columns)
+        full = unpack(*parts, rows, columns).view(shape)
+        return full if len(shape) == 2 else full.permute(0, 3, 1, 2).contiguous()
+
+    return (held(parts, shape, make) if building.unavailable() else make()).to(dtype)
 
 
 def _check_rows(x: Tensor, outputs: int) -> None:
@@ -298,7 +311,11 @@ def _fail(code: int) -> NoReturn:
 
 @cache
 def _warn(reason: str) -> None:
-    warnings.warn(f"Sparse layers are multiplied as dense ones: {reason}.", stacklevel=2)
+    warnings.warn(
+        f"Sparse layers are multiplied as dense ones, which are kept beside them: {reason}. Save "
+        "the model where it was compressed and load it here: then its layers are dense alone.",
+        stacklevel=2,
+    )
 
 
 _SPARSE = "Tensor x, Tensor start, Tensor column, Tensor value, Tensor? bias"
