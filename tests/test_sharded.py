@@ -107,6 +107,12 @@ def told(loop: Loop, masks: Any) -> dict[str, Any]:
     }
 
 
+def compiled_blocks(net: Any) -> Any:
+    for layer in net.trunk:
+        layer.compile(backend="aot_eager")
+    return shard(net)
+
+
 # How a model is spread, and what else may differ from the plain loop.
 WAYS: dict[str, dict[str, Any]] = {
     "pruner first": {"late": True},
@@ -114,6 +120,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "never gathered twice": {"spread": lambda net: shard(net, reshard_after_forward=False)},
     "root alone": {"spread": lambda net: shard(net, blocks=False)},
     "checkpointed": {"checkpointed": True},
+    "compiled, then sharded": {"spread": compiled_blocks},
+    "sharded, then compiled": {"spread": lambda n: torch.compile(shard(n), backend="aot_eager")},
     "scores on the CPU": {"score_device": "cpu", "score_dtype": torch.bfloat16},
 }
 
@@ -185,7 +193,7 @@ def narrow(rank: int, world: int) -> dict[str, Any]:
 
 def accumulated(rank: int, world: int, scored: bool) -> dict[str, Any]:
     """Two micro-batches to a step, of which the first keeps its gradient on its rank."""
-    net = shard(Net().double())
+    net = shard(Net().double().to(device_of(rank)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
     method = Vote(0.0 if scored else 0.5, schedule=RISE if scored else OneShot(100))
     pruner = mtprune.MultitaskPruner(
@@ -412,7 +420,7 @@ def test_masks_of_narrow_forwards_are_exact_and_the_same_everywhere(
         assert not first["weights"][n][~mask].any()
 
 
-def test_gradients_that_wait_for_more_are_as_without_scoring(others: list[Any]) -> None:
+def test_scoring_leaves_training_as_it_is(others: list[Any]) -> None:
     for result in others:
         for name, weight in result["not scored"].items():
             assert torch.equal(result["scored"][name], weight)
