@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TRAINED_OTHERWISE = ("comm hook, float16", "comm hook, bfloat16", "uneven batches")
 
 
-def narrow(wide: Any, bucket: Any) -> Any:
+def narrow(wide: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What `bf16_compress_hook` does, which torch lets NCCL alone have."""
     sent = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
     future = dist.all_reduce(sent, async_op=True).get_future()
