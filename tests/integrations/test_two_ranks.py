@@ -98,6 +98,8 @@ def by_lightning(rank, world, method, stop=None):
             return torch.optim.AdamW(self.parameters(), lr=0.02)
 
         def training_step(self, x, _):
+            spread = self.trainer.strategy.model
+            assert isinstance(spread, torch.nn.parallel.DistributedDataParallel)
             self.task_losses = losses(self.net(x))
             return sum(self.task_losses.values())
 
@@ -124,7 +126,6 @@ def by_lightning(rank, world, method, stop=None):
         [batch(i, rank, world) for i in range(EPOCH)], batch_size=None
     )
     trainer.fit(module, parts, ckpt_path=path if stop == "resumed" else None)
-    assert isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel)
     if stop == "saved":
         trainer.save_checkpoint(path)
     return told(module.net, None if method is None else callback.pruner)
