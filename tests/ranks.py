@@ -1,4 +1,4 @@
-"""Gloo ranks on this machine."""
+"""Ranks on this machine, which talk by gloo, or by NCCL where there are GPUs enough."""
 
 import os
 import subprocess
@@ -61,19 +61,26 @@ def on_ranks(
         for process in workers:
             process.kill()
             process.communicate()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    return [
+        torch.load(folder / f"{rank}.pt", map_location="cpu", weights_only=True)
+        for rank in range(world)
+    ]
 
 
 def device_of(rank: int) -> torch.device:
     """Where a rank computes: on a GPU of its own if tests run there and there are enough."""
-    return torch.device("cuda", rank) if _on_gpus() else torch.device("cpu")
+    world = dist.get_world_size() if dist.is_initialized() else 2
+    return torch.device("cuda", rank) if _on_gpus(world) else torch.device("cpu")
 
 
-def _on_gpus() -> bool:
+def backend_for(world: int) -> str:
+    """What so many ranks talk by: NCCL, if tests run on GPUs and there is one for each."""
+    return "nccl" if _on_gpus(world) else "gloo"
+
+
+def _on_gpus(world: int) -> bool:
     wanted = os.environ.get("MTPRUNE_TEST_DEVICE", "cpu").startswith("cuda")
-    return wanted and torch.cuda.device_count() >= (
-        dist.get_world_size() if dist.is_initialized() else 2
-    )
+    return wanted and torch.cuda.device_count() >= world
 
 
 def serve(module: str, function: str, folder: str, rank: str, world: str, timeout: str) -> None:
@@ -81,8 +88,10 @@ def serve(module: str, function: str, folder: str, rank: str, world: str, timeou
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
     whole = import_module(module)
+    if _on_gpus(int(world)):
+        torch.cuda.set_device(int(rank))
     dist.init_process_group(
-        "gloo",
+        backend_for(int(world)),
         init_method=meet,
         rank=int(rank),
         world_size=int(world),

@@ -63,7 +63,7 @@ def batch(step: int, rank: int, world: int, dtype: torch.dtype = torch.float64) 
     """A rank's part of a batch of 12."""
     generator = torch.Generator().manual_seed(step)
     whole = torch.randn(12, 6, generator=generator, dtype=torch.float64)
-    return whole.chunk(world)[rank].to(dtype)
+    return whole.chunk(world)[rank].to(device_of(rank), dtype)
 
 
 def losses(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Loop:
     def step(self, micro: int = 1) -> None:
         for part in range(micro):
             x = batch(10 * self.steps + part, self.rank, self.world, self.inputs)
-            found = losses(self.model(x.to(device_of(self.rank))))
+            found = losses(self.model(x))
             self.pruner.observe_losses(found)
             self.pruner.weigh(found).backward()
         self.optimizer.step()

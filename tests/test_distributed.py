@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mtprune import Block, Cubic, LowRank, SoftThreshold, Vote, recipes
 from tests import checkpoints, nets
 from tests.nets import Run, build, same, sgd, weights
-from tests.ranks import on_ranks
+from tests.ranks import backend_for, device_of, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ class Share:
 
 
 def start(name, method, backend, rank, world):
-    net = build(name)
+    net = build(name, device_of(rank))
     net.make_batch = Share(net.make_batch, rank, world)
     wrap = DistributedDataParallel if world > 1 else None
     return Run(net, METHODS[method](), backend, sgd, wrap=wrap)
@@ -68,11 +68,11 @@ def train(case, rank, world):
     masks = []
     for _ in range(STEPS):
         run.step()
-        masks.append(run.pruner.masks)
+        masks.append({name: mask.cpu() for name, mask in run.pruner.masks.items()})
     memory = checkpoints.memory(run.pruner)
     return {
         "masks": masks,
-        "weights": weights(run),
+        "weights": {name: weight.cpu() for name, weight in weights(run).items()},
         "offsets": memory.get("offsets", {}),
         "kept": [row.kept for row in run.pruner.report().layers],
     }
@@ -131,6 +131,21 @@ def test_two_ranks_are_one_process_with_the_whole_batch(case, ranks):
         assert same(one, other)
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "backend"),
+    [
+        ("cuda", 2, "nccl"),
+        ("cuda:0", 4, "nccl"),
+        ("cuda", 1, "gloo"),
+        ("cpu", 2, "gloo"),
+    ],
+)
+def test_ranks_of_these_tests_talk_by_nccl_where_each_has_a_gpu(device, gpus, backend, monkeypatch):
+    monkeypatch.setenv("MTPRUNE_TEST_DEVICE", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert backend_for(2) == backend
 
 
 def test_masks_that_differ_between_ranks_are_refused(ranks):

@@ -147,7 +147,7 @@ def without_callback(trainer):
 
 
 @pytest.mark.parametrize("plan", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}])
-def test_training_is_what_it_is_without_a_pruner(plan, tmp_path):
+def test_scoring_leaves_training_as_it_is(plan, tmp_path):
     found = []
     for pruned in (True, False):
         trainer, pruner, model = start(tmp_path, Vote(0.0, schedule=Cubic(1, 6, 1)), **plan)

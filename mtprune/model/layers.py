@@ -14,7 +14,7 @@ from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
 from mtprune.model.names import own_name, strip
-from mtprune.model.parts import Part, Sharding, local, part_of
+from mtprune.model.parts import Part, Sharding, local
 from mtprune.model.selectors import Spec, label, match, resolve, selected
 
 __all__ = [
@@ -93,7 +93,7 @@ class Layer:
     @property
     def part(self) -> Part:
         """What of the layer is on this rank."""
-        return part_of(self.parameter)
+        return self.sharding.part(*self.places[0], self.parameter)
 
     @property
     def _found(self) -> nn.Parameter:

@@ -27,6 +27,7 @@ def check_parallel(model: nn.Module) -> None:
     Raises:
         ValueError: If they are, with the name of what spreads them.
     """
+    fully = _is_fully_sharded(model)
     for path, module in model.named_modules():
         kind = type(module)
         where = f"'{path}' ({kind.__name__})" if path else f"The model ({kind.__name__})"
@@ -51,13 +52,13 @@ def check_parallel(model: nn.Module) -> None:
                     f"its '{attribute}' is a view of a part of one flat tensor. {_USE}"
                 )
             if is_spread(parameter):
-                _check_rows(where, attribute, parameter, _is_fully_sharded(model))
+                _check_rows(where, attribute, parameter, fully)
 
 
 def _is_fully_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` has been applied to some module; it gives it another class."""
-    classes = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    return "FSDPModule" in classes
+    classes = {type(module) for module in model.modules()}
+    return any(base.__name__ == "FSDPModule" for kind in classes for base in kind.__mro__)
 
 
 def _check_rows(where: str, attribute: str, parameter: Tensor, fully: bool) -> None:

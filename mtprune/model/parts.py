@@ -5,7 +5,7 @@ knows how: a layer is asked for its values here, for its part, and for the leaf 
 and what works on layers works on what is here. Where all of a layer is here, its part is the whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 from mtprune import distributed
 from mtprune.census import HERE, Census, Scattered
 
-__all__ = ["Part", "Sharding", "is_spread", "local", "part_of", "why_not_rows"]
+__all__ = ["Part", "Sharding", "is_spread", "local", "why_not_rows"]
 
 
 class Part:
@@ -50,9 +50,18 @@ class Part:
         """What is here in a tensor of the layer's shape, zero where other ranks have the rows."""
         return mine
 
-    def mean(self, grad: Tensor) -> Tensor:
-        """What is here of the mean over ranks of a gradient of the layer's shape."""
-        return distributed.mean_(grad)
+    def averaged(self, grad: Tensor) -> Callable[[], Tensor]:
+        """Begin to average a gradient of the layer's shape over ranks.
+
+        Args:
+            grad: The gradient; left alone until the mean is there.
+
+        Returns:
+            A function that waits for what is here of the mean. All ranks must call them in one
+            order.
+        """
+        mean = distributed.mean_(grad)
+        return lambda: mean
 
     def shown(self, mine: Tensor) -> Tensor:
         """What is here as a user sees it."""
@@ -114,18 +123,35 @@ class _Rows(Part):
         return whole
 
     @override
-    def mean(self, grad: Tensor) -> Tensor:
-        # In the type of the weights, which with mixed precision is wider than that of gradients.
-        rows = grad.new_zeros(self._ranks * self._each, *self.shape[1:], dtype=self._like.dtype)
-        rows[: self._whole_shape[0]] = grad
+    def averaged(self, grad: Tensor) -> Callable[[], Tensor]:
+        rows = self._padded(grad)
         mine = rows.new_empty(self._each, *self.shape[1:])
         # The first is the name from torch 2.13 on.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(mine, rows, group=self._group)
-        for group in self._others:
-            dist.all_reduce(mine, group=group)
-        mine /= self._world
-        return mine[: self.shape[0]].to(self._like.device)
+        on_its_way = scatter(mine, rows, group=self._group, async_op=True)
+
+        def arrived() -> Tensor:
+            nonlocal rows
+            on_its_way.wait()
+            rows = mine  # what was sent may go
+            for group in self._others:
+                dist.all_reduce(mine, group=group)
+            mine.div_(self._world)
+            return mine[: self.shape[0]].to(self._like.device)
+
+        return arrived
+
+    def _padded(self, grad: Tensor) -> Tensor:
+        """A gradient with as many rows for every rank; it may be the same tensor."""
+        # In the type of the weights, which with mixed precision is wider than that of gradients.
+        kind = self._like.dtype
+        length = self._whole_shape[0]
+        if length == self._ranks * self._each:
+            return grad.to(kind).contiguous()
+        rows = grad.new_empty(self._ranks * self._each, *self.shape[1:], dtype=kind)
+        rows[:length] = grad
+        rows[length:] = 0
+        return rows
 
     @override
     def shown(self, mine: Tensor) -> Tensor:
@@ -159,6 +185,16 @@ class Sharding:
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
         self._known: dict[tuple[nn.Module, str], Any] = {}
+        self._parts: dict[tuple[nn.Module, str], tuple[nn.Parameter, Part]] = {}
+
+    def part(self, module: nn.Module, attribute: str, parameter: nn.Parameter) -> Part:
+        """The part of a Parameter that is here."""
+        if not is_spread(parameter):
+            return Part(tuple(parameter.shape))
+        found = self._parts.get((module, attribute))
+        if found is None or found[0] is not parameter:
+            found = self._parts[module, attribute] = parameter, _Rows(parameter)
+        return found[1]
 
     def parameter(self, module: nn.Module, attribute: str, found: nn.Parameter) -> nn.Parameter:
         """The Parameter that an optimizer has: the sharded one, also while it is gathered."""
@@ -228,11 +264,6 @@ def local(tensor: Tensor) -> Tensor:
     spread: Any = tensor
     mine: Tensor = spread.to_local()
     return mine
-
-
-def part_of(parameter: nn.Parameter) -> Part:
-    """The part of a Parameter that is here."""
-    return _Rows(parameter) if is_spread(parameter) else Part(tuple(parameter.shape))
 
 
 def why_not_rows(parameter: Tensor) -> str:

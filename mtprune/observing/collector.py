@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mtprune.model.running import swept
 from mtprune.observing.evidence import Evidence, Store
 from mtprune.observing.inputs import Inputs
 from mtprune.observing.jacobian import Jacobian
+from mtprune.observing.roll import all_finite, means
 from mtprune.observing.sweeps import backward, fold, gather, scatter, stream
 from mtprune.statistics import JOINT, Seen
 
@@ -146,14 +147,19 @@ class Collector:
             self._check_hidden()
         self._inputs.match(scored)
         with swept(self._model), self._dense_gradients():
-            finite = {t: ~distributed.any_rank(~x.detach().isfinite()) for t, x in scored.items()}
+            finite = all_finite(scored)
             able = [task for task in scored if not losses.guarded or bool(finite[task])]
+            walked = self._walk({task: scored[task] for task in able}, users)
             # The losses that no sweep has folded yet.
             rest = [*(losses.others or ()), *(x for task, x in scored.items() if task not in able)]
             if self._swept and self._apart:
-                valid = self._score_apart(losses, able, users, rest)
+                valid = self._score_apart(losses, walked, users, rest)
             else:
-                valid = [task for task in able if self._probe(task, losses, users, None)]
+                valid = [
+                    task
+                    for task, targets in walked.items()
+                    if self._probe(task, targets, losses, users, None)
+                ]
                 if self._swept and valid:
                     rest += [scored[task] for task in able if task not in valid]
                     valid = self._score_together(losses, valid, rest)
@@ -161,24 +167,25 @@ class Collector:
                     rest += [scored[task] for task in able]
             if valid:
                 self._inputs.add_to(self.evidence, valid, self._apart)
-            for task, loss in scored.items():
-                self._count(task, loss, finite[task], task in valid)
+            if users is None and self._census.is_scattered and not self._by_graph:
+                self._agree(walked)
+            self._count(scored, finite, valid)
         if losses.folds and rest:
             backward(rest, losses.scale)
 
     def _score_apart(
         self,
         losses: Losses,
-        able: Sequence[str],
+        walked: Mapping[str, Sequence[int]],
         users: Mapping[str, Tensor] | None,
         rest: Sequence[Tensor],
     ) -> list[str]:
         """One sweep for each task; the tasks whose gradients could be used."""
-        valid = []
-        for task in able:
-            last = not rest and task == able[-1]
+        valid: list[str] = []
+        for place, (task, targets) in enumerate(walked.items(), 1):
+            last = not rest and place == len(walked)
             folding = _Fold(keep=not last) if losses.folds else None
-            if self._probe(task, losses, users, folding):
+            if self._probe(task, targets, losses, users, folding):
                 valid.append(task)
         return valid
 
@@ -191,26 +198,27 @@ class Collector:
         folding = _Fold(keep=bool(rest)) if losses.folds else None
         return valid if self._sweep(losses, _Sweep(valid, targets, JOINT, False, folding)) else []
 
-    def _count(self, task: str, loss: Tensor, finite: Tensor, valid: bool) -> None:
-        """Note one observation of a task, or that it was discarded."""
+    def _count(
+        self, losses: Mapping[str, Tensor], finite: Mapping[str, Tensor], valid: Sequence[str]
+    ) -> None:
+        """Note one observation of each task, or that it was discarded."""
         evidence = self.evidence
-        if not valid:
-            evidence.discarded[task] = evidence.discarded.get(task, 0) + 1
-            return
-        evidence.counts[task] = evidence.counts.get(task, 0) + 1
-        evidence.finite.setdefault(task, []).append(finite)
-        value = distributed.mean_(loss.detach().to(torch.float32).clone())
-        evidence.losses[task] = evidence.losses.get(task, 0.0) + value
+        for task in losses:
+            counts = evidence.counts if task in valid else evidence.discarded
+            counts[task] = counts.get(task, 0) + 1
+        for task, value in means({task: losses[task] for task in valid}).items():
+            evidence.finite.setdefault(task, []).append(finite[task])
+            evidence.losses[task] = evidence.losses.get(task, 0.0) + value
 
     def _probe(
         self,
         task: str,
+        targets: Sequence[int],
         losses: Losses,
         users: Mapping[str, Tensor] | None,
         folding: "_Fold | None",
     ) -> bool:
         """Sweep for the statistics of one task alone; whether its gradients could be used."""
-        targets = self._targets(task, losses.scored[task], users)
         scored = self._apart and bool(self._swept)
         if not scored and users is not None:
             return True
@@ -221,20 +229,38 @@ class Collector:
         voter = task if scored else None
         return self._sweep(losses, _Sweep([task], targets, voter, users is None, folding))
 
-    def _targets(self, task: str, loss: Tensor, users: Mapping[str, Tensor] | None) -> list[int]:
-        """The layers worth sweeping for a task; remembers where its graph leads."""
+    def _walk(
+        self, losses: Mapping[str, Tensor], users: Mapping[str, Tensor] | None
+    ) -> dict[str, list[int]]:
+        """The layers worth sweeping for each task; remembers where graphs lead."""
         if users is not None:
-            self.evidence.walked[task] = users[task]
-            return [int(i) for i in users[task].nonzero().flatten()]
-        leaves = reachable(loss)
-        mine = torch.tensor([id(layer.leaf) in leaves for layer in self._layers])
-        walked = mine
-        if distributed.world() > 1:
-            walked = distributed.any_rank(walked.to(loss.device)).cpu()
-        self._check_alike(task, mine, walked)
-        before = self.evidence.walked.get(task)
-        self.evidence.walked[task] = walked if before is None else walked | before
-        return [int(i) for i in walked.nonzero().flatten()]
+            walked = {task: users[task] for task in losses}
+            self.evidence.walked.update(walked)
+        elif losses:
+            walked = self._reached(losses)
+            for task, found in walked.items():
+                before = self.evidence.walked.get(task)
+                self.evidence.walked[task] = found if before is None else found | before
+        else:
+            walked = {}
+        return {task: found.nonzero().flatten().tolist() for task, found in walked.items()}
+
+    def _reached(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each task, bool ``[layers]``, where its graph leads on any rank.
+
+        Raises:
+            RuntimeError: If ranks gather weights for each other, and graphs differ between them.
+        """
+        leaves = [layer.leaf for layer in self._layers]
+        reached = [reachable(loss) for loss in losses.values()]
+        mine = torch.tensor([[id(leaf) in found for leaf in leaves] for found in reached])
+        if distributed.world() == 1:
+            return dict(zip(losses, mine.unbind(), strict=True))
+        device = next(iter(losses.values())).device
+        somewhere, elsewhere = distributed.any_rank(torch.stack([mine, ~mine]).to(device)).cpu()
+        if self._census.is_scattered and bool((somewhere & elsewhere).any()):
+            self._refuse_unlike(list(losses), somewhere & ~mine)
+        return dict(zip(losses, somewhere.unbind(), strict=True))
 
     def _sweep(self, losses: Losses, sweep: "_Sweep") -> bool:
         """One pass over the graph of summed losses; whether its gradients could be used."""
@@ -264,10 +290,7 @@ class Collector:
         if not parameters:
             return True
         if self._census.is_scattered:
-            usable = scatter(loss, targets, asked, sink, losses.guarded)
-            if sweep.probes:
-                self._agree(hits, targets)
-            return usable
+            return scatter(loss, targets, asked, sink, losses.guarded)
         if losses.guarded or distributed.world() > 1:
             return gather(loss, targets, parameters, sink, losses.guarded)
         stream(loss, targets, parameters, sink)
@@ -304,33 +327,39 @@ class Collector:
     def _census(self) -> Census:
         return self._layers[0].part.census
 
-    def _agree(self, hits: dict[int, Tensor], targets: Sequence[int]) -> None:
+    def _agree(self, walked: Mapping[str, Sequence[int]]) -> None:
         """Let a gradient count as other than zero if it is in the part of any rank."""
+        places = [(task, index) for task, targets in walked.items() for index in targets]
+        if not places:
+            return
         device = self._layers[0].values.device
         nothing = torch.zeros((), dtype=torch.bool, device=device)
-        flags = torch.stack([hits.get(index, nothing).to(device) for index in targets])
-        for index, flag in zip(targets, distributed.any_rank(flags).unbind(), strict=True):
-            hits[index] = flag
+        hits = [self.evidence.hits.setdefault(task, {}) for task, _ in places]
+        mine = [of.get(index, nothing) for of, (_, index) in zip(hits, places, strict=True)]
+        flags = distributed.any_rank(torch.stack([flag.to(device) for flag in mine]))
+        for of, (_, index), flag in zip(hits, places, flags.unbind(), strict=True):
+            of[index] = flag
 
-    def _check_alike(self, task: str, mine: Tensor, everyones: Tensor) -> None:
+    def _refuse_unlike(self, tasks: Sequence[str], lacking: Tensor) -> NoReturn:
         """Refuse graphs that differ between ranks which gather weights for each other.
 
+        Args:
+            tasks: The tasks.
+            lacking: Bool ``[tasks, layers]``, where other ranks' graphs lead and not that here.
+
         Raises:
-            RuntimeError: If they do.
+            RuntimeError: With the first rank that lacks something, on all of them.
         """
-        if not self._census.is_scattered:
-            return
-        unlike = (everyones & ~mine).nonzero().flatten().tolist()
-        names = [f"'{self._layers[i].name}'" for i in unlike]
         problem = None
-        if names:
-            problem = (
-                f"The loss of task '{task}' leads to {', '.join(names)} on some ranks and not on "
-                f"rank {distributed.rank()}. Under fully_shard every rank must run the same layers."
-            )
-        found = self._census.anyone(problem)
-        if found is not None:
-            raise RuntimeError(found)
+        for task, unlike in zip(tasks, lacking, strict=True):
+            names = [f"'{self._layers[i].name}'" for i in unlike.nonzero().flatten().tolist()]
+            if names and problem is None:
+                problem = (
+                    f"The loss of task '{task}' leads to {', '.join(names)} on some ranks and not "
+                    f"on rank {distributed.rank()}. Under fully_shard every rank must run the same "
+                    "layers."
+                )
+        raise RuntimeError(self._census.anyone(problem))
 
     def _check_hidden(self) -> None:
         """Refuse a training's gradients if masks hide from them what a statistic looks at.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtprune import distributed
 
-__all__ = ["Roll", "call_roll"]
+__all__ = ["Roll", "all_finite", "call_roll", "means"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,21 @@ def call_roll(
         else:
             found[task] = loss if having == len(everyone) else loss * (len(everyone) / having)
     return Roll(found, partial)
+
+
+def all_finite(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each task, bool 0-dim, whether its loss is finite on all ranks."""
+    finite = {task: loss.detach().isfinite() for task, loss in losses.items()}
+    if distributed.world() == 1 or not finite:
+        return finite
+    flags = torch.stack(list(finite.values()))
+    return dict(zip(finite, (~distributed.any_rank(~flags)).unbind(), strict=True))
+
+
+def means(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each task, float32 0-dim, the mean of its loss over ranks."""
+    values = {task: loss.detach().to(torch.float32).clone() for task, loss in losses.items()}
+    if distributed.world() == 1 or not values:
+        return values
+    found = distributed.mean_(torch.stack(list(values.values())))
+    return dict(zip(values, found.unbind(), strict=True))

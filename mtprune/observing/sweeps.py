@@ -1,5 +1,6 @@
 """Sweeps: one pass of gradients over the graph of a loss, each handed on as it arrives."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,8 +64,9 @@ def scatter(
 ) -> bool:
     """Feed what is here of each gradient, its mean over ranks, to ``sink`` as it arrives.
 
-    Ranks meet at every gradient, in the order of the backward, which is the same on all of them
-    where it gathers weights from all of them. So no more than one whole gradient is alive.
+    Gradients are sent in the order of the backward, which is the same on all ranks where it gathers
+    weights from all of them. One is on its way while the next is computed: no more than two whole
+    gradients are alive.
 
     Args:
         loss: What to differentiate.
@@ -74,16 +76,23 @@ def scatter(
         guarded: See `gather`.
     """
     waiting: list[tuple[int, Tensor]] = []
+    under_way: deque[tuple[int, Callable[[], Tensor]]] = deque()
     stubs: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     handles = []
 
+    def receive() -> None:
+        index, arrived = under_way.popleft()
+        if guarded:
+            waiting.append((index, arrived()))
+        else:
+            sink(index, arrived())
+
     def consume(index: int, layer: Layer) -> Callable[[Tensor], Tensor]:
         def hook(grad: Tensor) -> Tensor:
-            mine = layer.part.mean(grad.to_dense() if grad.is_sparse else grad)
-            if guarded:
-                waiting.append((index, mine))
-            else:
-                sink(index, mine)
+            dense = grad.to_dense() if grad.is_sparse else grad
+            under_way.append((index, layer.part.averaged(dense)))
+            if len(under_way) > 1:
+                receive()
             stub = stubs.setdefault((grad.dtype, grad.device), grad.new_zeros(()).to_dense())
             return stub.expand(grad.shape)
 
@@ -95,6 +104,8 @@ def scatter(
             handles.append(leaf.register_hook(consume(index, layer)))
         with layers[0].sharding.quiet():
             _grad(loss, leaves)
+        while under_way:
+            receive()
     finally:
         for handle in handles:
             handle.remove()

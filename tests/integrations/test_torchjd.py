@@ -48,7 +48,12 @@ def train(aggregator, differentiate, method=None, backend="prune", sweeps=False)
     return model, pruner
 
 
-AGGREGATORS = {"MGDA": aggregation.MGDA, "PCGrad": aggregation.PCGrad, "sum": aggregation.Sum}
+AGGREGATORS = {
+    "MGDA": aggregation.MGDA,
+    "UPGrad": aggregation.UPGrad,
+    "PCGrad": aggregation.PCGrad,
+    "sum": aggregation.Sum,
+}
 WAYS = pytest.mark.parametrize("way", [by_backward, by_mtl_backward], ids=["all", "shared"])
 
 
