@@ -24,7 +24,7 @@ from typing import Any as _Any
 
 from mtprune import saliency, votes
 from mtprune.allocation import Erk, Floor, PerOutput
-from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
+from mtprune.granularity import NM, Block, Channel, Element, Expert, Grouped, Head, Neuron
 from mtprune.integrations.import_hook import when_imported as _when_imported
 from mtprune.methods.vote import PerTaskKeep, Vote
 from mtprune.pruner import MultitaskPruner
@@ -78,6 +78,7 @@ __all__ = [
     "Cubic",
     "Element",
     "Erk",
+    "Expert",
     "Floor",
     "Grouped",
     "Head",

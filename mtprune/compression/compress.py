@@ -25,7 +25,7 @@ from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS, Form
 from mtprune.compression.measure import sizes_of
 from mtprune.compression.plan import Plan, Removal
-from mtprune.compression.removal import resize
+from mtprune.compression.resizing import resize
 from mtprune.compression.running import check_devices, parse, unnested
 from mtprune.compression.shrink import Units, check_shrunk, groups_of, shrink
 from mtprune.compression.sites import find_sites, refuse_unfinished

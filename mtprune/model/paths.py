@@ -1,0 +1,30 @@
+"""Paths: what a module has at a dotted name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["at", "in_runs", "numbers"]
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute at a path, or None."""
+    value: Any = module
+    for attribute in path.split("."):
+        value = getattr(value, attribute, None)
+    return value
+
+
+def numbers(module: Any, paths: Sequence[str]) -> list[int]:
+    """The whole numbers that a module has at these paths."""
+    values = (at(module, path) for path in paths)
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def in_runs(length: int, count: int) -> tuple[int, ...]:
+    """The unit of each index if units lie one after the other and are equally long.
+
+    Example:
+        >>> in_runs(6, 3)
+        (0, 0, 1, 1, 2, 2)
+    """
+    return tuple(i * count // length for i in range(length))
