@@ -171,8 +171,8 @@ def _obstacle(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> str:
                 index = member.index()
                 unread = dead[index.clamp_min(0)] & (index != NOBODY)
                 tensor.movedim(member.dim, 0)[unread.to(tensor.device)] = 0
-    expected = run(masked, batches)
     try:
+        expected = run(masked, batches)
         resize(masked, removal_of(masked, [g for g, _ in pairs], [dead for _, dead in pairs]))
         got = run(masked, batches)
     except ValueError as error:

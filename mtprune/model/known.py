@@ -39,17 +39,18 @@ def _gated(name: str, gate: str, up: str, down: str) -> FeedForward:
     return FeedForward(name, (f"{gate}.weight", f"{up}.weight"), f"{down}.weight", counts=counts)
 
 
-def _experts(gate: str, **others: Any) -> Experts:
+def _experts(gate: str, up: str = "gate_up_proj", **others: Any) -> Experts:
     """A router, and a matrix for each expert in stacks."""
     return Experts(
         f"experts with a {gate}",
         f"{gate}.weight",
-        ("experts.gate_up_proj",),
+        (f"experts.{up}",),
         "experts.down_proj",
-        f"{gate}.top_k|top_k|num_experts_per_tok",
+        f"{gate}.top_k|gate.top_k|top_k",
         along=(
             "experts.gate_up_proj_bias",
             "experts.down_proj_bias",
+            "e_score_correction_bias",  # MiniMax M2
             f"{gate}.bias",
             f"{gate}.e_score_correction_bias",
         ),
@@ -282,12 +283,16 @@ PATTERNS: tuple[Pattern, ...] = (
         counts=("intermediate_dim", "intermediate_size"),
         unit=8,  # grouped products want rows of so many numbers, or of a multiple
     ),
-    _experts("gate", only=(("gate.num_group", 1),)),  # DeepSeek
-    _experts("gate", only=(("gate.num_group", None),)),
+    *(
+        _experts("gate", up, only=(("gate.num_group", groups),))
+        for up in ("gate_up_proj", "up_proj")
+        for groups in (1, None)  # DeepSeek has one, and others none
+    ),
     _experts(
         "gate",
         why_not="its router chooses among groups of experts, which are to be equally large",
     ),
     _experts("router"),
+    _experts("gate.wg"),  # HunYuan
 )
 """All patterns known; each is named after models that have it, and fits others that are alike."""

@@ -65,7 +65,13 @@ class _Routing(nn.Module):
             store[attribute] = found.index_select(0, left)
         for attribute in gate.numbers:
             narrow.__dict__[attribute] = len(left)
-        return _widened(narrow.forward(*args, **kwargs), left, len(gone))
+
+        def narrowed(given: Any) -> Any:  # an offset for each expert may come from outside
+            is_each = isinstance(given, Tensor) and given.shape == gone.shape
+            return given.index_select(0, left) if is_each else given
+
+        few, named = map(narrowed, args), {key: narrowed(x) for key, x in kwargs.items()}
+        return _widened(narrow.forward(*few, **named), left, len(gone))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made when it is needed, so it is not found by its name."""
