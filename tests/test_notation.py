@@ -18,6 +18,7 @@ from mtprune import (
     Erk,
     Floor,
     Grouped,
+    Expert,
     Head,
     Hold,
     Linear,
@@ -72,7 +73,7 @@ METHOD = {
     )},
     "regrow": Vote(0.5, schedule=Regrow(5, 20, within="layer"), allocation="erk"),
     **{f"granularity {type(g).__name__}": Vote(0.5, granularity=g) for g in (
-        *(Element(), Block(2, 2), NM(), Neuron(), Head(), Channel(IMAGE)),
+        *(Element(), Block(2, 2), NM(), Neuron(), Head(), Expert(), Channel(IMAGE)),
         Grouped([GROUP]),
     )},
     "tuple": Vote(0.5, granularity=(Head(patterns=(*PATTERNS, *MINE)), Neuron())),
