@@ -20,6 +20,7 @@ from mtprune.compression.choose import (
     opened_attentions,
     place,
     time_whole,
+    told,
 )
 from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS, Form
@@ -242,7 +243,7 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     sites = find_sites(model, opened_attentions(plan))
     check_fits(plan, sites)
     forms = {}
-    for site in sites:
+    for site in told(plan, sites):
         choice = plan[site.name].choice
         if choice != "dense":
             prefix = site.name + "."
