@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
@@ -159,10 +158,10 @@ def _why_dense(module: nn.Module, name: str, is_tied: bool) -> str:
 
 
 def refuse_unfinished(model: nn.Module) -> None:
-    """Check that all weights are parameters, not computed from masks or parametrizations.
+    """Check that no weight is computed from a mask. What is parametrized stays as it is.
 
     Raises:
-        ValueError: If a module is pruned but not finalized, or parametrized.
+        ValueError: If a module is pruned but not finalized.
     """
     for hidden, attribute in hidden_weights(model):
         path = next(path for path, module in model.named_modules() if module is hidden)
@@ -189,9 +188,4 @@ def refuse_unfinished(model: nn.Module) -> None:
             raise ValueError(
                 f"'{label}' still holds '{pruned[0]}_orig' and '{pruned[0]}_mask'. Call "
                 "pruner.finalize() first, or torch.nn.utils.prune.remove for masks of your own."
-            )
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"'{label}' is parametrized. Call pruner.finalize() first, or "
-                "torch.nn.utils.parametrize.remove_parametrizations for those of your own."
             )

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 import mtprune
@@ -129,7 +130,9 @@ class Trial:
     def prune(self, method: Any, exact: bool = True) -> tuple[nn.Module, MultitaskPruner]:
         """A pruned copy with plain modules, which gives what it gave under masks."""
         model = copy.deepcopy(self.model)
-        pruner = MultitaskPruner(model, TASKS, method=method)
+        # What computes its weight from others cannot hold a mask.
+        computed = [m for m in model.modules() if parametrize.is_parametrized(m)]
+        pruner = MultitaskPruner(model, TASKS, method=method, exclude=computed)
 
         def forward(net: nn.Module, inputs: Any) -> Any:
             torch.manual_seed(0)

@@ -241,7 +241,7 @@ FURTHER = {
             "patch_sizes": [7, 3],
             "strides": [4, 2],
             "padding": [2, 1],
-            "mlp_ratio": 2,
+            "mlp_ratio": 2.0,
             "image_size": 32,
         },
     ),
