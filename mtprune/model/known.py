@@ -144,6 +144,15 @@ PATTERNS: tuple[Pattern, ...] = (
             ("sinks", 0),  # GPT-OSS
         ),
     ),
+    _separate(
+        "XGLM",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        counts=(*_QUERIES, "embed_dim"),  # it puts the heads together to this width
+        only=(("is_decoder", True), ("config", None)),
+    ),
     _separate("OPT, BART, CLIP, Whisper", "q_proj", "k_proj", "v_proj", "out_proj"),
     _separate("Phi", "q_proj", "k_proj", "v_proj", "dense"),
     _packed(

@@ -264,6 +264,8 @@ class Trial:
         runtime = import_module("onnxruntime")
         kinds = (kind for kind in UNITS if kind in self.small)
         fast = next((self.small[kind] for kind in kinds), self.model)
+        if hasattr(fast, "set_experts_implementation"):
+            fast.set_experts_implementation("batched_mm")  # ONNX has no grouped products
         inputs = self.inputs
         if isinstance(inputs, Mapping):
             names, given = list(inputs), tuple(inputs.values())
@@ -352,7 +354,12 @@ def try_(trial: Trial, column: str) -> Cell:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"\x1b\[\d+m", "", str(error))  # colours
+    text = " ".join(text.split()) or type(error).__name__
+    inner = re.search(
+        r"Failed to convert the exported program.*?(No ONNX function.*|<class.*)", text
+    )
+    text = text if inner is None else f"cannot be exported: {inner.group(1)}"
     refused = re.search(r"cannot be removed: .*?': (.*?)(?:\. Prune its .*)?$", text)
     text = text if refused is None else f"cannot be removed: {refused.group(1)}"
     return text if len(text) < 240 else f"{text[:236]} ..."
