@@ -90,7 +90,7 @@ def check_close(
 def check_alike(model: nn.Module, other: nn.Module, inputs: Any, what: str) -> None:
     """The same within the tolerance; where a model rounds more than that itself, in float64.
 
-    Then weights that were rounded to float32 may differ by a few times what the model itself rounds.
+    Then weights that were rounded to float32 may differ by a few times what the model rounds.
     """
     a, b = outputs(model, inputs), outputs(other, inputs)
     if a.keys() == b.keys() and max(difference(a[k], b[k]) for k in a) > TOLERANCE:

@@ -309,7 +309,6 @@ SMALL_TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
     "deit_tiny_patch16_224": {"img_size": 64, "depth": 2},
     "cait_xxs24_224": {"img_size": 64, "depth": 2},
-    "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2},
     "swin_tiny_patch4_window7_224": {
         "img_size": 64,
         "window_size": 4,
