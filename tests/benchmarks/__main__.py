@@ -22,6 +22,7 @@ NAMES = (
     "options",
     "refit",
     "compress",
+    "architectures",
 )
 
 
