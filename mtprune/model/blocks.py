@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mtprune.model.experts import Experts, match_experts
 from mtprune.model.layers import is_conv1d, is_stack
-from mtprune.model.paths import at, in_runs, numbers
+from mtprune.model.paths import at, in_runs, is_at, numbers
 from mtprune.structure import NOBODY, Group, Member, Role
 
 __all__ = ["Attention", "Experts", "FeedForward", "Pattern", "match"]
@@ -137,7 +137,7 @@ def match(name: str, module: nn.Module, pattern: Pattern) -> Group | None:
         module: The module.
         pattern: The pattern.
     """
-    if not all(at(module, path) == value for path, value in pattern.only):
+    if not all(is_at(module, path, value) for path, value in pattern.only):
         return None
     block = f"{name}." if name else ""
     if isinstance(pattern, Attention):

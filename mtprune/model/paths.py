@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["at", "in_runs", "numbers"]
+from torch import Tensor
+
+__all__ = ["at", "in_runs", "is_at", "numbers"]
 
 
 def at(module: Any, path: str) -> Any:
@@ -12,6 +14,12 @@ def at(module: Any, path: str) -> Any:
     for attribute in path.split("."):
         value = getattr(value, attribute, None)
     return value
+
+
+def is_at(module: Any, path: str, value: Any) -> bool:
+    """Whether the attribute at a path is this number, bool or None."""
+    found = at(module, path)
+    return not isinstance(found, Tensor) and bool(found == value)
 
 
 def numbers(module: Any, paths: Sequence[str]) -> list[int]:

@@ -421,6 +421,8 @@ def _seat(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     by_parameter = {id(layer.parameter): layer for layer in layers}
     by_name = {layer.name: layer for layer in layers}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        shapes.setdefault(name, tuple(buffer.shape))  # some are in no state
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shapes.setdefault(name, tuple(parameter.shape))
         if id(parameter) in by_parameter:
