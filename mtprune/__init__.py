@@ -57,7 +57,7 @@ if _TYPE_CHECKING:
     )
     from mtprune.curves import Sweep
     from mtprune.explaining import explained, priorities
-    from mtprune.granularity import NM, Block, Channel, Element, Grouped, Head, Neuron
+    from mtprune.granularity import NM, Block, Channel, Element, Expert, Grouped, Head, Neuron
     from mtprune.integrations.hub import push_to_hub
     from mtprune.methods import LowRank, SigmoidThreshold, SoftThreshold
     from mtprune.methods.vote import PerTaskKeep, Vote
@@ -80,6 +80,7 @@ __all__ = [
     "Cubic",
     "Element",
     "Erk",
+    "Expert",
     "Floor",
     "Grouped",
     "Head",
@@ -151,7 +152,7 @@ _NAMES = {
     ),
     "curves": ("Sweep",),
     "explaining": ("explained", "priorities"),
-    "granularity": ("NM", "Block", "Channel", "Element", "Grouped", "Head", "Neuron"),
+    "granularity": ("NM", "Block", "Channel", "Element", "Expert", "Grouped", "Head", "Neuron"),
     "integrations.hub": ("push_to_hub",),
     "methods": ("LowRank", "SigmoidThreshold", "SoftThreshold"),
     "methods.vote": ("PerTaskKeep", "Vote"),

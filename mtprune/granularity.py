@@ -24,6 +24,7 @@ __all__ = [
     "Block",
     "Channel",
     "Element",
+    "Expert",
     "Granularity",
     "Grouped",
     "Head",
@@ -239,6 +240,10 @@ class Grouped:
         """See `Spanning`."""
         return self._groups
 
+    def gates(self, model: nn.Module) -> Sequence[str]:
+        """The names of tensors that decide which units are used; they are pruned with them."""
+        return [group.gate.tensor for group in self._groups if group.gate is not None]
+
     def __eq__(self, other: object) -> bool:
         """Whether the groups are the same, in the same order."""
         return isinstance(other, Grouped) and self._groups == other._groups
@@ -307,6 +312,43 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """Experts of a mixture, each with its row of the router.
+
+    As many stay in each block as a token is sent to. Closed experts get no token, while the model
+    is pruned and after it: they are as good as gone.
+
+    Attributes:
+        patterns: Where to look (`mtprune.patterns`); all known places unless given.
+        example_inputs: What the model is called with when units are removed on trial: a tensor, a
+            tuple of arguments, or a dict of keyword arguments. Models of transformers are tried
+            without, as long as they are not large.
+    """
+
+    patterns: Any = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
+
+    def groups(self, model: nn.Module, layers: Sequence[Layer]) -> Sequence[Group]:
+        """See `Spanning`."""
+        from mtprune.patterns import experts  # most runs do without
+
+        return experts(model, self._known, self.example_inputs)
+
+    def gates(self, model: nn.Module) -> Sequence[str]:
+        """The names of the routers' weights, which are pruned with the experts."""
+        from mtprune.patterns import candidates
+
+        groups, _ = candidates(model, [p for p in self._known if hasattr(p, "gate")])
+        return [group.gate.tensor for group in groups if group.gate is not None]
+
+    @property
+    def _known(self) -> Any:
+        from mtprune.patterns import PATTERNS
+
+        return PATTERNS if self.patterns is None else self.patterns
+
+
+@dataclass(frozen=True)
 class Channel:
     """Channels of convolutional networks, with all entries that must go with a channel.
 
@@ -362,6 +404,13 @@ def check_granularity(granularity: object) -> None:
             )
     if not several:
         raise TypeError("`granularity` is empty.")
+
+
+def gates_of(granularity: Granularity, model: nn.Module) -> list[str]:
+    """The names of tensors that decide which units are used, and are pruned with them."""
+    several = granularity if isinstance(granularity, tuple) else (granularity,)
+    having = [one for one in several if checks.has_methods(one, "gates")]
+    return [name for one in having for name in one.gates(model)]  # type: ignore[union-attr]
 
 
 def example_inputs_of(granularity: Granularity) -> Any:

@@ -1,279 +1,37 @@
-"""Patterns: where transformers keep their attention heads and feed-forward neurons.
+"""Patterns: where transformers keep their heads, feed-forward neurons and experts.
 
-A pattern is data (`Attention`, `FeedForward`): the paths of the weights of one block, seen from the
-block. Blocks are told by these paths and by the shapes they lead to, whatever their class is
-called. Before units are handed out, some of each group are removed on trial from a copy of the
-model, so that a block that only looks like one that is known is refused at once, and by name.
+A pattern is data (`Attention`, `FeedForward`, `Experts`): the paths of the weights of one block,
+seen from the block. Blocks are told by these paths and by the shapes they lead to, whatever their
+class is called. Before units are handed out, some of each group are removed on trial from a copy of
+the model, so that a block that only looks like one that is known is refused at once, and by name.
 """
 
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from mtprune.model.blocks import Attention, FeedForward, Pattern, match
+from mtprune.model.blocks import Attention, Experts, FeedForward, Pattern, match
+from mtprune.model.known import PATTERNS
+from mtprune.model.names import unwrap
+from mtprune.model.paths import numbers
+from mtprune.model.routing import close
 from mtprune.structure import Group
 
-__all__ = ["PATTERNS", "Attention", "FeedForward", "Pattern", "heads", "neurons"]
-
-_QUERIES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "all_head_size", "inner_dim")
-_KEYS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-_RATIOS = ("num_key_value_groups",)
-_SIZES = "head_dim|attention_head_size|head_size|key_value_proj_dim"
-_ALIBI = (
-    "the slopes that tell distances to its heads follow from their number, and not from a tensor"
-)
-
-
-def _separate(name: str, query: str, key: str, value: str, out: str, **others: Any) -> Attention:
-    """Attention whose queries, keys and values are layers of their own."""
-    query, key, value, out = (f"{path}.weight" for path in (query, key, value, out))
-    usual = {"head_size": _SIZES, "counts": _QUERIES, "key_counts": _KEYS, "ratios": _RATIOS}
-    return Attention(name, query, key, value, out, **{**usual, **others})
-
-
-def _packed(name: str, inner: str, out: str, **others: Any) -> Attention:
-    """Attention whose queries, keys and values are one layer."""
-    return _separate(name, inner, inner, inner, out, **others)
-
-
-def _plain(name: str, up: str, down: str, **others: Any) -> FeedForward:
-    """A feed-forward block of two layers."""
-    return FeedForward(name, (f"{up}.weight",), f"{down}.weight", **others)
-
-
-def _gated(name: str, gate: str, up: str, down: str) -> FeedForward:
-    """A feed-forward block with gates."""
-    counts = ("intermediate_size",)
-    return FeedForward(name, (f"{gate}.weight", f"{up}.weight"), f"{down}.weight", counts=counts)
-
-
-PATTERNS: tuple[Pattern, ...] = (
-    _separate(
-        "BERT",
-        "self.query",
-        "self.key",
-        "self.value",
-        "output.dense",
-        head_size="self.attention_head_size",
-        counts=("self.num_attention_heads", "self.all_head_size"),
-        tables=(
-            ("self.logit_scale", 0),  # Swin 2
-            ("self.continuous_position_bias_mlp.2.weight", 0),
-        ),
-    ),
-    _separate(
-        "YOLOS",
-        "attention.query",
-        "attention.key",
-        "attention.value",
-        "output.dense",
-        head_size="attention.attention_head_size",
-        counts=("attention.num_attention_heads", "attention.all_head_size"),
-    ),
-    _separate(
-        "DeBERTa",
-        "self.query_proj",
-        "self.key_proj",
-        "self.value_proj",
-        "output.dense",
-        head_size="self.attention_head_size",
-        counts=("self.num_attention_heads", "self.all_head_size"),
-    ),
-    _packed(
-        "DeBERTa",
-        "self.in_proj",
-        "output.dense",
-        head_size="self.attention_head_size",
-        counts=("self.num_attention_heads", "self.all_head_size"),
-        tables=(
-            ("self.q_bias", 0),
-            ("self.v_bias", 0),
-            ("self.pos_proj.weight", 0),
-            ("self.pos_q_proj.weight", 0),
-            ("self.pos_q_proj.bias", 0),
-        ),
-        interleaved=True,
-    ),
-    _separate("ALBERT", "query", "key", "value", "dense"),
-    _separate("DistilBERT", "q_lin", "k_lin", "v_lin", "out_lin", counts=("n_heads", "dim")),
-    _packed("ModernBERT", "Wqkv", "Wo"),
-    Attention(
-        "torch.nn.MultiheadAttention",
-        query="in_proj_weight",
-        key="in_proj_weight",
-        value="in_proj_weight",
-        out="out_proj.weight",
-        head_size="head_dim",
-        counts=("num_heads",),
-        # An added key takes part in every head, so that outputs are no averages of the values.
-        only=(("bias_k", None), ("add_zero_attn", False)),
-    ),
-    _separate(
-        "BEiT",
-        "attention.q_proj",
-        "attention.k_proj",
-        "attention.v_proj",
-        "attention.o_proj",
-        head_size="attention.head_dim",
-        counts=("attention.num_attention_heads",),
-        tables=(("relative_position_bias.relative_position_bias_table", 1),),
-        needs=("relative_position_bias.relative_position_bias_table",),
-    ),
-    _separate(
-        "Llama, ViT",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        tables=(
-            ("relative_position_bias.relative_position_bias_table", 1),  # Swin
-            ("sinks", 0),  # GPT-OSS
-        ),
-    ),
-    _separate("OPT, BART, CLIP, Whisper", "q_proj", "k_proj", "v_proj", "out_proj"),
-    _separate("Phi", "q_proj", "k_proj", "v_proj", "dense"),
-    _packed(
-        "Phi 3",
-        "qkv_proj",
-        "o_proj",
-        why_not="it takes the number of its heads from the configuration, which all layers share",
-    ),
-    _separate(
-        "T5",
-        "q",
-        "k",
-        "v",
-        "o",
-        head_size="key_value_proj_dim",
-        tables=(("relative_attention_bias.weight", 1),),
-        stack="block",
-    ),
-    _separate("MPNet", "q", "k", "v", "o", head_size="attention_head_size"),
-    _packed(
-        "GPT-BigCode",
-        "c_attn",
-        "c_proj",
-        only=(("multi_query", False),),
-        counts=("num_heads", "split_size", "embed_dim"),
-        key_counts=("kv_heads", "kv_dim"),
-        interleaved=True,
-    ),
-    _packed(
-        "GPT-BigCode",
-        "c_attn",
-        "c_proj",
-        only=(("multi_query", True),),
-        counts=("num_heads", "split_size", "embed_dim"),
-    ),
-    _packed("GPT-2", "c_attn", "c_proj", counts=("num_heads", "split_size")),
-    _separate(
-        "GPT-2, cross attention",
-        "q_attn",
-        "c_attn",
-        "c_attn",
-        "c_proj",
-        counts=("num_heads", "split_size"),
-    ),
-    _packed("BLOOM", "query_key_value", "dense", only=(("beta", 1.0),), why_not=_ALIBI),
-    _packed(
-        "Falcon with ALiBi",
-        "query_key_value",
-        "dense",
-        only=(("config.alibi", True),),
-        why_not=_ALIBI,
-    ),
-    _packed("GPT-NeoX, Falcon", "query_key_value", "dense", interleaved=True),
-    _packed("MPT", "Wqkv", "out_proj", why_not=_ALIBI),
-    _separate(
-        "DeepSeek",
-        "q_b_proj",
-        "kv_b_proj",
-        "kv_b_proj",
-        "o_proj",
-        head_size="v_head_dim",
-        interleaved=True,
-    ),
-    _separate(
-        "DeepSeek",
-        "q_proj",
-        "kv_b_proj",
-        "kv_b_proj",
-        "o_proj",
-        head_size="v_head_dim",
-        interleaved=True,
-    ),
-    _packed(
-        "timm",
-        "qkv",
-        "proj",
-        counts=("num_heads", "attn_dim"),
-        number="num_heads",
-        tables=(
-            ("relative_position_bias_table", 1),
-            ("q_bias", 0),
-            ("k_bias", 0),
-            ("v_bias", 0),
-            ("logit_scale", 0),
-            ("cpb_mlp.2.weight", 0),
-        ),
-    ),
-    _separate("EVA", "q_proj", "k_proj", "v_proj", "proj"),
-    FeedForward(
-        "BERT",
-        up=("intermediate.dense.weight",),
-        down="output.dense.weight",
-        activation="intermediate.intermediate_act_fn",
-    ),
-    _plain("DistilBERT", "lin1", "lin2", activation="activation"),
-    FeedForward("ModernBERT", up=("Wi.weight", "Wi.weight"), down="Wo.weight"),
-    _plain("torch.nn.TransformerEncoderLayer", "linear1", "linear2", activation="activation"),
-    _gated("Llama", "gate_proj", "up_proj", "down_proj"),
-    FeedForward("Phi 3", ("gate_up_proj.weight", "gate_up_proj.weight"), "down_proj.weight"),
-    _plain("MPT", "up_proj", "down_proj"),
-    _gated("SwiGLU of timm", "fc1_g", "fc1_x", "fc2"),
-    _plain(
-        "OPT, BART, ViT, Whisper",
-        "fc1",
-        "fc2",
-        along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),  # SegFormer
-    ),
-    FeedForward("GLU of timm", ("fc1.weight", "fc1.weight"), "fc2.weight"),
-    _plain(
-        "PVT, GLPN",
-        "dense1",
-        "dense2",
-        along=("dwconv.dwconv.weight", "dwconv.dwconv.bias"),
-    ),
-    _plain("XLM", "lin1", "lin2"),
-    _plain("Wav2Vec 2", "intermediate_dense", "output_dense"),
-    _plain("ALBERT", "ffn", "ffn_output"),
-    _plain("T5", "wi", "wo"),
-    _gated("T5, gated", "wi_0", "wi_1", "wo"),
-    _plain("GPT-2", "c_fc", "c_proj"),
-    _plain("GPT-J", "fc_in", "fc_out"),
-    _plain("BLOOM, Falcon, GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),
-    _plain("XLNet", "layer_1", "layer_2"),
-    FeedForward(
-        "experts, interleaved",
-        ("gate_up_proj", "gate_up_proj"),
-        "down_proj",
-        only=(("is_concatenated", False),),
-        counts=("intermediate_dim", "intermediate_size"),
-        interleaved=True,
-        unit=8,
-    ),
-    FeedForward(
-        "experts",
-        ("gate_up_proj", "gate_up_proj"),
-        "down_proj",
-        counts=("intermediate_dim", "intermediate_size"),
-        unit=8,  # grouped products want rows of so many numbers, or of a multiple
-    ),
-)
-"""All patterns known; each is named after models that have it, and fits others that are alike."""
+__all__ = [
+    "PATTERNS",
+    "Attention",
+    "Experts",
+    "FeedForward",
+    "Pattern",
+    "close_experts",
+    "experts",
+    "heads",
+    "neurons",
+]
 
 
 def heads(
@@ -331,6 +89,46 @@ def neurons(
     return _groups(model, feed_forwards, "feed-forward neurons", example_inputs)
 
 
+def experts(
+    model: nn.Module, patterns: Sequence[Pattern] = PATTERNS, example_inputs: Any = None
+) -> list[Group]:
+    """The experts of a model: one group for each block of experts.
+
+    A unit is an expert with its row of the router. As many stay in each block as a token is sent
+    to. While a model is pruned by them, and after that, closed experts get no token: as if they
+    were not there.
+
+    Args:
+        model: Any model, with masks or without.
+        patterns: The patterns to look for; the first that fits a block counts.
+        example_inputs: What the model is called with when experts are removed on trial: as for
+            `heads`.
+
+    Raises:
+        ValueError: If no block of the model fits a pattern, or no block can lose experts.
+
+    Warns:
+        UserWarning: Of blocks that fit a pattern and cannot lose experts; they are left out.
+    """
+    known = [p for p in patterns if isinstance(p, Experts)]
+    return _groups(model, known, "experts", example_inputs)
+
+
+def close_experts(model: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> None:
+    """Let experts whose rows of the router are zero get no token, from now on.
+
+    `MultitaskPruner` does it when it prunes experts. A new model needs it before it computes what a
+    pruned one did whose state it loads. What `compress` returns has no closed experts.
+
+    Args:
+        model: The model. Its routers get another class, which behaves the same as long as no row
+            is zero.
+        patterns: The patterns to look for; the first that fits a block counts.
+    """
+    model = unwrap(model)
+    close(model, candidates(model, [p for p in patterns if isinstance(p, Experts)])[0])
+
+
 def _groups(
     model: nn.Module, patterns: Sequence[Pattern], units: str, example_inputs: Any
 ) -> list[Group]:
@@ -384,13 +182,18 @@ def candidates(
     """
     stacks: dict[str, list[Group]] = {}
     refusals: dict[str, str] = {}
-    taken: set[str] = set()
+    taken: set[tuple[str, bool]] = set()  # the experts of a block have neurons, too
     for name, module in model.named_modules():
         for pattern in patterns:
             group = match(name, module, pattern)
-            if group is None or any(member.tensor in taken for member in group.members):
+            if group is None:
                 continue
-            taken.update(member.tensor for member in group.members)
+            mine = {(member.tensor, isinstance(pattern, Experts)) for member in group.members}
+            if taken & mine:
+                continue
+            taken |= mine
+            if isinstance(pattern, Experts):
+                group = _told_above(model, name, group)
             stack = _stack(group.name, pattern)
             stacks.setdefault(stack, []).append(group)
             if pattern.why_not:
@@ -400,7 +203,7 @@ def candidates(
 
 def _stack(name: str, pattern: Pattern) -> str:
     """The name of a group, without the number of its block if all of a stack lose the same."""
-    if isinstance(pattern, FeedForward) or not pattern.stack:
+    if not isinstance(pattern, Attention) or not pattern.stack:
         return name
     return re.sub(rf"(^|\.){pattern.stack}\.\d+\.", rf"\1{pattern.stack}.*.", name)
 
@@ -411,7 +214,16 @@ def _together(name: str, groups: Sequence[Group]) -> Group:
         return groups[0]
     members = tuple(member for group in groups for member in group.members)
     counts = tuple(path for group in groups for path in group.counts)
-    return Group(name, groups[0].size, members, counts=counts)
+    return replace(groups[0], name=name, members=members, counts=counts)
+
+
+def _told_above(model: nn.Module, block: str, group: Group) -> Group:
+    """A group of experts with the numbers of them that are kept above their block, too."""
+    parts = block.split(".") if block else []
+    above = ["".join(f"{part}." for part in parts[:n]) for n in range(len(parts))]
+    paths = [f"{owner}{name}" for owner in above for name in ("num_experts", "num_local_experts")]
+    found = [path for path in paths if numbers(model, [path]) == [group.size]]
+    return replace(group, counts=(*group.counts, *found))
 
 
 def _listed(refusals: Mapping[str, str]) -> str:

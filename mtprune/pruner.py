@@ -21,6 +21,7 @@ from mtprune.model.layers import Layer
 from mtprune.model.names import unwrap
 from mtprune.model.owner import check_free, claim, free, leave
 from mtprune.model.parallel import check_parallel
+from mtprune.model.routing import close
 from mtprune.model.running import untouched
 from mtprune.model.selectors import Spec
 from mtprune.model.task_masks import PackedTaskMasks, remember_task_masks
@@ -147,6 +148,7 @@ class MultitaskPruner:
         handles = accept_pruned_keys(inventory.layers)
         self._release = weakref.finalize(self, _remove, handles)
         claim(self._model, self)
+        close(self._model, () if inventory.units is None else inventory.units.gated)
         if self._optimizer is not None:
             # Masks go on holding if somebody drops the pruner, until there is another one.
             handle = follow(self._optimizer, self, self._hold.enforce)

@@ -17,8 +17,9 @@ __all__ = ["NOBODY", "Group", "Member", "Role"]
 NOBODY = -1
 """The unit of an index that belongs to no unit."""
 
-Role = Literal["out", "in", "with"]
-"""Whether a tensor makes the units, reads them, or belongs to them and does neither."""
+Role = Literal["out", "in", "with", "gate"]
+"""Whether a tensor makes the units, reads them, or belongs to them and does neither; or whether it
+decides which of them are used, so that units whose entries are zero there are closed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Member:
         units: For each index along the dimension the unit that it belongs to, or `NOBODY`.
         role: ``"out"`` if the tensor makes the units, ``"in"`` if it reads them, ``"with"`` if it
             belongs to them and does neither: the entries of a norm, or the queries and keys of a
-            head, which decide where a head looks and not what it reads there.
+            head, which decide where a head looks and not what it reads there. ``"gate"`` if it
+            decides which units are used: the rows of a router, which sends tokens to experts.
     """
 
     tensor: str
@@ -55,6 +57,7 @@ class Group:
         between: The path of the module or function that is applied to each unit on its own between
             the tensors that make the units and those that read them, an activation for instance.
         counts: Paths of numbers in the model that shrink with the group, in proportion.
+        least: How many units must stay: as many experts as each token is sent to.
 
     Example:
         >>> group = Group("hidden", 3, (Member("up.weight", 0, (0, 1, 2)),
@@ -70,9 +73,14 @@ class Group:
     members: tuple[Member, ...]
     between: str | None = None
     counts: tuple[str, ...] = ()
+    least: int = 0
 
     def __post_init__(self) -> None:
         """Validate."""
+        if not 0 <= self.least <= self.size:
+            raise ValueError(
+                f"Group '{self.name}' has {self.size} units, and {self.least} of them must stay."
+            )
         for member in self.members:
             wrong = [u for u in member.units if not NOBODY <= u < self.size]
             if wrong:
@@ -80,3 +88,8 @@ class Group:
                     f"Group '{self.name}' has {self.size} units, and '{member.tensor}' names unit "
                     f"{wrong[0]}."
                 )
+
+    @property
+    def gate(self) -> Member | None:
+        """The member that decides which units are used, if there is one."""
+        return next((member for member in self.members if member.role == "gate"), None)

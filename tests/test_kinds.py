@@ -1,6 +1,7 @@
 """Kinds that transformers has of its own: Conv1D, and stacks with a matrix for each expert."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from mtprune import (
     Vote,
     compress,
     load,
+    plan_of,
     save,
 )
 from mtprune.allocation import Budget, Erk
+from mtprune.compression.verify import difference
 from mtprune.integrations.pretrained import save_pretrained
 from mtprune.model.layers import find_layers
 from mtprune.model.macs import macs_per_weight
 from tests import families
+from tests.compression.fakes import FakeTimes
 from tests.test_families import dense, outputs
 
 NAMES = ["gpt2", "mixtral", "gpt oss"]
@@ -118,6 +122,44 @@ def test_sparse_ones_are_compressed_saved_and_loaded(name, tmp_path):
     for net in loaded:
         got = outputs(net, others)
         assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_another_kind_of_linear_takes_other_forms(name, tmp_path):
+    """Conv1D, whose weight is transposed, and Falcon's: sparse, and as two layers."""
+    model = families.build(name)
+    inputs, others = families.inputs(model), families.inputs(model, 1, 3, 9)
+    ends = ("c_attn.weight", "query_key_value.weight")
+    layers = [x for x in find_layers(model) if x.name.endswith(ends)]
+    zeros, low = layers[0].parameter, layers[1].parameter
+    with torch.no_grad():
+        zeros.mul_(torch.rand_like(zeros) > 0.9)
+        low.copy_(torch.outer(low[:, 0], low[0]))
+    names = [layer.name.removesuffix(".weight") for layer in layers]
+    fast = compress(model, inputs, measure=FakeTimes(csr=1.0, rank=2.0))
+    assert [plan_of(fast)[name].choice for name in names] == ["csr", "rank"]
+    expected = outputs(model, others)
+    got = outputs(fast, others)
+    assert max(difference(expected[k], got[k]) for k in expected) <= 1e-5
+    save(fast, tmp_path / "own")
+    save_pretrained(fast, tmp_path / "hub")
+    for net in (
+        load(tmp_path / "own", families.build(name)),
+        families.loader(name).from_pretrained(tmp_path / "hub"),
+    ):
+        again = outputs(net, others)
+        assert all(torch.equal(got[k], again[k]) for k in got)
+
+
+@torch.no_grad()
+def test_a_plan_that_does_not_tell_of_another_kind_of_linear_leaves_it_dense():
+    model = families.build("gpt2")
+    inputs = families.inputs(model)
+    plan = plan_of(compress(model, inputs, measure=dense))
+    older = replace(plan, rows=tuple(row for row in plan.rows if ".h." not in row.layer))
+    assert len(older.rows) < len(plan.rows)
+    again = compress(model, inputs, plan=older)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -16,6 +16,7 @@ from mtprune import (
     Cubic,
     Element,
     Erk,
+    Expert,
     Floor,
     Grouped,
     Head,
@@ -72,7 +73,7 @@ METHOD = {
     )},
     "regrow": Vote(0.5, schedule=Regrow(5, 20, within="layer"), allocation="erk"),
     **{f"granularity {type(g).__name__}": Vote(0.5, granularity=g) for g in (
-        *(Element(), Block(2, 2), NM(), Neuron(), Head(), Channel(IMAGE)),
+        *(Element(), Block(2, 2), NM(), Neuron(), Head(), Expert(), Channel(IMAGE)),
         Grouped([GROUP]),
     )},
     "tuple": Vote(0.5, granularity=(Head(patterns=(*PATTERNS, *MINE)), Neuron())),

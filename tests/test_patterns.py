@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtprune import MultitaskPruner, Vote
+from mtprune import Head, MultitaskPruner, Vote
 from mtprune.patterns import PATTERNS, Attention, FeedForward, heads, neurons
 from mtprune.structure import NOBODY, Member
 from tests.oracles import unit_masks
@@ -85,6 +85,28 @@ def test_a_pattern_of_ones_own():
     units = {member.tensor: member.units for member in first.members}
     assert units["0.q_proj.weight"] == units["0.o_proj.weight"] == (0, 0, 0, 0, 1, 1, 1, 1)
     assert units["0.k_proj.weight"] == units["0.v_proj.weight"] == (0, 0, 1, 1)
+
+
+def test_what_a_pattern_asks_for_may_be_a_tensor_elsewhere():
+    """Affine layers call a weight `beta`, which BLOOM's attention has for a number."""
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    model.beta = nn.Parameter(torch.ones(3))
+    assert [group.name for group in heads(model)] == ["0.heads"]
+
+
+def test_a_member_may_be_a_buffer_that_is_in_no_state():
+    """As the biases of keys, always zero, in timm's EVA."""
+    mine = Attention(
+        "mine",
+        *(f"{name}_proj.weight" for name in "qkvo"),
+        "head_dim",
+        tables=(("k_bias", 0),),
+    )
+    model = Grouped()
+    model.register_buffer("k_bias", torch.zeros(8), persistent=False)
+    method = Vote(0.5, granularity=Head(patterns=(mine,)))
+    pruner = MultitaskPruner(model, ["a"], method=method)
+    assert set(pruner.masks) == {f"{name}_proj.weight" for name in "qkvo"}
 
 
 def test_of_two_that_fit_the_first_counts():

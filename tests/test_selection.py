@@ -7,8 +7,8 @@ from mtprune import votes
 from mtprune.allocation import Budget, Floor, Global, parse_allocation
 from mtprune.selection import Best, Quota, Ranking, arrays, select
 from tests import oracles
-from tests.oracles import EXACT, KINDS, ODD, sampler
 from tests.long import LONG
+from tests.oracles import EXACT, KINDS, ODD, sampler
 from tests.test_votes import EVERY_VOTE, VOTES
 
 SPARSITIES = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999]

@@ -114,7 +114,18 @@ def run(combination: Combination, folder: Path, select: Sequence[str]) -> Outcom
         text=True,
         check=True,
     ).stdout.split()
-    tests = [str(python), "-m", "pytest", "-p", "no:anyio", "-q", "-ra", "-m", "not slow and not long", *select]
+    tests = [
+        str(python),
+        "-m",
+        "pytest",
+        "-p",
+        "no:anyio",
+        "-q",
+        "-ra",
+        "-m",
+        "not slow and not long",
+        *select,
+    ]
     output = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True).stdout
     (folder / "output.txt").write_text(output)
     return read(output, combination.name, *found)

@@ -31,7 +31,7 @@ def record_calls(
             first, times = mine.get(tuple(x.shape), (x.detach(), 0))
             mine[tuple(x.shape)] = (first, times + 1)
 
-        handles.append(site.layer.register_forward_pre_hook(record, with_kwargs=True))
+        handles.append(site.called.register_forward_pre_hook(record, with_kwargs=True))
     try:
         run(model, batches)
     finally:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtprune.compression.compress import plan_of
 from mtprune.compression.plan import Cut, Removal
-from mtprune.compression.removal import cut_out
+from mtprune.compression.resizing import cut_out
 from mtprune.model.names import unwrap
 
 __all__ = ["carry_optimizer"]

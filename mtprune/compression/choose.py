@@ -27,6 +27,7 @@ __all__ = [
     "opened_attentions",
     "place",
     "time_whole",
+    "told",
 ]
 
 MARGIN = 0.05
@@ -190,8 +191,14 @@ def check_fits(plan: Plan, sites: Sequence[Site]) -> None:
             )
     known = {row.layer for row in plan.rows}
     for site in sites:
-        if site.name not in known:
+        if site.name not in known and site.standing is None:
             raise ValueError(f"The plan is for another model: it lacks layer '{site.name}'.")
+
+
+def told(plan: Plan, sites: Sequence[Site]) -> list[Site]:
+    """The layers that a plan tells of: older ones tell nothing of other classes than Linear."""
+    known = {row.layer for row in plan.rows}
+    return [site for site in sites if site.name in known]
 
 
 def build_forms(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan, dict[str, Form]]:
@@ -204,7 +211,7 @@ def build_forms(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan
         ValueError: If a layer cannot take the form of the plan.
     """
     forms = {}
-    for site in sites:
+    for site in told(plan, sites):
         choice = plan[site.name].choice
         if choice == "dense":
             continue
@@ -231,7 +238,7 @@ def build_forms(plan: Plan, sites: Sequence[Site], portable: bool) -> tuple[Plan
 def place(sites: Sequence[Site], forms: Mapping[str, Form]) -> None:
     """Put every layer's form in the place of the layer, or the layer itself."""
     for site in sites:
-        site.place(forms.get(site.name, site.layer))
+        site.place(forms.get(site.name))
 
 
 def time_whole(

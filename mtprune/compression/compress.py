@@ -20,13 +20,14 @@ from mtprune.compression.choose import (
     opened_attentions,
     place,
     time_whole,
+    told,
 )
 from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS, Form
 from mtprune.compression.joining import choose_blocks, join_all
 from mtprune.compression.measure import sizes_of
 from mtprune.compression.plan import Plan, Removal
-from mtprune.compression.removal import resize
+from mtprune.compression.resizing import resize
 from mtprune.compression.running import check_devices, parse, unnested
 from mtprune.compression.shrink import Units, check_shrunk, groups_of, shrink
 from mtprune.compression.sites import find_sites, refuse_unfinished
@@ -268,7 +269,7 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
     sites = find_sites(model, opened_attentions(plan))
     check_fits(plan, sites)
     forms = {}
-    for site in sites:
+    for site in told(plan, sites):
         choice = plan[site.name].choice
         if choice != "dense":
             prefix = site.name + "."

@@ -5,6 +5,7 @@ its own: it says what it is called with, and how large that is.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ def _seen_from(prefix: str, group: Group) -> Group:
         return path.removeprefix(prefix)
 
     members = tuple(Member(inner(m.tensor), m.dim, m.units, m.role) for m in group.members)
-    counts = tuple(inner(path) for path in group.counts)
-    return Group(group.name, group.size, members, counts=counts)
+    counts = tuple(inner(path) for path in group.counts if path.startswith(prefix))
+    return replace(group, members=members, counts=counts, between=None)
 
 
 def _guesses(model: Any) -> Iterator[dict[str, Tensor]]:

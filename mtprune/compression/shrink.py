@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from mtprune.compression.constants import constants
+from mtprune.compression.dead import pruned, removed
 from mtprune.compression.others import Others
 from mtprune.compression.plan import Plan, Removal
-from mtprune.compression.removal import apply, constants, pruned, remove, removed
+from mtprune.compression.removal import apply, remove
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.trial import complete
 from mtprune.compression.verify import Reference, difference
 from mtprune.model.layers import find_layers
+from mtprune.model.routing import closes, reopen
 from mtprune.patterns import candidates
 from mtprune.structure import Group
 
@@ -47,7 +50,12 @@ class Units:
             count = int((dead & ~gone).count_nonzero())
             if not count:
                 continue
-            if group in self.refused:
+            if group.gate is not None and not closes(model, group):
+                why = (
+                    "its router still chooses among them, or too few would be left: "
+                    "mtprune.patterns.close_experts(model) closes those whose row is zero"
+                )
+            elif group in self.refused:
                 why = "without some of its units, on trial, the model no longer ran or gave others"
             elif others.unvaried:
                 why = f"constants stay, because {' and '.join(others.unvaried)} could not be varied"
@@ -91,7 +99,9 @@ def shrink(
 ) -> Removal:
     """Remove the dead units of the groups, or the units that a plan removes."""
     if plan is None:
-        return remove(work, units, reference.proving) if units else Removal()
+        removal = remove(work, units, reference.proving) if units else Removal()
+        reopen(work.modules())
+        return removal
     if plan.removal:
         known = dict(work.named_modules())
         layers = dict.fromkeys(cut.tensor.rpartition(".")[0] for cut in plan.removal.cuts)

@@ -3,14 +3,15 @@
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
+from mtprune.compression.forms.base import linear_of
 from mtprune.holding.hidden import hidden_weights
+from mtprune.model.layers import is_another_linear, is_conv1d
 from mtprune.model.parts import is_spread
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
@@ -46,10 +47,12 @@ class Site:
 
     Attributes:
         name: The first name of the layer.
-        layer: The layer as it is.
+        layer: The layer as it is; where its class is another one that computes the same, a Linear
+            with its values.
         parents: The parents of the layer.
         why_dense: Why the layer must stay dense; empty if it may take another form.
         opened: The attention that the layer is a projection of, or None.
+        standing: What stands there as it is, where that is of another class than `layer`.
     """
 
     name: str
@@ -57,10 +60,16 @@ class Site:
     parents: Parents
     why_dense: str = ""
     opened: Opened | None = None
+    standing: nn.Module | None = None
 
-    def place(self, module: nn.Module) -> None:
-        """Put a module in the place of the layer."""
-        _set_child(self.parents, module)
+    @property
+    def called(self) -> nn.Module:
+        """The module that the model calls, as it was."""
+        return self.layer if self.standing is None else self.standing
+
+    def place(self, module: nn.Module | None) -> None:
+        """Put a module in the place of the layer, or the layer itself."""
+        _set_child(self.parents, self.called if module is None else module)
         if self.opened is not None:
             self.opened.settle()
 
@@ -98,14 +107,25 @@ def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]
         uses.update(id(parameter) for parameter in module._parameters.values())
     sites = []
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or id(module) in in_forms:
+        is_other = is_another_linear(module)
+        if not (is_other or isinstance(module, (nn.Linear, nn.Conv2d))) or id(module) in in_forms:
             continue
         if "weight" in module._parameters:
+            layer = _same_linear(module) if is_other else cast(Dense, module)
             why_dense = _why_dense(module, name, is_tied=uses[id(module.weight)] > 1)
             mine = parents.get(module, ())
             attention = next((opened[parent] for parent, _ in mine if parent in opened), None)
-            sites.append(Site(name, module, mine, why_dense, attention))
+            standing = module if is_other else None
+            sites.append(Site(name, layer, mine, why_dense, attention, standing))
     return sites
+
+
+def _same_linear(module: nn.Module) -> nn.Linear:
+    """A Linear with the values of a module that computes the same, in the same memory."""
+    weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
+    if is_conv1d(module):
+        weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+    return linear_of(weight, bias).train(module.training)
 
 
 def _parents(model: nn.Module) -> dict[nn.Module, Parents]:
@@ -123,11 +143,11 @@ def _set_child(parents: Parents, module: nn.Module) -> None:
         parent._modules[attribute] = module
 
 
-def _why_dense(module: Dense, name: str, is_tied: bool) -> str:
+def _why_dense(module: nn.Module, name: str, is_tied: bool) -> str:
     """Why a layer must stay dense; empty if it may take another form."""
     if is_tied:
         return "its weight is tied to another"
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    if type(module) not in (nn.Linear, nn.Conv2d) and not is_another_linear(module):
         # MultiheadAttention reads the weight of its out_proj, which is of such a type.
         return f"a {type(module).__name__} may do more than its base class"
     if not name:
@@ -138,10 +158,10 @@ def _why_dense(module: Dense, name: str, is_tied: bool) -> str:
 
 
 def refuse_unfinished(model: nn.Module) -> None:
-    """Check that all weights are parameters, not computed from masks or parametrizations.
+    """Check that no weight is computed from a mask. What is parametrized stays as it is.
 
     Raises:
-        ValueError: If a module is pruned but not finalized, or parametrized.
+        ValueError: If a module is pruned but not finalized.
     """
     for hidden, attribute in hidden_weights(model):
         path = next(path for path, module in model.named_modules() if module is hidden)
@@ -168,9 +188,4 @@ def refuse_unfinished(model: nn.Module) -> None:
             raise ValueError(
                 f"'{label}' still holds '{pruned[0]}_orig' and '{pruned[0]}_mask'. Call "
                 "pruner.finalize() first, or torch.nn.utils.prune.remove for masks of your own."
-            )
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"'{label}' is parametrized. Call pruner.finalize() first, or "
-                "torch.nn.utils.parametrize.remove_parametrizations for those of your own."
             )

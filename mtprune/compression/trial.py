@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.batchnorm import recalibrate_bn
-from mtprune.compression.removal import keep_one, removal_of, resize
+from mtprune.compression.dead import keep_some
+from mtprune.compression.removal import removal_of
+from mtprune.compression.resizing import resize
 from mtprune.compression.running import named_tensors, run, unnested
 from mtprune.compression.verify import ROUNDING, difference
+from mtprune.model.routing import close
 from mtprune.structure import NOBODY, Group
 
 __all__ = ["complete", "tried", "why_not"]
@@ -59,7 +62,7 @@ def tried(
     base = _perturbed_copy(model, batches, random)
     with unnested(base):
         pairs = [(group, _some_units(base, group, random)) for group in groups]
-        reasons = {group.name: "it has a single unit" for group, dead in pairs if not dead.any()}
+        reasons = {group.name: _alone(group) for group, dead in pairs if not dead.any()}
         pairs = [(group, dead) for group, dead in pairs if dead.any()]
         passed = _removable(base, pairs, batches)
         if len(passed) < len(pairs) and not _can_remove(base, passed, batches):
@@ -99,15 +102,23 @@ def _some_units(model: nn.Module, group: Group, random: torch.Generator) -> Tens
     The number that stays does not fit where units are put into rows by their number, into heads for
     instance: it is a prime that does not divide the size.
     """
-    most = max(2, int(0.8 * group.size))
-    primes = [n for n in range(2, most + 1) if all(n % d for d in range(2, int(n**0.5) + 1))]
+    least = max(2, group.least)
+    most = max(least, int(0.8 * group.size))
+    primes = [n for n in range(least, most + 1) if all(n % d for d in range(2, int(n**0.5) + 1))]
     fitting = [n for n in primes if n >= 0.2 * group.size and group.size % n] or [group.size - 1]
     stay = fitting[int(torch.randint(len(fitting), (), generator=random))]
     order = torch.randperm(group.size, generator=random)
     dead = torch.zeros(group.size, dtype=torch.bool)
     dead[order[max(1, stay) :]] = True
-    keep_one(model, group, torch.zeros_like(dead), dead)
+    keep_some(model, group, torch.zeros_like(dead), dead)
     return dead
+
+
+def _alone(group: Group) -> str:
+    """Why no unit of a group can go."""
+    if group.least >= group.size > 1:
+        return f"all {group.size} of its units are needed"
+    return "it has a single unit"
 
 
 _TOGETHER = "with some units of other groups, some of them cannot be removed"
@@ -145,21 +156,23 @@ def why_not(model: nn.Module, group: Group, batches: Sequence[Any]) -> str:
     base = _perturbed_copy(model, batches, random)
     with unnested(base):
         dead = _some_units(base, group, random)
-        return _obstacle(base, [(group, dead)], batches) if dead.any() else "it has a single unit"
+        return _obstacle(base, [(group, dead)], batches) if dead.any() else _alone(group)
 
 
 def _obstacle(base: nn.Module, pairs: _Pairs, batches: Sequence[Any]) -> str:
     """Why these units cannot be removed together once no weight reads them; empty if they can."""
     masked = copy.deepcopy(base)
+    close(masked, [group for group, _ in pairs])
     for group, dead in pairs:
+        ends = "in" if group.gate is None else "gate"
         for member in group.members:
-            if member.role == "in":
+            if member.role == ends:
                 tensor = masked.get_parameter(member.tensor).detach()
                 index = member.index()
                 unread = dead[index.clamp_min(0)] & (index != NOBODY)
                 tensor.movedim(member.dim, 0)[unread.to(tensor.device)] = 0
-    expected = run(masked, batches)
     try:
+        expected = run(masked, batches)
         resize(masked, removal_of(masked, [g for g, _ in pairs], [dead for _, dead in pairs]))
         got = run(masked, batches)
     except ValueError as error:

@@ -18,8 +18,8 @@ from mtprune.compression.plan import Removal
 
 __all__ = ["plain_config"]
 
-_WIDTHS = re.compile(r"head|hidden_dim|inter|inner|ffn|d_ff|mlp")
-"""How numbers of heads and neurons are called in configurations."""
+_WIDTHS = re.compile(r"head|expert|hidden_dim|inter|inner|ffn|d_ff|mlp")
+"""How numbers of heads, neurons and experts are called in configurations."""
 
 
 class _Place(NamedTuple):
@@ -108,7 +108,7 @@ def _off_with(
 
 
 def _places(config: Any) -> Iterator[_Place]:
-    """The numbers of heads and neurons in a configuration, those that are not given too."""
+    """The numbers of heads, neurons and experts in a configuration, not given ones too."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             yield from _places(value)

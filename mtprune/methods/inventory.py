@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mtprune.granularity import gates_of
 from mtprune.methods.base import Method, Needs
 from mtprune.model.components import declare, meant
 from mtprune.model.coverage import survey
@@ -50,7 +51,8 @@ def take_inventory(
         ValueError: If no layer takes part, a component has the name of a task, or the method
             refuses the model.
     """
-    prunable = find_layers(model, selection.include, selection.exclude)
+    gates = gates_of(method.granularity, model)
+    prunable = find_layers(model, (selection.include, gates), selection.exclude)
     if not prunable:
         raise ValueError(
             f"The model has nothing prunable. Prunable are {KINDS}; `include` names other matrices."

@@ -28,7 +28,7 @@ from mtprune.methods import gates
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model import factors
 from mtprune.model.inventory import Inventory
-from mtprune.model.layers import Layer
+from mtprune.model.layers import Layer, is_another_linear
 from mtprune.reading import Entry
 from mtprune.saliency import movement
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
@@ -143,7 +143,7 @@ class LowRank(Method[LowRanks]):
     @override
     def fits(self, layer: Layer) -> str:
         modules = {module for module, _ in layer.places}
-        if any(type(module) not in _FACTORED for module in modules):
+        if any(type(m) not in _FACTORED and not is_another_linear(m) for m in modules):
             return "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
         if len(modules) > 1:
             return "its weight is tied to another"

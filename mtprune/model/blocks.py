@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mtprune.model.experts import Experts, match_experts
 from mtprune.model.layers import is_conv1d, is_stack
+from mtprune.model.paths import at, in_runs, is_at, numbers
 from mtprune.structure import NOBODY, Group, Member, Role
 
-__all__ = ["Attention", "FeedForward", "Pattern", "match"]
+__all__ = ["Attention", "Experts", "FeedForward", "Pattern", "match"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ class FeedForward:
     why_not: str = ""
 
 
-Pattern = Attention | FeedForward
-"""A shape of module in which heads or neurons are found."""
+Pattern = Attention | FeedForward | Experts
+"""A shape of module in which heads, neurons or experts are found."""
 
 
 def match(name: str, module: nn.Module, pattern: Pattern) -> Group | None:
@@ -135,12 +137,14 @@ def match(name: str, module: nn.Module, pattern: Pattern) -> Group | None:
         module: The module.
         pattern: The pattern.
     """
-    if not all(_at(module, path) == value for path, value in pattern.only):
+    if not all(is_at(module, path, value) for path, value in pattern.only):
         return None
     block = f"{name}." if name else ""
     if isinstance(pattern, Attention):
-        there = all(_at(module, path) is not None for path in pattern.needs)
+        there = all(at(module, path) is not None for path in pattern.needs)
         return _heads(block, module, pattern) if there else None
+    if isinstance(pattern, Experts):
+        return match_experts(block, module, pattern)
     return _neurons(block, module, pattern)
 
 
@@ -180,23 +184,23 @@ def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
         role: Role = "out" if i == 2 else "with"
         members += _makers(block, module, path, weight, units, role)
     for path, dim in pattern.tables:
-        table = _at(module, path)
+        table = at(module, path)
         if isinstance(table, Tensor):
             if table.dim() <= dim or table.shape[dim] % queries:
                 return None
-            members.append(Member(block + path, dim, _runs(table.shape[dim], count), "with"))
-    members.append(Member(block + pattern.out, out.reads, _runs(out.inputs, count), "in"))
+            members.append(Member(block + path, dim, in_runs(table.shape[dim], count), "with"))
+    members.append(Member(block + pattern.out, out.reads, in_runs(out.inputs, count), "in"))
     changing = (*pattern.counts, *(pattern.ratios if alone else pattern.key_counts))
-    counts = tuple(block + path for path in changing if _found(module, [path]))
+    counts = tuple(block + path for path in changing if numbers(module, [path]))
     return Group(f"{block}heads", count, tuple(members), counts=counts)
 
 
 def _split(module: nn.Module, pattern: Attention, width: int) -> tuple[int, int]:
     """The size of a head in the output, and the number of query heads; 0 if they are not told."""
-    if sizes := [n for n in _found(module, pattern.head_size.split("|")) if n > 0]:
+    if sizes := [n for n in numbers(module, pattern.head_size.split("|")) if n > 0]:
         return sizes[0], width // sizes[0]
-    numbers = [n for n in _found(module, [pattern.number]) if n > 0] if pattern.number else []
-    return (width // numbers[0], numbers[0]) if numbers else (0, 0)
+    counts = [n for n in numbers(module, [pattern.number]) if n > 0] if pattern.number else []
+    return (width // counts[0], counts[0]) if counts else (0, 0)
 
 
 def _lengths(outputs: Sequence[int], pattern: Attention, width: int) -> tuple[int, ...] | None:
@@ -224,7 +228,7 @@ def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | Non
     """The neurons of a module, or None if the pattern does not fit."""
     weights, down = [_matrix(module, path) for path in pattern.up], _matrix(module, pattern.down)
     act = pattern.activation
-    if down is None or not down.inputs or not (act is None or callable(_at(module, act))):
+    if down is None or not down.inputs or not (act is None or callable(at(module, act))):
         return None
     width = down.inputs
     if width % pattern.unit:
@@ -239,18 +243,18 @@ def _neurons(block: str, module: nn.Module, pattern: FeedForward) -> Group | Non
         units = _unpacked([width] * parts, pattern.up[:i].count(path), count, runs)
         members += _makers(block, module, path, weight, units, "out")
     for path in pattern.along:
-        tensor = _at(module, path)
+        tensor = at(module, path)
         if isinstance(tensor, Tensor):
             if len(tensor) != width:
                 return None
-            members.append(Member(block + path, 0, _runs(width, count), "with"))
-    members.append(Member(block + pattern.down, down.reads, _runs(width, count), "in"))
+            members.append(Member(block + path, 0, in_runs(width, count), "with"))
+    members.append(Member(block + pattern.down, down.reads, in_runs(width, count), "in"))
     return Group(
         f"{block}neurons",
         count,
         tuple(members),
         between=None if act is None else block + act,
-        counts=tuple(block + path for path in pattern.counts if _found(module, [path])),
+        counts=tuple(block + path for path in pattern.counts if numbers(module, [path])),
     )
 
 
@@ -267,14 +271,9 @@ def _makers(
     yield Member(block + path, weight.makes, units, role)
     named = path.endswith("weight")
     bias = path.removesuffix("weight") + "bias" if named else f"{path}_bias"
-    tensor = _at(module, bias)
+    tensor = at(module, bias)
     if isinstance(tensor, Tensor):
         yield Member(block + bias, tensor.dim() - 1, units, role)
-
-
-def _runs(length: int, count: int) -> tuple[int, ...]:
-    """The unit of each index if units lie one after the other and are equally long."""
-    return tuple(i * count // length for i in range(length))
 
 
 def _unpacked(lengths: Sequence[int], which: int, count: int, runs: int) -> tuple[int, ...]:
@@ -292,7 +291,7 @@ def _unpacked(lengths: Sequence[int], which: int, count: int, runs: int) -> tupl
         >>> _unpacked([4, 4], 1, 2, 2)
         (-1, -1, 0, 0, -1, -1, 1, 1)
     """
-    units = iter(_runs(lengths[which], count))
+    units = iter(in_runs(lengths[which], count))
     found: list[int] = []
     for _ in range(runs):
         for i, length in enumerate(lengths):
@@ -303,8 +302,8 @@ def _unpacked(lengths: Sequence[int], which: int, count: int, runs: int) -> tupl
 def _matrix(module: nn.Module, path: str) -> _Matrix | None:
     """The weight at a path: of a Linear or Conv1D, or the block's own; None if there is none."""
     owner = path.rpartition(".")[0]
-    holder = _at(module, owner) if owner else module
-    weight = _at(module, path)
+    holder = at(module, owner) if owner else module
+    weight = at(module, path)
     if not isinstance(weight, Tensor) or not isinstance(holder, nn.Module):
         return None
     if weight.dim() == 3 and is_stack(holder, weight.shape):
@@ -319,17 +318,3 @@ def _matrix(module: nn.Module, path: str) -> _Matrix | None:
     else:  # in other modules, rows may not be outputs
         return None
     return _Matrix(weight.shape[makes], weight.shape[reads], makes, reads)
-
-
-def _found(module: nn.Module, paths: Sequence[str]) -> list[int]:
-    """The whole numbers that a module has at these paths."""
-    values = (_at(module, path) for path in paths)
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-
-
-def _at(module: nn.Module, path: str) -> Any:
-    """The attribute at a path, or None."""
-    value: Any = module
-    for attribute in path.split("."):
-        value = getattr(value, attribute, None)
-    return value

@@ -22,6 +22,7 @@ __all__ = [
     "Layer",
     "default_attributes",
     "find_layers",
+    "is_another_linear",
     "is_conv1d",
     "is_embedding",
     "is_stack",
@@ -216,6 +217,16 @@ def is_conv1d(module: nn.Module) -> bool:
         and weight.dim() == 2
         and tuple(bias.shape) == (weight.shape[1],)
     )
+
+
+def is_another_linear(module: nn.Module) -> bool:
+    """Whether a module of another class than Linear computes what a Linear does.
+
+    Transformers' Conv1D, whose weight is transposed, and Falcon's own.
+    """
+    if type(module).__name__ == "FalconLinear":
+        return isinstance(module, nn.Linear)
+    return is_conv1d(module)
 
 
 def is_stack(module: nn.Module, shape: Sequence[int]) -> bool:

@@ -33,17 +33,23 @@ class Units(ABC):
         names: The groups' names.
         layers: The layers they lie in.
         prices: What a weight of each layer counts in a budget.
+        least: How many units of each group must stay.
         spanning: Whether units may lie in several layers.
     """
 
     spanning: bool
 
     def __init__(
-        self, names: Sequence[str], layers: Sequence[Layer], prices: Sequence[Fraction]
+        self,
+        names: Sequence[str],
+        layers: Sequence[Layer],
+        prices: Sequence[Fraction],
+        least: Sequence[int] = (),
     ) -> None:
         self.names = tuple(names)
         self.layers = tuple(layers)
         self.prices = tuple(prices)
+        self.least = tuple(least) or (0,) * len(self.names)
 
     @abstractmethod
     def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "Units":
@@ -98,6 +104,11 @@ class Units(ABC):
     @abstractmethod
     def holding(self, group: int) -> list[int]:
         """The layers in which a group has weights, the one that makes its units first."""
+
+    @property
+    def gated(self) -> Sequence[Group]:
+        """The groups in which a tensor decides which units are used."""
+        return ()
 
     def everything(self) -> list[Tensor]:
         """Masks that keep all."""
@@ -199,15 +210,20 @@ class _Groups(Units):
 
     def __init__(
         self,
-        groups: Sequence[tuple[str, int]],
+        groups: Sequence[Group],
         layers: Sequence[Layer],
         seats: Sequence[Sequence[_Seat]],
         prices: Sequence[Fraction] = (),
     ) -> None:
-        names = [name for name, _ in groups]
-        super().__init__(names, layers, prices or [Fraction(1)] * len(layers))
+        names, least = [group.name for group in groups], [group.least for group in groups]
+        super().__init__(names, layers, prices or [Fraction(1)] * len(layers), least)
         self._groups = groups
         self._seats = seats
+
+    @property
+    @override
+    def gated(self) -> Sequence[Group]:
+        return [group for group in self._groups if group.gate is not None]
 
     @override
     def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "_Groups":
@@ -237,7 +253,7 @@ class _Groups(Units):
     def gather(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
         total: dict[int, Tensor] = {}
         for place, values in sorted(pooled.items()):
-            sizes = [self._groups[seat.group][1] for seat in self._seats[place]]
+            sizes = [self._groups[seat.group].size for seat in self._seats[place]]
             parts = values.to("cpu", torch.float32).split(sizes)
             for seat, part in zip(self._seats[place], parts, strict=True):
                 total[seat.group] = total[seat.group] + part if seat.group in total else part
@@ -274,7 +290,7 @@ class _Groups(Units):
 
     @override
     def added(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
-        added = [torch.zeros(size, dtype=torch.float64) for _, size in self._groups]
+        added = [torch.zeros(group.size, dtype=torch.float64) for group in self._groups]
         for place in range(len(self.layers)) if places is None else places:
             shape, seats = self.layers[place].shape, self._seats[place]
             along = self._along(seats, masks)
@@ -301,7 +317,7 @@ class _Groups(Units):
 
     @override
     def _costs(self) -> list[Tensor]:
-        costs = [torch.zeros(size, dtype=torch.float64) for _, size in self._groups]
+        costs = [torch.zeros(group.size, dtype=torch.float64) for group in self._groups]
         for layer, seats, price in zip(self.layers, self._seats, self.prices, strict=True):
             for group in {seat.group for seat in seats}:
                 removed: dict[int, Tensor] = {}
@@ -405,12 +421,14 @@ def _seat(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     by_parameter = {id(layer.parameter): layer for layer in layers}
     by_name = {layer.name: layer for layer in layers}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        shapes.setdefault(name, tuple(buffer.shape))  # some are in no state
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shapes.setdefault(name, tuple(parameter.shape))
         if id(parameter) in by_parameter:
             by_name.setdefault(name, by_parameter[id(parameter)])
     seats: dict[str, list[_Seat]] = {}
-    alike: list[tuple[str, int]] = []
+    alike: list[Group] = []
     for group in groups:
         found: dict[tuple[str, int], list[Member]] = {}
         for member in group.members:
@@ -419,6 +437,12 @@ def _seat(
             _check_member(group, member, shape, shapes)
             if layer is not None:
                 found.setdefault((layer.name, member.dim % len(layer.shape)), []).append(member)
+        gate = group.gate
+        if gate is not None and not any(gate in members for members in found.values()):
+            raise ValueError(
+                f"'{gate.tensor}' sends tokens to the units of '{group.name}' and is pruned with "
+                "them, but it was excluded. Take it out of `exclude`, or prune other units."
+            )
         if not found and group.name in named:
             tensors = ", ".join(f"'{member.tensor}'" for member in group.members)
             raise ValueError(
@@ -429,7 +453,7 @@ def _seat(
             for member in members:
                 seats.setdefault(name, []).append(_sit(len(alike), dim, group.size, member))
         if found:
-            alike.append((group.name, group.size))
+            alike.append(group)
     if not seats:
         raise ValueError("All layers in which units lie are excluded.")
     covered = [layer for layer in layers if layer.name in seats]

@@ -46,21 +46,22 @@ def select_units(
         budget: The cost that may stay.
         spread: How the budget is spread over groups: `Allocation.units`.
         eligible: The units that may stay, for each group bool ``[n]``.
-        min_keep: How many units each group is sure of, as far as the budget goes.
+        min_keep: How many units each group is sure of, as far as the budget goes; some groups are
+            of more, because as many must stay.
 
     Returns:
         For each group a bool tensor ``[n]``, True = keep.
     """
     queue = Queue(worth, units, eligible, budget)
-    return queue.masks(spread(queue, queue.best([min_keep] * len(worth))))
+    return queue.masks(spread(queue, queue.best([max(min_keep, n) for n in units.least])))
 
 
 def least_cost(units: Units, min_keep: int) -> Fraction:
-    """The least cost of ``min_keep`` units of each group: the cheapest of each."""
+    """The least cost of the units that each group is sure of: the cheapest of each."""
     masks = []
-    for cost in units.costs:
+    for cost, least in zip(units.costs, units.least, strict=True):
         mask = torch.zeros(len(cost), dtype=torch.bool)
-        mask[cost.argsort(stable=True)[:min_keep]] = True
+        mask[cost.argsort(stable=True)[: max(min_keep, least)]] = True
         masks.append(mask)
     return units.weigh(masks)
 
@@ -90,7 +91,7 @@ def fitting_units(
     others = [mask & (group not in worth) for group, mask in enumerate(everything)]
     budget = keep(units.weigh(everything, places))
     queue = Queue(values, units, eligible, budget, others=others, places=places)
-    masks = queue.masks(queue.by_worth(queue.best([0] * len(values))))
+    masks = queue.masks(queue.by_worth(queue.best(units.least)))
     return {group: masks[group] for group in worth}
 
 

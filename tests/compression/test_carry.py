@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mtprune
-from mtprune.compression.removal import cut_out
+from mtprune.compression.resizing import cut_out
 from tests.compression.fakes import FakeTimes, prefer
 from tests.compression.test_removal import hidden, sparse_chain
 

@@ -298,9 +298,18 @@ def test_errors():
     prune.random_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match="'0' still holds 'weight_orig'"):
         mtprune.compress(model, x)
-    parametrized = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)))
-    with pytest.raises(ValueError, match="'0' is parametrized"):
-        mtprune.compress(parametrized, x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_parametrized_stays_as_it_is():
+    model, x = (
+        nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)),
+        torch.randn(3, 6),
+    )
+    model[1].weight[:, ::2] = 0
+    fast = mtprune.compress(model, x, measure=prefer("csr"))
+    assert [row.layer for row in mtprune.plan_of(fast).rows] == ["1"]
+    assert torch.equal(fast[0](x), model[0](x))
 
 
 def test_a_plan_for_another_model_is_refused():

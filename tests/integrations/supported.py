@@ -87,7 +87,7 @@ CLIENTS = (
         "the same, with its loss modules",
         "two data sets in turn",
         ("integrations/test_sentence_transformers.py",),
-        "peft.md",
+        "transformers.md",
     ),
     Client(
         "PEFT",

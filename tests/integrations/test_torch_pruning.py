@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtprune
-from mtprune.compression.removal import cut_out, remove
+from mtprune.compression.removal import remove
+from mtprune.compression.resizing import cut_out
 from mtprune.compression.running import call, named_tensors
 from mtprune.compression.verify import TOLERANCES, difference
 from mtprune.integrations import torch_pruning as integration

@@ -15,8 +15,9 @@ _HEAD = """# What works with which architecture
 Small models with random weights, one of each family, are built and tried from end to end by
 `python -m tests.matrix` (in a checkout; the libraries below must be installed). This page is what
 it wrote. A model is pruned for two tasks. Its outputs under masks must be those of the finalized
-model bitwise, and those of the smaller copy within 1e-5 (in float64,
-where float32 rounds more), on other inputs than it was made with.
+model bitwise, and those of the smaller copy within 1e-5, on other inputs than it was made with.
+Where float32 rounds more than that in a model, both are compared in float64, within four times what
+it rounds.
 
 | column | is tried |
 |---|---|

@@ -71,6 +71,11 @@ class UnitBudget:
                 f"Layers that {what} leaves alone take {float(fixed / every):.1%} of the "
                 f"multiply-adds, {may} stay. Ask for less, or cover more layers."
             )
+        if any(least > min_keep for least in units.least):
+            raise ValueError(
+                f"As many units of {what} as each token needs are {float(needed / every):.1%}, "
+                f"{may} stay. Ask for less, or for other units as well."
+            )
         raise ValueError(
             f"min_keep={min_keep} in each of the {len(units.names)} groups of {what} keeps "
             f"{float(needed / every):.1%}, {may} stay. Ask for less"
@@ -113,6 +118,13 @@ def keep_units_per_task(election: Election, ratio: float) -> Masks:
     alone = _alone(electorate, units, lambda cost: int(ratio * cost))
     eligible = units.standing(ballot.whole_masks())
     kept = merged(electorate.scores, eligible, alone, election.vote)
+    for mask, least, able, voters in zip(
+        kept, units.least, eligible, electorate.scores, strict=True
+    ):
+        worth = torch.stack(list(voters.values())).sum(0).double().where(able, -1.0)
+        missing = least - int(mask.sum())
+        if missing > 0:  # the tasks agree on too few
+            mask[worth.where(~mask, -1.0).topk(missing).indices] = True
     return _of_weights(kept, alone, units, ballot.parts)
 
 
