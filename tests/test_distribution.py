@@ -152,7 +152,7 @@ def test_without_an_address_no_link_leads_nowhere():
 
 def test_all_is_every_extra_that_a_user_of_the_package_has():
     extras = config()["options.extras_require"]
-    others = {"all", "encoder", "examples", "test", "dev", "docs", "site"}
+    others = {"all", "encoder", "examples", "test", "dev", "docs", "peers"}
     used = {line for extra in set(extras) - others for line in extras[extra].split()}
     assert set(extras["all"].split()) == used
 
