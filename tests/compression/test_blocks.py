@@ -13,6 +13,8 @@ from torch import nn
 
 import mtprune
 from mtprune import patterns
+from mtprune.compression import anatomy
+from mtprune.compression.anatomy import Torch
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.forms import building, packed
 from mtprune.compression.forms.block import Block
@@ -346,6 +348,36 @@ def test_compress_joins(half, tmp_path):
     loaded = mtprune.load(tmp_path, Encoder())
     with torch.no_grad():
         assert torch.equal(loaded(x, padding), y)
+
+
+class Own(nn.TransformerEncoderLayer):
+    """Like torch's, but for what `twist` says."""
+
+    twist = 1.0
+
+    def forward(self, *args, **kwargs):
+        return self.twist * super().forward(*args, **kwargs)
+
+
+class OfOwn(Torch):
+    def has(self, cls):
+        return cls is Own
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    monkeypatch.setattr(anatomy, "_families", [*anatomy._families])
+    model, x = zero_(Encoder(), 0.8).eval(), torch.randn(2, 7, 16)
+    for layer in model.trunk.layers:
+        layer.__class__ = Own
+    assert not mtprune.plan_of(mtprune.compress(model, x, measure=Times())).blocks
+    anatomy.add_family(OfOwn())
+    model.trunk.layers[1].twist = 1.5  # which the family does not know
+    fast = mtprune.compress(model, x, measure=Times())
+    assert [block.layer for block in mtprune.plan_of(fast).blocks] == ["trunk.layers.0"]
+    with torch.no_grad():
+        assert difference(model(x), fast(x)) <= 1e-5
+    with pytest.raises(TypeError, match=r"`family` must be a .*Family. Got 3"):
+        anatomy.add_family(3)
 
 
 @pytest.mark.slow
