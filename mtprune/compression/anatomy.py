@@ -15,7 +15,7 @@ from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Form
 from mtprune.compression.forms.base import linear_of
 
-__all__ = ["Anatomy", "Bert", "Call", "Family", "Torch", "family_of"]
+__all__ = ["Anatomy", "Bert", "Call", "Family", "Torch", "add_family", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Call(NamedTuple):
 
 
 class Family(ABC):
-    """A kind of encoder layer."""
+    """A kind of encoder layer, whatever its class is called.
+
+    With one of your own, and `add_family`, layers of your own class run as blocks. Before one does,
+    its outputs are compared with those it gives part by part.
+    """
 
     @abstractmethod
     def has(self, cls: type) -> bool:
@@ -206,7 +210,28 @@ class Bert(Family):
         return (*heads, *flags, layer.intermediate.intermediate_act_fn, *norms)
 
 
-_FAMILIES: tuple[Family, ...] = (Torch(), Bert())
+_families: list[Family] = [Torch(), Bert()]
+
+
+def add_family(family: Family) -> None:
+    """Let layers of another kind run as blocks too, in this process.
+
+    Raises:
+        TypeError: If it is no `Family`.
+
+    Example:
+        >>> class Mine(nn.TransformerEncoderLayer):
+        ...     "Mine gives what torch's layer gives."
+        >>> class OfMine(Torch):
+        ...     def has(self, cls):
+        ...         return cls.__name__ == "Mine"
+        >>> add_family(OfMine())
+        >>> family_of(Mine).anatomy(Mine(8, 2, 16)).heads
+        (2, 4)
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"`family` must be a mtprune.compression.anatomy.Family. Got {family!r}.")
+    _families.append(family)
 
 
 def family_of(cls: type) -> Family | None:
@@ -216,7 +241,7 @@ def family_of(cls: type) -> Family | None:
         >>> type(family_of(nn.TransformerEncoderLayer)).__name__, family_of(nn.Linear)
         ('Torch', None)
     """
-    return next((family for family in _FAMILIES if family.has(cls)), None)
+    return next((family for family in _families if family.has(cls)), None)
 
 
 def _scores(mask: Tensor, hides: bool) -> Tensor:

@@ -113,7 +113,8 @@ def _anatomy(layer: nn.Module, family: Family) -> Anatomy | None:
     found = family.anatomy(layer)
     if found is None or not found.is_known:
         return None
-    plain = all(p.dtype == torch.float32 and p.is_cpu for p in layer.parameters())
+    # Those on the meta device are filled later.
+    plain = all(p.dtype == torch.float32 and (p.is_cpu or p.is_meta) for p in layer.parameters())
     return found if plain and all(type(p.data) is Tensor for p in layer.parameters()) else None
 
 
@@ -166,7 +167,8 @@ class _Packed:
         self._hooked = self._count_hooks()
         self.trains = any(parameter.requires_grad for parameter in layer.parameters())
         forms = sum(isinstance(m, Form) for m in modules)
-        anatomy = _anatomy(layer, layer.family)
+        here = all(parameter.is_cpu for parameter in layer.parameters())
+        anatomy = _anatomy(layer, layer.family) if here else None
         # Each form has a hook of its own.
         self.block = _block_of(anatomy) if anatomy and self._hooked == forms else None
 

@@ -275,7 +275,8 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
     for name, (dtype, shape) in tensors.items():
         part = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         parts[name] = part.to(model.dtype) if part.is_floating_point() else part
-    return replace(plan, rows=tuple(rows), removal=removal), parts
+    blocks = tuple(block for block in plan.blocks if block.layer in modules)
+    return replace(plan, rows=tuple(rows), removal=removal, blocks=blocks), parts
 
 
 def _check_layers(model: Any, config: PlanConfig) -> None:

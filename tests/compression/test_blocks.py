@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 
 import mtprune
 from mtprune import patterns
+from mtprune.compression import anatomy
+from mtprune.compression.anatomy import Torch
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.forms import building, packed
 from mtprune.compression.forms.block import Block
@@ -229,7 +232,6 @@ def test_what_cannot_be_joined():
         nn.Linear(2, 2),
         layer_of(activation=torch.tanh),
         layer_of().double(),
-        layer_of().to("meta"),
     ):
         assert not can_join(layer)
         with pytest.raises(ValueError, match=f"A {type(layer).__name__} of this kind cannot run"):
@@ -273,6 +275,25 @@ def test_layers_of_bert():
             mask = torch.ones(3, 1, 9, 9).tril().log()
             expected = plain.encoder.layer[0](x, mask)
             assert torch.equal(model.encoder.layer[0](x, mask), expected)
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
+    config = transformers.BertConfig(vocab_size=50, num_hidden_layers=2, **sizes)
+    model = zero_(transformers.BertModel(config), 0.8).eval()
+    batch = {"input_ids": torch.randint(0, 50, (3, 9))}
+    fast = mtprune.compress(model, batch, measure=Times())
+    layers = ["encoder.layer.0", "encoder.layer.1"]
+    assert [block.layer for block in mtprune.plan_of(fast).blocks] == layers
+    import_module("mtprune.integrations.pretrained").save_pretrained(fast, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert all(isinstance(layer, Together) for layer in loaded.encoder.layer)
+    got = loaded(**batch).last_hidden_state
+    assert torch.equal(got, fast(**batch).last_hidden_state)
+    assert all(layer._packed.block is not None for layer in loaded.encoder.layer)
 
 
 class Encoder(nn.Module):
@@ -346,6 +367,36 @@ def test_compress_joins(half, tmp_path):
     loaded = mtprune.load(tmp_path, Encoder())
     with torch.no_grad():
         assert torch.equal(loaded(x, padding), y)
+
+
+class Own(nn.TransformerEncoderLayer):
+    """Like torch's, but for what `twist` says."""
+
+    twist = 1.0
+
+    def forward(self, *args, **kwargs):
+        return self.twist * super().forward(*args, **kwargs)
+
+
+class OfOwn(Torch):
+    def has(self, cls):
+        return cls is Own
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    monkeypatch.setattr(anatomy, "_families", [*anatomy._families])
+    model, x = zero_(Encoder(), 0.8).eval(), torch.randn(2, 7, 16)
+    for layer in model.trunk.layers:
+        layer.__class__ = Own
+    assert not mtprune.plan_of(mtprune.compress(model, x, measure=Times())).blocks
+    anatomy.add_family(OfOwn())
+    model.trunk.layers[1].twist = 1.5  # which the family does not know
+    fast = mtprune.compress(model, x, measure=Times())
+    assert [block.layer for block in mtprune.plan_of(fast).blocks] == ["trunk.layers.0"]
+    with torch.no_grad():
+        assert difference(model(x), fast(x)) <= 1e-5
+    with pytest.raises(TypeError, match=r"`family` must be a .*Family. Got 3"):
+        anatomy.add_family(3)
 
 
 @pytest.mark.slow

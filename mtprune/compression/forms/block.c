@@ -7,47 +7,21 @@
  *
  * Each number is summed up in one order, whatever the number of threads. */
 
-#include "panel.h"
+#include "packed.h"
 
 #include <math.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#define LINES 64   /* outputs of a sparse product that are made together */
-#define GROUP 128  /* inputs that they meet together: few enough for the nearest cache */
-#define DENSE 6    /* outputs whose sums a dense product has in registers */
-#define BUNDLES 8  /* so many times as many are made together */
 #define KEYS 4     /* keys, or numbers of a value, that a query meets together */
 #define QUERIES (2 * LANES)
 #define SPAN (4 * LANES) /* columns of the widest panel: as many vectors as one weight meets */
-
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-/* One weight [outputs, inputs], packed: dense or sparse.
- *
- * Dense: for each bundle of DENSE outputs, and each input, the weights of all of them.
- * Sparse: for each tile of LINES outputs and each GROUP of inputs a cell. A cell is lines, which are
- * parts of rows with anything in them; those with as many weights are neighbours, so that the
- * processor knows how long the next is. */
-typedef struct {
-    int64_t outputs, inputs;
-    const float *bias;     /* [outputs] or NULL */
-    const float *dense;    /* NULL for a sparse one */
-    const int32_t *cell;   /* [cells + 1, 2]: where lines and weights of each begin */
-    const uint8_t *line;   /* [lines, 2]: which output of the tile, and how many weights */
-    const uint8_t *column; /* of each weight: which input of the group */
-    const float *value;
-    int64_t lines, weights;
-} Product;
 
 typedef struct {
     const float *weight, *bias; /* [width] or NULL */
     double eps;
 } Norm;
-
-enum { RELU, GELU, GELU_TANH, ACTIVATIONS };
 
 typedef struct {
     int64_t width, heads, head, hidden; /* head: numbers of each head */
@@ -55,169 +29,6 @@ typedef struct {
     Product project, out, up, down;
     Norm norm[2];
 } Block;
-
-ALWAYS int64_t rounded(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-ALWAYS vec chosen(ivec which, vec yes, vec no)
-{
-    return (vec)((which & (ivec)yes) | (~which & (ivec)no));
-}
-
-/* e^x for x up to 87; 0 where that is no normal number. */
-ALWAYS vec exponential(vec x)
-{
-    const vec magic = 12582912.0f - (vec){0}; /* rounds, and its last places are the integer */
-    const vec n = x * 1.44269504f + magic, whole = n - magic;
-    const vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    vec p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return chosen(x < -87.0f, (vec){0}, (vec)((bits)p + ((bits)n << 23)));
-}
-
-/* x times the normal distribution function. The error function is 7.1.26 of Abramowitz and Stegun,
- * which is off by 1.5e-7 at most. */
-ALWAYS vec gelu(vec x)
-{
-    const vec z = x * 0.70710678f, size = (vec)((ivec)z & 0x7fffffff);
-    const vec t = 1.0f / (1.0f + 0.3275911f * size);
-    vec p = t * 1.061405429f - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const vec half = 0.5f * t * p * exponential(-z * z);
-    return x * chosen(z < 0.0f, half, 1.0f - half);
-}
-
-ALWAYS vec gelu_tanh(vec x)
-{
-    vec twice = 1.59576912f * (x + 0.044715f * x * x * x);
-    twice = chosen(twice > 80.0f, 80.0f - (vec){0}, twice);
-    return x - x / (1.0f + exponential(twice));
-}
-
-static void activate(int64_t kind, float *x, int64_t count)
-{
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec *v = (vec *)(x + i);
-        if (kind == RELU)
-            *v = chosen(*v < 0.0f, (vec){0}, *v);
-        else
-            *v = kind == GELU ? gelu(*v) : gelu_tanh(*v);
-    }
-}
-
-/* Products: out[row] += W[row] x, for the rows of a tile. */
-
-ALWAYS void cell_times_panel(const uint8_t *line, const uint8_t *end, const uint8_t *column,
-                             const float *value, const float *x, const int P, float *out)
-{
-    enum { MOST = WIDEST / LANES };
-    const int V = P / LANES;
-    for (; line < end; line += 2) {
-        vec *to = (vec *)(out + line[0] * P), sum[MOST];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            sum[v] = to[v];
-        for (int n = line[1]; n; n--) {
-            const vec *from = (const vec *)(x + *column++ * P);
-            const vec weight = *value++ - (vec){0};
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++)
-                sum[v] += weight * from[v];
-        }
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            to[v] = sum[v];
-    }
-}
-
-ALWAYS void sparse_tile(const Product *w, int64_t tile, const float *x, const int P, float *out)
-{
-    const int64_t groups = rounded(w->inputs, GROUP);
-    for (int64_t g = 0; g < groups; g++) {
-        const int32_t *cell = w->cell + 2 * (tile * groups + g);
-        cell_times_panel(w->line + 2 * cell[0], w->line + 2 * cell[2], w->column + cell[1],
-                         w->value + cell[1], x + g * GROUP * P, P, out);
-    }
-}
-
-ALWAYS void bundle_times_panel(const float *weight, int64_t inputs, int64_t rows, const float *x,
-                               const int P, const int V, float *out)
-{
-    vec sum[DENSE][4];
-#pragma GCC unroll 8
-    for (int r = 0; r < DENSE; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
-            sum[r][v] = (vec){0};
-    for (int64_t i = 0; i < inputs; i++, weight += DENSE, x += P) {
-#pragma GCC unroll 8
-        for (int r = 0; r < DENSE; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                sum[r][v] += weight[r] * ((const vec *)x)[v];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < DENSE; r++)
-        if (r < rows)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                ((vec *)(out + r * P))[v] += sum[r][v];
-}
-
-ALWAYS void dense_tile(const Product *w, int64_t first, int64_t rows, const float *x, const int P,
-                       float *out)
-{
-    const int V = P / LANES < (LANES == 16 ? 4 : 2) ? P / LANES : (LANES == 16 ? 4 : 2);
-    for (int64_t r = 0; r < rows; r += DENSE)
-        for (int c = 0; c < P; c += V * LANES)
-            bundle_times_panel(w->dense + (first + r) * w->inputs, w->inputs, rows - r, x + c, P, V,
-                               out + r * P + c);
-}
-
-ALWAYS int64_t tile_rows(const Product *w) { return w->dense ? DENSE * BUNDLES : LINES; }
-
-enum { STORED, ADDED };
-
-/* One tile of a product, which is stored, or added to what is there. */
-ALWAYS void tile_of(const Product *w, int64_t tile, const float *x, const int P, float *out,
-                    int how, int64_t activation)
-{
-    const int64_t first = tile * tile_rows(w), rows = smaller(tile_rows(w), w->outputs - first);
-    out += first * P;
-    for (int64_t r = 0; r < rows; r++) {
-        const vec bias = (w->bias ? w->bias[first + r] : 0.0f) - (vec){0};
-        for (int v = 0; v < P / LANES; v++) {
-            vec *to = (vec *)(out + r * P) + v;
-            if (how == ADDED)
-                *to += bias;
-            else
-                *to = bias;
-        }
-    }
-    if (w->dense)
-        dense_tile(w, first, rows, x, P, out);
-    else
-        sparse_tile(w, tile, x, P, out);
-    if (activation >= 0)
-        activate(activation, out, rows * P);
-}
-
-static void tile_of_product(const Product *w, int64_t tile, const float *x, int P, float *out,
-                            int how, int64_t activation)
-{
-    if (P == 16)
-        tile_of(w, tile, x, 16, out, how, activation);
-    else if (P == 32)
-        tile_of(w, tile, x, 32, out, how, activation);
-    else
-        tile_of(w, tile, x, 64, out, how, activation);
-}
 
 /* The norm of LANES tokens, each of which is a column. */
 static void normalize(const Norm *norm, int64_t width, const float *x, int P, float *y)
@@ -507,32 +318,6 @@ static int run(const Block *b, int64_t sentences, int64_t each, int64_t length, 
     }
     free(shared);
     return lacking;
-}
-
-static int fits(const Product *w, int64_t outputs, int64_t inputs)
-{
-    if (w->outputs != outputs || w->inputs != inputs || outputs < 0 || inputs < 0)
-        return 0;
-    if (w->dense)
-        return 1;
-    const int64_t tiles = rounded(outputs, LINES), groups = rounded(inputs, GROUP);
-    int fine = !w->cell[0] && !w->cell[1];
-    for (int64_t c = 0; c < tiles * groups && fine; c++) {
-        const int32_t *cell = w->cell + 2 * c;
-        const int64_t rows = smaller(LINES, outputs - c / groups * LINES);
-        const int64_t columns = smaller(GROUP, inputs - c % groups * GROUP);
-        fine = cell[0] <= cell[2] && cell[2] <= w->lines && cell[1] <= cell[3] &&
-               cell[3] <= w->weights;
-        int64_t count = 0;
-        for (int64_t i = cell[0]; i < cell[2] && fine; i++) {
-            fine = w->line[2 * i] < rows;
-            count += w->line[2 * i + 1];
-        }
-        fine = fine && count == cell[3] - cell[1];
-        for (int64_t i = cell[1]; i < cell[3] && fine; i++)
-            fine = w->column[i] < columns;
-    }
-    return fine;
 }
 
 /* What is called from outside. */

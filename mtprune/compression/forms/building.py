@@ -25,7 +25,7 @@ __all__ = ["COMPILERS", "FLAGS", "HEADERS", "SOURCES", "declare", "library", "un
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("sparse.c", "block.c"))
 """What is compiled, each by itself."""
 
-HEADERS = (Path(__file__).with_name("panel.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("panel.h", "packed.h"))
 """What the sources include of ours."""
 
 COMPILERS = ("cc", "gcc", "clang")

@@ -10,7 +10,7 @@ from mtprune.compression.forms import indices
 __all__ = ["Matrix", "Norm", "dense_matrix", "norm_of", "sparse_matrix"]
 
 LINES, GROUP, DENSE = 64, 128, 6
-"""As in ``block.c``: outputs of a tile and inputs of a group of a sparse product, and outputs in a
+"""As in ``packed.h``: outputs of a tile and inputs of a group of a sparse product, and outputs in a
 bundle of a dense one."""
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
