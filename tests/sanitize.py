@@ -1,6 +1,6 @@
 """Sanitizers: the C code built with them, and driven through many shapes and hostile arguments.
 
-``python -m tests.sanitize --cases 2000`` builds the sparse product with AddressSanitizer and
+``python -m tests.sanitize --cases 2000`` builds the native code with AddressSanitizer and
 UndefinedBehaviorSanitizer, and calls it in a process into which their runtime is loaded. Results
 are compared with a dense product; indices that lie must be refused. A fault ends the process.
 """
@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from mtprune.compression.forms import Sparse, building
+from mtprune.compression.forms import Sparse, building, packed
+from mtprune.compression.forms.block import ACTIVATIONS, Block
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
 
 
-def build(folder: Path) -> Path:
-    """Build the library with sanitizers.
+def build(folder: Path, march: str) -> Path:
+    """Build the library with sanitizers, for a kind of processor.
 
     Raises:
         RuntimeError: If the compiler cannot.
@@ -73,10 +74,14 @@ def drive(library: Path, cases: int, seed: int) -> dict[str, int]:
     building.declare(loaded)
     building.library = lambda: loaded  # type: ignore[assignment]
     dice = random.Random(seed)
-    counts = {"products": 0, "convolutions": 0, "refused": 0}
+    counts = {"products": 0, "convolutions": 0, "blocks": 0, "refused": 0}
     for number in range(cases):
         torch.manual_seed(seed + number)
         torch.set_num_threads(dice.choice((1, 1, 2, 4)))
+        if number % 3 == 0:
+            counts["blocks"] += 1
+            counts["refused"] += run_block(dice)
+            continue
         layer, x = layer_of(dice)
         with torch.no_grad():
             layer.weight.mul_(torch.rand(layer.weight.shape) > dice.random())
@@ -123,6 +128,68 @@ def layer_of(dice: random.Random) -> tuple[torch.nn.Linear | torch.nn.Conv2d, to
     return layer, torch.randn(dice.randint(1, 3), channels, high, wide)
 
 
+def run_block(dice: random.Random) -> int:
+    """Run a layer as a block, and then one whose parts lie; how many of these were refused.
+
+    Raises:
+        AssertionError: If a result is wrong, or what lies is not refused.
+    """
+    heads, head = dice.randint(1, 5), dice.randint(1, 9)
+    width, hidden = dice.choice((heads * head, dice.randint(1, 150))), dice.randint(1, 200)
+    shapes = (3 * heads * head, width), (width, heads * head), (hidden, width), (width, hidden)
+    weights = [torch.randn(shape) * (torch.rand(shape) > dice.random()) / 4 for shape in shapes]
+    biases = [torch.randn(len(w)) if dice.random() < 0.7 else None for w in weights]
+    first, activation = dice.random() < 0.5, dice.choice(ACTIVATIONS)
+    norms = [packed.norm_of(torch.randn(width), torch.randn(width), 1e-5) for _ in range(2)]
+    sentences, length = dice.randint(1, 7), dice.choice((1, 2, 5, 16, 17, 32, 33, 64, 70, 150))
+    mask = torch.randn(sentences, length).masked_fill(torch.rand(sentences, length) < 0.3, -1e9)
+    mask_or_none = mask if dice.random() < 0.5 else None
+
+    def made(sparse: bool) -> list[packed.Matrix]:
+        return [
+            (sparse_of if sparse else packed.dense_matrix)(w, b)
+            for w, b in zip(weights, biases, strict=True)
+        ]
+
+    def block(matrices: list[packed.Matrix]) -> Block:
+        return Block(matrices, norms, (heads, head), norm_first=first, activation=activation)
+
+    x = torch.randn(sentences, length, width)
+    sparse = made(True)
+    close(block(sparse)(x, mask_or_none), block(made(False))(x, mask_or_none))
+    which = dice.choice(sparse)
+    cell, line, column = which.kept[:3]
+    if not len(column):
+        return 0
+    how = dice.randrange(5)
+    if how == 0:
+        cell[dice.randrange(len(cell)), dice.randrange(2)] += dice.choice((-1, 1, 1 << 30))
+    elif how == 1:
+        line[dice.randrange(len(line)), 0] = 255
+    elif how == 2:
+        line[dice.randrange(len(line)), 1] += 1
+    elif how == 3:
+        column[dice.randrange(len(column))] = 255
+    else:
+        which.inputs += dice.choice((1, -1, 1 << 40))
+    try:
+        block(sparse)
+    except ValueError:
+        return 1
+    raise AssertionError("parts of a block that lie were followed")
+
+
+def sparse_of(weight: torch.Tensor, bias: torch.Tensor | None) -> packed.Matrix:
+    """A weight as a sparse matrix."""
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    parts = Sparse.parts(layer)
+    assert parts is not None
+    start, column, value = (parts[f"weight_{name}"] for name in ("start", "column", "values"))
+    return packed.sparse_matrix(start, column, value, bias, *weight.shape)
+
+
 def lie(form: Sparse, dice: random.Random) -> bool:
     """Change an index so that it lies outside; whether there was one."""
     start, column = form.weight_start, form.weight_column
@@ -146,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize")
     parser.add_argument("--cases", type=int, default=500, help="how many layers")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--march", default="native", help="the processor, as the compiler names it")
     parser.add_argument("--library", type=Path, help="drive this one, in this process")
     options = parser.parse_args(arguments)
     if options.library is not None:
@@ -154,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         with tempfile.TemporaryDirectory() as folder:
-            library = build(Path(folder))
+            library = build(Path(folder), options.march)
             where = ["--library", str(library)]
             many = ["--cases", str(options.cases), "--seed", str(options.seed)]
             done = subprocess.run(

@@ -65,7 +65,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
     names = set(zipfile.ZipFile(archives[1]).namelist())
     package = {name for name in names if ".dist-info/" not in name}
     assert package == modules()
-    assert {"mtprune/py.typed", "mtprune/compression/forms/sparse.c"} <= package
+    native = {f"mtprune/compression/forms/{name}" for name in ("sparse.c", "block.c", "panel.h")}
+    assert {"mtprune/py.typed", *native} <= package
     assert any(name.endswith("/LICENSE") for name in names)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mtprune.compression.calls import Calls
 from mtprune.compression.forms import FORMS, Form
+from mtprune.compression.joining import join_all, separate_all
 from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.running import run, unnested
 from mtprune.compression.sites import Site
@@ -140,18 +141,21 @@ def dense_unless_faster(
 
     Torch may have fused in the dense model what is separate with other forms.
     """
-    if not forms:
+    if not (forms or plan.blocks):
         return plan, forms
 
     def dense() -> None:
+        separate_all(work, plan)
         place(sites, {})
         run(work, batches)
 
     def compressed() -> None:
         place(sites, forms)
+        join_all(work, plan)
         run(work, batches)
 
     before, after = measure([dense, compressed])
+    separate_all(work, plan)
     place(sites, {})
     if after < before:
         return replace(plan, dense_ms=before, ms=after), forms
@@ -161,7 +165,7 @@ def dense_unless_faster(
         f"All layers stay dense: with the fastest forms the whole model took {after:.2f} ms, and "
         f"{before:.2f} ms without."
     )
-    return replace(plan, rows=rows, dense_ms=before, ms=before, note=note), {}
+    return replace(plan, rows=rows, blocks=(), dense_ms=before, ms=before, note=note), {}
 
 
 def opened_attentions(plan: Plan) -> list[str]:

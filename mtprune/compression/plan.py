@@ -12,7 +12,7 @@ from mtprune.compression.measure import Sizes
 from mtprune.reading import Entry
 from mtprune.text import columns
 
-__all__ = ["Cut", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
+__all__ = ["Cut", "Joined", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
 
 _MOST = 1 << 40  # the largest size that a tensor is believed to have
 
@@ -71,8 +71,8 @@ class Row:
         measured = []
         for part in parts["measured"].items():
             cost = part.fields(["choice", "ms", "bytes"])
-            ms = cost["ms"].optional(lambda value: value.number(least=0.0))
-            measured.append(Measured(cost["choice"].text(CHOICES), ms, cost["bytes"].whole()))
+            ms, size = _time(cost["ms"]), cost["bytes"].whole()
+            measured.append(Measured(cost["choice"].text(CHOICES), ms, size))
         return cls(
             parts["layer"].text(),
             _shape(parts["shape"]),
@@ -151,6 +151,38 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """An encoder layer whose parts run as one block of native code.
+
+    Attributes:
+        layer: The layer's name.
+        apart_ms: Milliseconds for all its calls on the example inputs, part by part; None if not
+            timed.
+        ms: The same as one block.
+    """
+
+    layer: str
+    apart_ms: float | None = None
+    ms: float | None = None
+
+    @classmethod
+    def read(cls, entry: Entry) -> "Joined":
+        """From plain data, as JSON holds it.
+
+        Raises:
+            ValueError: If it is not that of a block.
+        """
+        parts = entry.fields(["layer", "apart_ms", "ms"])
+        apart, together = (_time(parts[name]) for name in ("apart_ms", "ms"))
+        return cls(parts["layer"].text(), apart, together)
+
+    def __str__(self) -> str:
+        """A line of the plan."""
+        times = f": {_ms(self.apart_ms)} ms part by part, {_ms(self.ms)} ms as one"
+        return f"block: {self.layer}{'' if self.ms is None else times}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The form that every prunable layer takes, and the units removed before.
 
@@ -165,6 +197,7 @@ class Plan:
         subnetwork: The part of the model that was taken before that, if it was for some tasks only.
         sizes: The sizes of the compressed model against the dense one; None if not counted.
         stayed: A sentence for each group of units of which some stay though they are pruned.
+        blocks: The encoder layers that run as one block each.
 
     Example:
         >>> plan = Plan((Row("lin", (4, 8), "csr", (Measured("dense", 2.0, 128),
@@ -189,6 +222,7 @@ class Plan:
     subnetwork: Subnetwork | None = None
     sizes: Sizes | None = None
     stayed: tuple[str, ...] = ()
+    blocks: tuple[Joined, ...] = ()
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
@@ -200,6 +234,7 @@ class Plan:
     def replace(self, layer: str, choice: str) -> "Plan":
         """The plan with another form for one layer, or for all with the layer ``"*"``.
 
+        ``"dense"`` for the name of a block lets its parts run one by one, for ``"*"`` those of all.
         Times and sizes of the whole model are dropped, because they no longer hold.
 
         Raises:
@@ -207,12 +242,15 @@ class Plan:
             ValueError: If no form has that name.
         """
         checks.one_of("choice", choice, CHOICES)
-        if layer != "*":
+        blocks = self.blocks
+        if choice == "dense":
+            blocks = tuple(block for block in blocks if layer not in ("*", block.layer))
+        if layer != "*" and blocks == self.blocks:
             self[layer]
         rows = tuple(
             replace(row, choice=choice) if layer in ("*", row.layer) else row for row in self.rows
         )
-        return replace(self, rows=rows, dense_ms=None, ms=None, sizes=None)
+        return replace(self, rows=rows, blocks=blocks, dense_ms=None, ms=None, sizes=None)
 
     def part(self, module: str) -> "Plan":
         """The plan of one module, with names as seen from the module.
@@ -242,7 +280,9 @@ class Plan:
             tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
         )
         named_rows = tuple(row for row in rows if row.layer)
-        return Plan(named_rows, self.device, self.threads, removal=removal)
+        blocks = (replace(block, layer=rename(block.layer)) for block in self.blocks)
+        named_blocks = tuple(block for block in blocks if block.layer)
+        return Plan(named_rows, self.device, self.threads, removal=removal, blocks=named_blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data that JSON can hold; kept indices are the bits of a number."""
@@ -281,7 +321,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A table of the layers, and lines on the whole model."""
-        lines = _table(self.rows)
+        lines = [*_table(self.rows), *map(str, self.blocks)]
         if self.dense_ms is not None and self.ms is not None:
             lines.append(
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
@@ -327,16 +367,21 @@ def _shape(entry: Entry) -> tuple[int, ...]:
     return tuple(size.whole(most=_MOST) for size in entry.items())
 
 
+def _time(entry: Entry) -> float | None:
+    return entry.optional(lambda value: value.number(least=0.0))
+
+
 _READERS: Mapping[str, Callable[[Entry], Any]] = {
     "device": Entry.text,
     "threads": lambda entry: entry.whole(least=1),
-    "dense_ms": lambda entry: entry.optional(lambda value: value.number(least=0.0)),
-    "ms": lambda entry: entry.optional(lambda value: value.number(least=0.0)),
+    "dense_ms": _time,
+    "ms": _time,
     "note": Entry.text,
     "removal": Removal.read,
     "subnetwork": lambda entry: entry.optional(Subnetwork.read),
     "sizes": lambda entry: entry.optional(Sizes.read),
     "stayed": lambda entry: tuple(line.text() for line in entry.items()),
+    "blocks": lambda entry: tuple(Joined.read(block) for block in entry.items()),
 }
 """How the entries of a plan are read; those that are not there have their defaults."""
 

@@ -20,8 +20,10 @@
 #define BUNDLES 8  /* so many times as many are made together */
 #define KEYS 4     /* keys, or numbers of a value, that a query meets together */
 #define QUERIES (2 * LANES)
+#define SPAN (4 * LANES) /* columns of the widest panel: as many vectors as one weight meets */
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* One weight [outputs, inputs], packed: dense or sparse.
  *
@@ -74,7 +76,7 @@ ALWAYS vec exponential(vec x)
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return chosen(x < -87.0f, (vec){0}, (vec)((ivec)p + ((ivec)n << 23)));
+    return chosen(x < -87.0f, (vec){0}, (vec)((bits)p + ((bits)n << 23)));
 }
 
 /* x times the normal distribution function. The error function is 7.1.26 of Abramowitz and Stegun,
@@ -462,7 +464,8 @@ static void run_span(const Block *b, const Span *s, const float *x, const float 
 /* So many sentences of a length as a span. */
 static Span span_of(int64_t sentences, int64_t length)
 {
-    Span s = {sentences, length, sentences * length, 0, panel_width(sentences * length)};
+    const int64_t tokens = sentences * length;
+    Span s = {sentences, length, tokens, 0, (int)smaller(panel_width(tokens), SPAN)};
     s.panels = rounded(s.tokens, s.P);
     return s;
 }
@@ -558,7 +561,7 @@ int mtprune_block(const Block *b, const float *x, const float *mask, int64_t sen
     if (sentences < 1 || length < 1)
         return 0;
     /* Short sentences share a panel, as long as each thread has one. */
-    int64_t each = larger(1, WIDEST / length);
+    int64_t each = larger(1, SPAN / length);
     each = smaller(each, larger(1, sentences / threads));
     return run(b, sentences, each, length, x, mask, y, threads);
 }

@@ -15,7 +15,7 @@ from mtprune.compression.forms import building
 from mtprune.compression.forms.held import held
 from mtprune.compression.forms.indices import BROKEN, check, unpack
 
-__all__ = ["convolve", "is_plain", "multiply"]
+__all__ = ["convolve", "is_eager", "is_plain", "multiply"]
 
 _LARGEST = (1 << 31) - 1
 """Sizes, steps and margins are no larger, so that sums and products of two are no overflow."""
@@ -42,7 +42,7 @@ def multiply(
         >>> multiply(torch.tensor([[1., 10, 100]]), start, column, torch.ones(3), None, 2)
         tensor([[100.,  11.]])
     """
-    call = _multiply if _is_eager(x) else _multiply_op
+    call = _multiply if is_eager(x) else _multiply_op
     y: Tensor = call(x, start, column, value, bias, outputs)
     return y
 
@@ -71,7 +71,7 @@ def convolve(
     Returns:
         ``[images, outputs, height, width]``.
     """
-    call = _convolve if _is_eager(x) else _convolve_op
+    call = _convolve if is_eager(x) else _convolve_op
     y: Tensor = call(x, start, column, value, bias, size, geometry)
     return y
 
@@ -90,7 +90,7 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-def _is_eager(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """Whether a plain tensor is computed with now: no gradient, no compiler, no tracing.
 
     Then torch's dispatcher is passed by: it takes longer than the product for a short sentence.
