@@ -67,7 +67,7 @@ def _traits(layer: nn.Module) -> Any:
     return tuple(map(type, layer.modules())), tuple(sizes)
 
 
-def _timed(layer: nn.Module, calls: _Calls, measure: Measure) -> tuple[float, float]:
+def _timed(layer: Any, calls: _Calls, measure: Measure) -> tuple[float, float]:
     """The milliseconds of a joined layer for all calls, part by part and as a block."""
     apart = together = 0.0
     for (args, kwargs), times in calls.values():
