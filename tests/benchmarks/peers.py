@@ -296,8 +296,11 @@ times as fast each is as the same dense model in torch, and its median time.
 * What pruning costs in accuracy is on other pages ([encoder](encoder.md), [recipe](recipe.md));
   what int8 costs on top, `python examples/encoder_int8.py` measures on your own tasks.
 
-`pip install '.[peers]'`, then `python -m tests.benchmarks peers --json docs/results/peers.json
---page docs/results/peers.md`.
+By, with the extra `[peers]`:
+
+```
+python -m tests.benchmarks peers --json docs/results/peers.json --page docs/results/peers.md
+```
 
 {tables}
 
