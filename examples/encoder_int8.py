@@ -164,9 +164,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [head]
     for row in rows:
         faster = [f"{a / b:.1f}x" for a, b in zip(dense["ms"], row["ms"], strict=True)]
-        given = [f"{row['tasks'][task]:.3f}" for task in tasks]
+        given = [f"{row['tasks'][task]:.1f}" for task in tasks]
         ms = (f"{value:.1f}" for value in row["ms"])
-        average = f"{mean(row['tasks'].values()):.3f}"
+        average = f"{mean(row['tasks'].values()):.1f}"
         lines.append((row["name"], *ms, " ".join(faster), average, *given))
     return "\n".join(columns(lines, left=1))
 
