@@ -1,13 +1,24 @@
 """The long description: README with links that lead somewhere outside of the checkout.
 
-Everything else is in ``setup.cfg``.
+With the variable ``MTPRUNE_PREBUILT=1`` wheels bring native code, built for several levels of this
+kind of processor. Everything else is in ``setup.cfg``.
 """
 
+import importlib.util
+import os
 import re
+import shlex
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # older setuptools
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 CODE = re.compile(r"(^```.*?^```|`(?:[^`\n]|\n(?!\n))+`)", re.MULTILINE | re.DOTALL)
@@ -47,8 +58,43 @@ def metadata() -> tuple[str | None, str]:
     return named.get("Source"), f"v{section['version']}"
 
 
+FORMS = Path("mtprune", "compression", "forms")
+
+
+class WithNativeCode(build_py):
+    """Python files, and the native code of them built."""
+
+    def run(self) -> None:
+        """Build the libraries beside the sources of what is built."""
+        super().run()
+        spec = importlib.util.spec_from_file_location("prebuilt", ROOT / FORMS / "prebuilt.py")
+        assert spec is not None
+        assert spec.loader is not None
+        prebuilt: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(prebuilt)
+        to = Path(self.build_lib) / FORMS / prebuilt.FOLDER
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        prebuilt.build(sorted((ROOT / FORMS).glob("*.c")), to, compiler)
+
+
+class ForOneMachine(bdist_wheel):
+    """A wheel for one kind of machine, and any Python."""
+
+    def finalize_options(self) -> None:
+        """Say that it is not for all machines."""
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tag of the wheel: nothing in it depends on the version of Python."""
+        return "py3", "none", super().get_tag()[2]
+
+
+NATIVE = {"build_py": WithNativeCode, "bdist_wheel": ForOneMachine}
+
 if __name__ == "__main__":
     setup(
+        cmdclass=NATIVE if os.environ.get("MTPRUNE_PREBUILT") == "1" else {},
         long_description=described((ROOT / "README.md").read_text(), *metadata()),
         long_description_content_type="text/markdown",
     )

@@ -12,7 +12,8 @@ from torch import nn
 
 from mtprune.compression.attention import SelfAttention
 from mtprune.compression.compress import finish, plan_of
-from mtprune.compression.forms import Form
+from mtprune.compression.forms import Form, building
+from mtprune.compression.joining import separate_all
 
 __all__ = ["fall_back"]
 
@@ -37,6 +38,9 @@ def fall_back(model: nn.Module, stacklevel: int = 2) -> bool:
     opened = [m for m in model.modules() if isinstance(m, SelfAttention) and m.is_dense()]
     _exchange(model, {attention: attention.closed() for attention in opened})
     plan = plan_of(model)
+    if building.unavailable():
+        separate_all(model, plan)
+        plan = replace(plan, blocks=())
     for form in lacking:
         plan = plan.replace(form.site, "dense")
     why = "; ".join(sorted({f"'{form.choice}': {reasons[form]}" for form in lacking}))

@@ -1,5 +1,6 @@
 """Joining: encoder layers run as one block where that is faster than part by part."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ MARGIN = 0.05
 """A block must beat its parts by this share of their time."""
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Calls = dict[Any, tuple[_Call, int]]
 
 
 @torch.no_grad()
@@ -44,20 +46,37 @@ def choose_blocks(
     if not layers or building.unavailable():
         return ()
     found = []
+    known: dict[Any, tuple[float, float]] = {}
     for name, calls in _recorded(model, layers, batches).items():
-        layer, apart, together = layers[name], 0.0, 0.0
+        layer = layers[name]
         join(layer)
         alike = all(_is_alike(layer, call) for call, _ in calls.values())
-        for (args, kwargs), times in calls.values() if alike else ():
-            functions = [partial(f, layer, *args, **kwargs) for f in (_apart, _together)]
-            # Twice, and the better one of each: a block is a matter of a millisecond, and other
-            # load of the machine of ten.
-            first, second = map(min, measure(functions), measure(functions))
-            apart, together = apart + times * first, together + times * second
+        key = (_traits(layer), tuple((shape, times) for shape, (_, times) in calls.items()))
+        if alike and key not in known:
+            known[key] = _timed(layer, calls, measure)
         separate(layer)
+        apart, together = known[key] if alike else (0.0, 0.0)
         if together < (1 - MARGIN) * apart:
             found.append(Joined(name, apart, together))
     return tuple(found)
+
+
+def _traits(layer: nn.Module) -> Any:
+    """What layers must have in common to be timed once: their modules, and sizes to a tenth."""
+    sizes = (round(math.log(max(1, t.numel()), 1.1)) for t in layer.state_dict().values())
+    return tuple(map(type, layer.modules())), tuple(sizes)
+
+
+def _timed(layer: Any, calls: _Calls, measure: Measure) -> tuple[float, float]:
+    """The milliseconds of a joined layer for all calls, part by part and as a block."""
+    apart = together = 0.0
+    for (args, kwargs), times in calls.values():
+        functions = [partial(f, layer, *args, **kwargs) for f in (_apart, _together)]
+        # Twice, and the better one of each: a block is a matter of a millisecond, and other
+        # load of the machine of ten.
+        first, second = map(min, measure(functions), measure(functions))
+        apart, together = apart + times * first, together + times * second
+    return apart, together
 
 
 def _apart(layer: Together, *args: Any, **kwargs: Any) -> Any:
@@ -89,9 +108,9 @@ def _has_zeros(layer: nn.Module) -> bool:
 
 def _recorded(
     model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any]
-) -> dict[str, dict[Any, tuple[_Call, int]]]:
+) -> dict[str, _Calls]:
     """For each layer and shape of its inputs: one call, and how often the shape came."""
-    calls: dict[str, dict[Any, tuple[_Call, int]]] = {name: {} for name in layers}
+    calls: dict[str, _Calls] = {name: {} for name in layers}
     handles = []
     for name, layer in layers.items():
 

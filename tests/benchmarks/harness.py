@@ -297,7 +297,7 @@ class Given:
 def arguments() -> Given:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", help="which benchmarks; the usual ones unless given")
-    parser.add_argument("--page", help="write the tables of `peers` into this page")
+    parser.add_argument("--page", help="write the page of `peers` there")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads to time with")
     parser.add_argument("--quick", action="store_true", help="smaller nets, fewer repetitions")
     parser.add_argument("--toy", action="store_true", help="only whether it runs")

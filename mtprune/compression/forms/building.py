@@ -2,7 +2,7 @@
 
 Nothing is compiled at import: the first use compiles. The library is kept in the user's cache
 directory, under a key of sources, compiler and processor, and called without the interpreter's
-lock.
+lock. Where there is no compiler, what the package brings is taken (`prebuilt`).
 """
 
 import ctypes
@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from mtprune.compression.forms import prebuilt
 
 __all__ = ["COMPILERS", "FLAGS", "HEADERS", "SOURCES", "declare", "library", "unavailable"]
 
@@ -67,7 +69,17 @@ def unavailable() -> str:
 
 @cache
 def library() -> ctypes.CDLL | str:
-    """The library, from the cache or compiled now; or the reason why there is none."""
+    """The library, from the cache or compiled now, or prebuilt; or why there is none."""
+    found = _compiled()
+    if isinstance(found, str):
+        for path in prebuilt.candidates(Path(__file__).parent):
+            with suppress(OSError):
+                return _tried(ctypes.CDLL(str(path)))
+    return found
+
+
+def _compiled() -> ctypes.CDLL | str:
+    """The library for this very processor; or why there is none."""
     try:
         compiler = _compiler()
     except ValueError as error:
