@@ -47,6 +47,7 @@ def remove(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any] = (
         >>> model = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with torch.no_grad():
         ...     _ = model[2].weight.copy_(torch.tensor([[1.0, 0.0, 2.0]]))
+        >>> from mtprune.structure import Member
         >>> members = (Member("0.weight", 0, (0, 1, 2)), Member("0.bias", 0, (0, 1, 2)),
         ...            Member("2.weight", 1, (0, 1, 2), "in"))
         >>> remove(model, [Group("hidden", 3, members)])["2.weight"].kept

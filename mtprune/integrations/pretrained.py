@@ -261,6 +261,11 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
         specs = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
         tensors = {joined(prefix, name): spec for name, spec in specs.items() if name}
     shapes = {site.name: tuple(site.layer.weight.shape) for site in find_sites(model)}
+    # Rows tell the shapes after removal, which a head shares in where it reads what lost units.
+    cuts = {name: plan.removal[f"{name}.weight"] for name in shapes}
+    shapes |= {
+        n: cut.after for n, cut in cuts.items() if cut is not None and cut.shape == shapes[n]
+    }
     # Layers that this model does not have are left out; its head may be another one.
     rows = [row for row in plan.rows if row.layer in shapes]
     rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]

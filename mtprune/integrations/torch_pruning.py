@@ -24,6 +24,7 @@ from mtprune.compression.trial import tried
 from mtprune.holding.prune import plain_copy
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
+from mtprune.progress import bar, is_watched
 from mtprune.structure import NOBODY, Group, Member
 
 __all__ = ["channels", "found"]
@@ -137,7 +138,7 @@ def _couplings(tp: Any, work: nn.Module, batch: Any) -> tuple[list[Coupling], se
             )
             _locate_concats(tp, graph)
             _locate_flattened(tp, graph)
-            groups = list(graph.get_all_groups())
+            groups = list(bar(graph.get_all_groups(), is_watched(), "finding channels"))
         except Exception as error:
             raise ValueError(
                 f"torch-pruning cannot follow the model on `example_inputs`: {error}."

@@ -32,13 +32,14 @@ class Experts:
         why_not: Why experts of such a block cannot be removed; empty if they can.
 
     Example:
+        >>> import torch
         >>> from mtprune.patterns import experts
         >>> class Stacks(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.num_experts = 4
-        ...         self.up = nn.Parameter(torch.randn(4, 6, 2))
-        ...         self.down = nn.Parameter(torch.randn(4, 2, 6))
+        ...         self.up = nn.Parameter(torch.rand(4, 6, 2))
+        ...         self.down = nn.Parameter(torch.rand(4, 2, 6))
         >>> class Block(nn.Module):
         ...     top_k = 2
         ...     def __init__(self):

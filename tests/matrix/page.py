@@ -31,7 +31,7 @@ it rounds.
 | ONNX | the smaller copy exported, and run by onnxruntime |
 
 "yes" passed, "-" has nothing of the kind, "no" was refused, or failed, with the reason below the
-table. {wrong}
+table. An empty cell was not tried. {wrong}
 """
 
 
