@@ -142,6 +142,7 @@ def join(layer: nn.Module) -> None:
 def separate(layer: nn.Module) -> None:
     """Undo `join`."""
     layer.__class__ = _class(layer)
+    layer.__dict__.pop("_packed", None)  # or pointers would go with copies of the layer
 
 
 class _Packed:

@@ -227,6 +227,33 @@ def test_copies():
     assert set(layer.state_dict()) == set(layer_of().state_dict())
 
 
+@torch.no_grad()
+def test_a_layer_that_was_tried_leaves_nothing_behind():
+    layer, x = layer_of(), torch.randn(2, 5, 16)
+    before = set(layer.__dict__)
+    check(layer, x)
+    separate(layer)
+    assert set(layer.__dict__) == before
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@torch.no_grad()
+def test_neither_heads_nor_neurons():
+    layer, x = layer_of(), torch.randn(2, 5, 16)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    layer = encoder.layers[0]
+    attention = layer.self_attn
+    for weight in (attention.in_proj_weight, attention.out_proj.weight):
+        weight.zero_()
+    for linear in (layer.linear1, layer.linear2):
+        linear.weight.zero_()
+    small = mtprune.compress(encoder, x)
+    separate(small.layers[0])
+    assert small.layers[0].self_attn.num_heads == 0
+    assert small.layers[0].linear1.out_features == 0
+    torch.testing.assert_close(check(small.layers[0], x), encoder(x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_cannot_be_joined():
     for layer in (
         nn.Linear(2, 2),

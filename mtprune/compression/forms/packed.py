@@ -54,9 +54,10 @@ def dense_matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
         torch.Size([1, 3, 6])
     """
     outputs, inputs = weight.shape
-    full = weight.new_zeros(-(-outputs // DENSE) * DENSE, inputs)
+    bundles = -(-outputs // DENSE)
+    full = weight.new_zeros(bundles * DENSE, inputs)
     full[:outputs] = weight
-    packed = full.view(-1, DENSE, inputs).transpose(1, 2).contiguous()
+    packed = full.view(bundles, DENSE, inputs).transpose(1, 2).contiguous()
     # No bundle is no pointer, which would be a sparse weight.
     packed = packed if packed.numel() else packed.new_zeros(1)
     bias = _own(bias)
