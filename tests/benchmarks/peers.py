@@ -293,8 +293,8 @@ times as fast each is as the same dense model in torch, and its median time.
   on which.
 * **ours, 90 %** and **95 %**: that share of single weights is zero, `mtprune.compress(model, x)`.
 * **half**: half of the heads and neurons, or of the channels, are gone. For **ours**,
-  `mtprune.compress(model, x)` has taken them out; for the others `portable=True` has made an ordinary,
-  smaller dense model, which any runtime takes, with int8 on top.
+  `mtprune.compress(model, x)` has taken them out; for the others `portable=True` has made an
+  ordinary, smaller dense model, which any runtime takes, with int8 on top.
 * What pruning costs in accuracy is on other pages ([encoder](encoder.md), [recipe](recipe.md));
   what int8 costs on top, `python examples/encoder_int8.py` measures on your own tasks.
 
