@@ -29,7 +29,7 @@ def test_pythons_and_torches_are_those_that_the_package_claims():
 
 def test_lower_bounds_are_those_of_every_extra():
     bounds = versions.lower_bounds()
-    assert {"numpy==1.26.*", "transformers==5.0.*", "torch-pruning==1.6.*"} <= set(bounds)
+    assert {"numpy==1.26.*", "transformers==5.12.*", "torch-pruning==1.6.*"} <= set(bounds)
     assert not any(each.startswith("torch==") for each in bounds)
 
 

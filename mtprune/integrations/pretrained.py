@@ -124,8 +124,11 @@ class PlanQuantizer(HfQuantizer):  # type: ignore[misc]
             ) from error
         names = (seen_from(_prefix(model), name) or name for name in _markers(model))
         ignored = {rf"(^|\.){re.escape(name)}$" for name in names}
-        model._keys_to_ignore_on_load_unexpected = ignored | set(
-            getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        theirs = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        all_ignored = ignored | set(theirs or ())
+        # A list in the first versions of transformers 5, a set later.
+        model._keys_to_ignore_on_load_unexpected = (
+            all_ignored if isinstance(theirs, set) else sorted(all_ignored)
         )
 
     def postprocess_model(self, model: Any, **others: Any) -> None:
