@@ -2,7 +2,6 @@
 
 import copy
 import io
-import re
 
 import pytest
 import torch
