@@ -31,7 +31,8 @@ it rounds.
 | ONNX | the smaller copy exported, and run by onnxruntime |
 
 "yes" passed, "-" has nothing of the kind, "no" was refused, or failed, with the reason below the
-table. An empty cell was not tried. {wrong}
+table. An empty cell was not tried. Results are kept until `--fresh`, so not all
+are of the same state of the code. {wrong}
 """
 
 
