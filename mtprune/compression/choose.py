@@ -11,7 +11,7 @@ from torch import nn
 
 from mtprune.compression.calls import Calls
 from mtprune.compression.forms import FORMS, Form
-from mtprune.compression.joining import join_all, separate_all
+from mtprune.compression.joining import join_all, separate_all, unpack_all
 from mtprune.compression.plan import Measured, Plan, Removal, Row
 from mtprune.compression.running import run, unnested
 from mtprune.compression.sites import Site
@@ -160,6 +160,7 @@ def dense_unless_faster(
     place(sites, {})
     if after < before:
         return replace(plan, dense_ms=before, ms=after), forms
+    unpack_all(work, plan)
     rows = tuple(replace(row, choice="dense") for row in plan.rows)
     note = plan.note + " " * bool(plan.note)
     note += (

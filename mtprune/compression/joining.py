@@ -13,10 +13,10 @@ from mtprune.compression.forms.sparse import Sparse
 from mtprune.compression.plan import Joined, Plan
 from mtprune.compression.running import run
 from mtprune.compression.timing import Measure
-from mtprune.compression.together import Together, can_join, join, separate
+from mtprune.compression.together import Together, can_join, join, separate, unpack
 from mtprune.compression.verify import ROUNDING, difference
 
-__all__ = ["MARGIN", "choose_blocks", "join_all", "separate_all"]
+__all__ = ["MARGIN", "choose_blocks", "join_all", "separate_all", "unpack_all"]
 
 MARGIN = 0.05
 """A block must beat its parts by this share of their time."""
@@ -55,6 +55,7 @@ def choose_blocks(
         if alike and key not in known:
             known[key] = _timed(layer, calls, measure)
         separate(layer)
+        unpack(layer)
         apart, together = known[key] if alike else (0.0, 0.0)
         if together < (1 - MARGIN) * apart:
             found.append(Joined(name, apart, together))
@@ -149,6 +150,12 @@ def separate_all(model: nn.Module, plan: Plan) -> None:
     """Let the layers that a plan joins run part by part again."""
     for name in _names(plan):
         separate(model.get_submodule(name))
+
+
+def unpack_all(model: nn.Module, plan: Plan) -> None:
+    """Drop what was packed of separated layers."""
+    for name in _names(plan):
+        unpack(model.get_submodule(name))
 
 
 def _names(plan: Plan) -> Iterable[str]:

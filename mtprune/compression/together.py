@@ -17,7 +17,7 @@ from mtprune.compression.forms.block import Block
 from mtprune.compression.forms.packed import Matrix, dense_matrix, norm_of, sparse_matrix
 from mtprune.compression.forms.sparse import Sparse
 
-__all__ = ["Together", "can_join", "join", "separate"]
+__all__ = ["Together", "can_join", "join", "separate", "unpack"]
 
 SPARSE_BELOW = 0.35
 """The share of weights that are not zero below which a block multiplies them as a sparse matrix."""
@@ -140,9 +140,13 @@ def join(layer: nn.Module) -> None:
 
 
 def separate(layer: nn.Module) -> None:
-    """Undo `join`."""
+    """Undo `join`, until the layer is joined again: its packed weights are kept."""
     layer.__class__ = _class(layer)
-    layer.__dict__.pop("_packed", None)  # or pointers would go with copies of the layer
+
+
+def unpack(layer: nn.Module) -> None:
+    """Drop the packed weights of a separated layer: pointers must not go with copies of it."""
+    layer.__dict__.pop("_packed", None)
 
 
 class _Packed:

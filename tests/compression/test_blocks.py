@@ -14,13 +14,13 @@ from torch import nn
 
 import mtprune
 from mtprune import patterns
-from mtprune.compression import anatomy
+from mtprune.compression import anatomy, together
 from mtprune.compression.anatomy import Torch
 from mtprune.compression.attention import NarrowAttention
 from mtprune.compression.forms import building, packed
 from mtprune.compression.forms.block import Block
 from mtprune.compression.plan import Joined
-from mtprune.compression.together import Together, can_join, join, separate
+from mtprune.compression.together import Together, can_join, join, separate, unpack
 from mtprune.compression.verify import difference
 from tests.compression.fakes import zero_
 
@@ -233,8 +233,31 @@ def test_a_layer_that_was_tried_leaves_nothing_behind():
     before = set(layer.__dict__)
     check(layer, x)
     separate(layer)
+    unpack(layer)
     assert set(layer.__dict__) == before
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@torch.no_grad()
+def test_a_block_is_packed_once_however_often_it_is_timed(monkeypatch):
+    made, packed_of = [], together._Packed
+
+    def count(layer):
+        made.append(layer)
+        return packed_of(layer)
+
+    def measure(functions):
+        for _ in range(4):
+            for function in functions:
+                function()
+        return [1 / (1 + i) for i in range(len(functions))]
+
+    monkeypatch.setattr(together, "_Packed", count)
+    encoder = nn.TransformerEncoder(layer_of(), 2, enable_nested_tensor=False).eval()
+    fast = mtprune.compress(encoder, torch.randn(2, 5, 16), measure=measure)
+    assert len(mtprune.plan_of(fast).blocks) == 2
+    # Once to be compared and timed, once in the whole model, once in what is given back.
+    assert len(made) <= 3 * 2
 
 
 @torch.no_grad()
