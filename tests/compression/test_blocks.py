@@ -118,6 +118,28 @@ def test_a_sentence_of_padding_alone():
 
 
 @torch.no_grad()
+def test_a_sentence_of_padding_alone_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=48,
+        attn_implementation="sdpa",
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids, seen = torch.randint(50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    seen[1, 4:] = 0
+    seen[2] = 0
+    expected = model(input_ids=ids, attention_mask=seen).last_hidden_state
+    join(model.encoder.layer[0])
+    got = model(input_ids=ids, attention_mask=seen).last_hidden_state
+    assert model.encoder.layer[0]._packed.block is not None
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_threads_change_nothing():
     layer = layer_of(40, 4, 300)
     join(layer)

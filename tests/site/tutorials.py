@@ -55,6 +55,7 @@ def code(script: Path) -> list[Cell]:
 def execute(script: Path) -> Iterator[tuple[str, list[Any]]]:
     """Run a script: for each cell of code what it printed, and the figures that it left open."""
     space: dict[str, Any] = {"__name__": "__main__", "__file__": str(script)}
+    figures()  # of somebody else, which are not the script's
     for cell in code(script):
         printed = io.StringIO()
         tree = ast.parse(cell.text, str(script))

@@ -92,7 +92,8 @@ ALWAYS void score(const float *q, const float *k, int P, int64_t head, int count
     }
 }
 
-/* Scores of `count` keys become weights, but for their sum, whose inverse is returned. */
+/* Scores of `count` keys become weights, but for their sum, whose inverse is returned. A query that
+ * no key is shown to gets nothing, as in torch. */
 ALWAYS void soften(float *scores, int64_t count, vec inverse[2])
 {
     for (int h = 0; h < 2; h++, scores += LANES) {
@@ -101,12 +102,14 @@ ALWAYS void soften(float *scores, int64_t count, vec inverse[2])
             const vec s = *(const vec *)(scores + j * QUERIES);
             most = chosen(s > most, s, most);
         }
+        const vec nothing = {0}, base = chosen(most > -INFINITY, most, nothing);
         for (int64_t j = 0; j < count; j++) {
             vec *s = (vec *)(scores + j * QUERIES);
-            *s = exponential(*s - most);
+            *s = exponential(*s - base);
             sum += *s;
         }
-        inverse[h] = 1.0f / sum;
+        /* Where sums are no numbers, neither are outputs. */
+        inverse[h] = chosen((most > -INFINITY) | (sum != sum), 1.0f / sum, nothing);
     }
 }
 
