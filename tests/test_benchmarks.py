@@ -1,6 +1,9 @@
 """Every benchmark runs, at the size of a toy; what it measures is for `docs/results/speed.md`."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib import import_module
 from math import isfinite
 
@@ -8,7 +11,7 @@ import pytest
 
 from tests.benchmarks import peers
 from tests.benchmarks.__main__ import NAMES
-from tests.benchmarks.harness import TOY, machine, report
+from tests.benchmarks.harness import ROOT, TOY, machine, report
 from tests.long import few
 
 
@@ -35,6 +38,18 @@ def test_peers_run_and_their_page_is_written(tmp_path):
     told = path.read_text()
     assert told.startswith("# Against other runtimes and int8")
     assert "| ours, 90 % | " in told
+
+
+def test_benchmarks_start_from_the_root_of_a_checkout():
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import tests.benchmarks.compress"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_missing_is_a_row_that_says_so(monkeypatch, tmp_path):

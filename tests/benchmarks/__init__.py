@@ -1,0 +1,6 @@
+"""Benchmarks: ``python -m tests.benchmarks``. Some measure nets of the examples."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common.nets import build
 from torch import Tensor, nn
 
 import mtprune
-from examples.common.nets import build
 from mtprune import patterns
 from mtprune.compression.anatomy import Anatomy, Call, Family, add_family
 from mtprune.model import factors

@@ -6,6 +6,8 @@ turns.
 """
 
 import copy
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +225,10 @@ def rows_of(subject: Subject, settings: Settings) -> list[Row]:
     """The rows of one model, for all numbers of threads."""
     rows = []
     for count in settings.threads:
+        start = time.perf_counter()
         rows += _rows(subject.name, count, compared(subject, count, settings))
+        took = f"{time.perf_counter() - start:.0f} s"
+        print(f"{subject.name}, threads: {count}: {took}", file=sys.stderr)
     return rows
 
 
