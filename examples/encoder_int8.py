@@ -2,13 +2,15 @@ r"""Pruning and int8 together: what each is worth on an encoder for several task
 
 The encoder is fine-tuned, once as it is and once with half of its heads and neurons pruned at the
 start (``units:rounds`` of ``encoder_recipes.py``), equally long. Both go to ONNX Runtime, in
-float32 and in dynamic int8: their latency for one sentence and for 16, and what they give on the
-test split.
+float32 and in dynamic int8. And it is fine-tuned without most of its single weights
+(``elsewhere:rounds``), and made fast by ``mtprune.compress``. Of each there is the latency for one
+sentence and for 16, and what it gives on the test split.
 
     python encoder_int8.py --data DIR --tasks sst2 trec subj sick_e --out DIR
 
-Options are those of ``encoder_recipes.py``; ``--sparsities`` has one number, the share of heads and
-neurons that goes, and ``--seeds`` says how many runs the results are the mean of.
+Options are those of ``encoder_recipes.py``; the first of ``--sparsities`` is the share of heads and
+neurons that goes, the others are shares of single weights, and ``--seeds`` says how many runs the
+results are the mean of.
 """
 
 import copy
@@ -40,6 +42,8 @@ from mtprune.text import columns
 
 SIZES = (1, 16)
 ROUNDS = 21
+SHARES = ("0.5", "0.75", "0.9")
+"""Of heads and neurons, and of single weights, unless others are given."""
 
 
 class Session(nn.Module):
@@ -110,29 +114,44 @@ def with_encoder(net: Net, encoder: nn.Module) -> Net:
     return other
 
 
+def tuned(study: recipes.Study, spec: str, share: float, seed: int) -> Net:
+    """A net that was pruned by a method, if at all, and fine-tuned."""
+    net = copy.deepcopy(study.dense(seed))
+    later = study.batches(seed, start=study.options.dense_steps)
+    torch.manual_seed(seed)
+    study.prune_and_tune(net, spec, share, seed, study.options.rates[0], later)
+    return net.eval()
+
+
 def contestants(study: recipes.Study, seed: int, folder: Path) -> dict[str, Net]:
     """The nets of a seed by name: dense and pruned, in torch and in ONNX Runtime."""
-    options = study.options
-    (share,) = options.sparsities
+    units, *weights = study.options.sparsities
     first = next(iter(study.tasks.values())).splits["train"]
     example = first.batch(list(range(2)), study.world.padding)
+    given = {key: value for key, value in example.items() if key != "label"}
     nets = {}
-    for name, spec in (("dense", recipes.TUNED), ("pruned", "units:rounds")):
-        net = copy.deepcopy(study.dense(seed))
-        later = study.batches(seed, start=options.dense_steps)
-        torch.manual_seed(seed)
-        study.prune_and_tune(net, spec, share, seed, options.rates[0], later)
-        net.eval()
-        given = {key: value for key, value in example.items() if key != "label"}
+    for name, spec in (("dense", recipes.TUNED), (f"{units:.0%} of units", "units:rounds")):
+        net = tuned(study, spec, units, seed)
         small = net.encoder
-        if name == "pruned":
-            small = mtprune.compress(net.encoder, given, portable=True, tolerance=1e-3)
+        if spec != recipes.TUNED:
+            small = mtprune.compress(small, given, portable=True, tolerance=1e-3)
         nets[f"{name}, torch"] = with_encoder(net, small)
-        path = exported(small, example, folder / f"{name}.onnx")
+        path = exported(small, example, folder / f"{len(nets)}.onnx")
         threads = torch.get_num_threads()
         nets[f"{name}, ONNX Runtime"] = with_encoder(net, Session(path, threads))
         nets[f"{name}, int8"] = with_encoder(net, Session(in_int8(path), threads))
+    sizes = [sentences(rows, study.options.length) for rows in SIZES]
+    for share in weights:
+        net = tuned(study, "elsewhere:rounds", share, seed)
+        fast = mtprune.compress(net.encoder, sizes, tolerance=1e-3)
+        nets[f"{share:.0%} of weights, torch"] = with_encoder(net, fast)
     return nets
+
+
+def sentences(rows: int, tokens: int) -> dict[str, Tensor]:
+    """Inputs of a size; what they say does not matter for how long they take."""
+    ids = torch.randint(5, 500, (rows, tokens))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
@@ -140,8 +159,7 @@ def latencies(nets: Mapping[str, Net], tokens: int) -> dict[str, list[float]]:
     """Median milliseconds of each encoder for each of `SIZES`, all taking turns."""
     found: dict[str, list[float]] = {name: [] for name in nets}
     for rows in SIZES:
-        ids = torch.randint(5, 500, (rows, tokens))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = sentences(rows, tokens)
         runs = [partial(net.encoder, **inputs) for net in nets.values()]
         for name, times in zip(nets, sampled(runs, ROUNDS, ROUNDS), strict=True):
             found[name].append(median(times))
@@ -174,7 +192,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train, prune, export, quantize, and tell what each is worth."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    given = given if "--sparsities" in given else [*given, "--sparsities", "0.5"]
+    given = given if "--sparsities" in given else [*given, "--sparsities", *SHARES]
     options = recipes.read(given)
     if options.threads:
         torch.set_num_threads(options.threads)
