@@ -3,7 +3,7 @@
 import pytest
 
 from tests.integrations import supported
-from tests.integrations.supported import BITWISE, CLIENTS, PAGE, Client, functions
+from tests.integrations.supported import BITWISE, CLIENTS, PAGE, README, Client, functions
 
 EVERY_CLIENT = pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
 
@@ -12,6 +12,12 @@ def test_the_page_has_the_table(capsys):
     assert supported.written(PAGE.read_text()) == PAGE.read_text()
     assert supported.main([]) == 0
     assert capsys.readouterr().out in PAGE.read_text()
+
+
+def test_readme_has_the_short_one():
+    text = README.read_text()
+    assert supported.brief() in text
+    assert supported.written(text) == text
 
 
 @EVERY_CLIENT

@@ -84,6 +84,16 @@ def test_it_is_the_layer(zeros, options):
         check(layer, torch.randn(*shape, 20))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 1e4])
+def test_gelu_near_zero_and_far_from_it(scale):
+    layer = layer_of(activation="gelu", zeros=0.5)
+    with torch.no_grad():
+        layer.linear1.weight.mul_(scale)
+        layer.linear1.bias.mul_(scale)
+        layer.linear2.weight.div_(scale)
+    check(layer, torch.randn(2, 40, 16))
+
+
 @pytest.mark.parametrize(("width", "heads", "hidden"), [(6, 6, 1), (150, 3, 70), (14, 2, 200)])
 def test_odd_sizes(width, heads, hidden):
     for zeros in (0.2, 0.9):

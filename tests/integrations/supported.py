@@ -1,7 +1,7 @@
 """Supported: other people's programs that work with us, and the tests that prove it.
 
 ``python -m tests.integrations.supported`` prints the table of ``docs/integrations/index.md``, and
-``--write`` puts it there; a test holds the page to it.
+``--write`` puts it there and a shorter one into README; a test holds both to it.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "integrations" / "index.md"
+README = ROOT / "README.md"
 BITWISE = "test_scoring_leaves_training_as_it_is"
 HEAD = "| client | versions tested | how | tested | bitwise |\n|---|---|---|---|---|\n"
+SHORT = "| with | versions | how |\n|---|---|---|\n"
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,19 @@ class Client:
         return any(BITWISE in functions(test.split("::")[0]) for test in self.tests)
 
     @property
+    def tried(self) -> str:
+        """The version, in words."""
+        return pinned().get(self.version, self.version)
+
+    @property
     def row(self) -> str:
-        version = pinned().get(self.version, self.version)
         bitwise = "yes" if self.bitwise else "-"
-        return f"| {self.title} | {version} | {self.how} | {self.tested} | {bitwise} |\n"
+        return f"| {self.title} | {self.tried} | {self.how} | {self.tested} | {bitwise} |\n"
+
+    @property
+    def short(self) -> str:
+        """The row of README, from which links lead elsewhere."""
+        return f"| {_from_root(self.title)} | {self.tried} | {_from_root(self.how)} |\n"
 
 
 LOOPS = ("integrations/test_loops.py",)
@@ -192,22 +203,42 @@ def functions(file: str) -> frozenset[str]:
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
+def _from_root(text: str) -> str:
+    """Links of the page, as README must have them.
+
+    Example:
+        >>> _from_root("[a](a.md), [b](../b.md), [c](#c)")
+        '[a](docs/integrations/a.md), [b](docs/b.md), [c](docs/integrations/index.md#c)'
+    """
+    text = text.replace("](#", "](index.md#")
+    return re.sub(r"\]\((?!\.\./)", "](docs/integrations/", text).replace("](../", "](docs/")
+
+
 def table() -> str:
     """The table of the page."""
     return HEAD + "".join(client.row for client in CLIENTS)
 
 
+def brief() -> str:
+    """The table of README."""
+    return SHORT + "".join(client.short for client in CLIENTS)
+
+
 def written(page: str) -> str:
-    """The page with the table as it is now."""
-    return re.sub(r"\| client \|.*\n(\|.*\n)+", lambda _: table(), page, count=1)
+    """The page, or README, with the table as it is now."""
+    for head, made in ((HEAD, table()), (SHORT, brief())):
+        first = re.escape(head.splitlines()[0])
+        page = re.sub(rf"{first}\n(\|.*\n)+", lambda _, made=made: made, page, count=1)
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(prog="python -m tests.integrations.supported")
-    parser.add_argument("--write", action="store_true", help="into the page")
+    parser.add_argument("--write", action="store_true", help="into the page, and into README")
     if parser.parse_args(arguments).write:
-        PAGE.write_text(written(PAGE.read_text()))
+        for path in (PAGE, README):
+            path.write_text(written(path.read_text()))
     else:
         print(table(), end="")
     return 0

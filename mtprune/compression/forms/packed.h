@@ -55,18 +55,24 @@ ALWAYS vec exponential(vec x)
     return chosen(x < -87.0f, (vec){0}, (vec)((bits)p + ((bits)n << 23)));
 }
 
-/* x times the normal distribution function. The error function is 7.1.26 of Abramowitz and Stegun,
- * which is off by 1.5e-7 at most. */
+/* x times the normal distribution function. Up to 5.5 that is 1/2 + x p(u), where u is x^2 brought
+ * to [-1, 1] and p the Chebyshev series, off by 1e-6 at most; beyond, it is 0 or 1. A division and an
+ * exponential in its place would be another tenth of a sparse layer's time. */
 ALWAYS vec gelu(vec x)
 {
-    const vec z = x * 0.70710678f, size = (vec)((ivec)z & 0x7fffffff);
-    const vec t = 1.0f / (1.0f + 0.3275911f * size);
-    vec p = t * 1.061405429f - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const vec half = 0.5f * t * p * exponential(-z * z);
-    return x * chosen(z < 0.0f, half, 1.0f - half);
+    static const float terms[] = {
+        0.128551929f,    -0.0641725762f, 0.0477377959f,   -0.0387840296f,  0.0320672232f,
+        -0.0261416062f,  0.0203848069f,  -0.0145603586f,  0.010164212f,    -0.00787819378f,
+        0.00472356962f,  -0.00105177309f, 0.000639906503f, -0.00142804081f, 0.000656236647f,
+    };
+    enum { DEGREE = sizeof terms / sizeof *terms - 1 };
+    const vec u = x * x * (2 / (5.5f * 5.5f)) - 1.0f;
+    vec p = terms[DEGREE] - (vec){0};
+#pragma GCC unroll 16
+    for (int i = DEGREE - 1; i >= 0; i--)
+        p = p * u + terms[i];
+    const vec near = x * (0.5f + x * p), far = chosen(x > 0.0f, x, x * 0.0f);
+    return chosen((u <= 1.0f) | (x != x), near, far);
 }
 
 ALWAYS vec gelu_tanh(vec x)
@@ -99,7 +105,20 @@ ALWAYS void cell_times_panel(const uint8_t *line, const uint8_t *end, const uint
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++)
             sum[v] = to[v];
-        for (int n = line[1]; n; n--) {
+        int n = line[1];
+        for (; n >= 4; n -= 4, column += 4, value += 4) {
+            uint32_t four;
+            memcpy(&four, column, 4); /* one read in place of four */
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const vec *from = (const vec *)(x + (four >> 8 * i & 255) * P);
+                const vec weight = value[i] - (vec){0};
+#pragma GCC unroll 16
+                for (int v = 0; v < V; v++)
+                    sum[v] += weight * from[v];
+            }
+        }
+        for (; n; n--) {
             const vec *from = (const vec *)(x + *column++ * P);
             const vec weight = *value++ - (vec){0};
 #pragma GCC unroll 16
