@@ -309,7 +309,7 @@ PAGE = """# Against other runtimes and int8
 A model becomes faster on a CPU without any pruning: by a compiler, by another runtime, by weights
 of eight bits. Here all of that stands beside `compress`, measured in one run, in turns: how many
 times as fast each is as the same dense model in torch, and its median time. In its turn each is
-called twice, and the second call counts, so that its weights are where they are in a model that runs
+called twice, and the second call counts: its weights are then where they are in a model that runs
 all the time, and no other runtime's threads look for work meanwhile.
 
 * **encoder**: six blocks of width 384 made of Linear layers, as the smaller sentence encoders have
