@@ -10,7 +10,7 @@ from torch import nn
 
 import mtprune
 from mtprune.compression.attention import SelfAttention
-from mtprune.compression.forms import Sparse, building, products
+from mtprune.compression.forms import Sparse, building, packed, products
 from mtprune.compression.verify import difference
 from tests.compression.fakes import prefer, zero_
 from tests.long import few
@@ -173,6 +173,46 @@ def test_many_inputs_take_wider_places():
     zero_(layer, 0.999)
     assert Sparse.parts(layer)["weight_column"].dtype == torch.int32
     check(layer, torch.randn(2, 40_000))
+
+
+@pytest.mark.parametrize("scored", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["weight_values", "weight_column", "bias"])
+def test_parts_that_change_are_packed_anew(scored, name):
+    layer = nn.Linear(6, 2)
+    with scored():
+        layer.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 2], [0, 3, 0, 0, 0, 0]]))
+        form = sparse(layer)
+        for key, part in form.state_dict().items():
+            owner = form._buffers if key in form._buffers else form._parameters
+            kind = nn.Parameter if owner is form._parameters else torch.clone
+            owner[key] = kind(part.clone(), *([False] if kind is nn.Parameter else []))
+        x = torch.randn(3, 6)
+        form(x)
+        part = getattr(form, name)
+        part.sub_(1) if name == "weight_column" else part.mul_(2)
+        if name == "weight_column":
+            with pytest.raises(ValueError, match="do not fit each other"):
+                form(x)
+            part.add_(1)
+            part[1] = 4
+        torch.testing.assert_close(form(x), nn.functional.linear(x, form.weight, form.bias))
+
+
+def test_a_weight_is_packed_once_in_a_compiled_model_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        products, "sparse_matrix", lambda *given: made.append(given) or packed.sparse_matrix(*given)
+    )
+    layer = nn.Conv2d(3, 4, 3)
+    zero_(layer, 0.8)
+    model = nn.Sequential(sparse(layer), nn.ReLU())
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(3):
+            assert torch.equal(compiled(x), expected)
+    assert len(made) == 1
 
 
 def test_zeros_do_not_meet_infinity():

@@ -16,7 +16,6 @@
 
 #define KEYS 4     /* keys, or numbers of a value, that a query meets together */
 #define QUERIES (2 * LANES)
-#define SPAN (4 * LANES) /* columns of the widest panel: as many vectors as one weight meets */
 
 typedef struct {
     const float *weight, *bias; /* [width] or NULL */
@@ -209,8 +208,9 @@ static void product_step(const Product *w, const Span *s, const float *x, int64_
 {
     const int64_t tiles = rounded(w->outputs, tile_rows(w));
     for (int64_t i = share.member; i < s->panels * tiles; i += share.members)
-        tile_of_product(w, i % tiles, x + i / tiles * from_pitch, s->P, y + i / tiles * to_pitch,
-                        how, activation);
+        tile_of_product(w, i % tiles, x + i / tiles * from_pitch, s->P,
+                        y + i / tiles * to_pitch + i % tiles * tile_rows(w) * s->P, how,
+                        activation);
     finish_step(share);
 }
 
@@ -279,7 +279,7 @@ static void run_span(const Block *b, const Span *s, const float *x, const float 
 static Span span_of(int64_t sentences, int64_t length)
 {
     const int64_t tokens = sentences * length;
-    Span s = {sentences, length, tokens, 0, (int)smaller(panel_width(tokens), SPAN)};
+    Span s = {sentences, length, tokens, 0, panel_width(tokens)};
     s.panels = rounded(s.tokens, s.P);
     return s;
 }

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from mtprune.compression.forms import prebuilt
+from mtprune.compression.forms.packed import sparse_matrix
 
 __all__ = ["COMPILERS", "FLAGS", "HEADERS", "SOURCES", "declare", "library", "unavailable"]
 
@@ -44,11 +45,11 @@ _LIBRARY = "sparse.so"
 _DIGEST = "sha256"
 
 _POINTER, _SHORT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_WEIGHT = (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _SHORT, _LONG)
 
 FUNCTIONS = {
-    "mtprune_linear": (*_WEIGHT, _LONG, _POINTER, _LONG, _POINTER, _SHORT),
-    "mtprune_conv": (*_WEIGHT, _POINTER, _POINTER, _POINTER, _SHORT),
+    "mtprune_check": (_POINTER,),
+    "mtprune_linear": (_POINTER, _POINTER, _LONG, _POINTER, _SHORT),
+    "mtprune_conv": (_POINTER, _POINTER, _POINTER, _POINTER, _SHORT),
     "mtprune_block": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _SHORT),
     "mtprune_block_check": (_POINTER,),
 }
@@ -200,10 +201,11 @@ def _tried(loaded: ctypes.CDLL) -> ctypes.CDLL:
         declare(loaded)
     except AttributeError as error:
         raise OSError(f"what it made is not the library of these sources: {error}") from error
-    start, column = (ctypes.c_int32 * 3)(0, 1, 3), (ctypes.c_int32 * 3)(2, 0, 1)
-    value, bias = (ctypes.c_float * 3)(2, 3, 4), (ctypes.c_float * 2)(0.5, -1)
+    start, column = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1])
+    value, bias = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([0.5, -1.0])
+    matrix = sparse_matrix(start, column, value, bias, 2, 3)
     x, y = (ctypes.c_float * 3)(1, 2, 3), (ctypes.c_float * 2)()
-    code = loaded.mtprune_linear(start, column, value, bias, 3, 1, 2, 3, x, 1, y, 1)
+    code = loaded.mtprune_linear(ctypes.addressof(matrix), x, 1, y, 1)
     if code or list(y) != [6.5, 10.0]:
         raise OSError("the library it made computes something else")
     return loaded

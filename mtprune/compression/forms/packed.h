@@ -6,7 +6,7 @@
 #include "panel.h"
 
 #define LINES 64   /* outputs of a sparse product that are made together */
-#define GROUP 128  /* inputs that they meet together: few enough for the nearest cache */
+#define GROUP 192  /* inputs that they meet together: few enough for the nearest cache */
 #define DENSE 6    /* outputs whose sums a dense product has in registers */
 #define BUNDLES 8  /* so many times as many are made together */
 
@@ -98,7 +98,7 @@ static void activate(int64_t kind, float *x, int64_t count)
 ALWAYS void cell_times_panel(const uint8_t *line, const uint8_t *end, const uint8_t *column,
                              const float *value, const float *x, const int P, float *out)
 {
-    enum { MOST = WIDEST / LANES };
+    enum { MOST = SPAN / LANES };
     const int V = P / LANES;
     for (; line < end; line += 2) {
         vec *to = (vec *)(out + line[0] * P), sum[MOST];
@@ -179,12 +179,11 @@ ALWAYS int64_t tile_rows(const Product *w) { return w->dense ? DENSE * BUNDLES :
 
 enum { STORED, ADDED };
 
-/* One tile of a product, which is stored, or added to what is there. */
+/* One tile of a product, which is stored, or added to what is there: `out` is the tile's. */
 ALWAYS void tile_of(const Product *w, int64_t tile, const float *x, const int P, float *out,
                     int how, int64_t activation)
 {
     const int64_t first = tile * tile_rows(w), rows = smaller(tile_rows(w), w->outputs - first);
-    out += first * P;
     for (int64_t r = 0; r < rows; r++) {
         const vec bias = (w->bias ? w->bias[first + r] : 0.0f) - (vec){0};
         for (int v = 0; v < P / LANES; v++) {
@@ -208,10 +207,14 @@ static void tile_of_product(const Product *w, int64_t tile, const float *x, int 
 {
     if (P == 16)
         tile_of(w, tile, x, 16, out, how, activation);
+#if SPAN >= 32
     else if (P == 32)
         tile_of(w, tile, x, 32, out, how, activation);
+#endif
+#if SPAN >= 64
     else
         tile_of(w, tile, x, 64, out, how, activation);
+#endif
 }
 
 /* Whether the parts of a weight fit each other, and nothing outside of a panel is read. */

@@ -1,4 +1,4 @@
-"""Packed: a weight as the native code of whole blocks reads it, made once and kept beside it."""
+"""Packed: a weight as the native code reads it, made once and kept beside it."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from mtprune.compression.forms import indices
 
 __all__ = ["Matrix", "Norm", "dense_matrix", "norm_of", "sparse_matrix"]
 
-LINES, GROUP, DENSE = 64, 128, 6
+LINES, GROUP, DENSE = 64, 192, 6
 """As in ``packed.h``: outputs of a tile and inputs of a group of a sparse product, and outputs in a
 bundle of a dense one."""
 
@@ -67,19 +67,27 @@ def dense_matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
 
 
 def sparse_matrix(
-    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int, inputs: int
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    inputs: int,
+    groups: int = 1,
 ) -> Matrix:
     """A sparse weight in cells: for each tile of outputs, groups of inputs.
 
     A cell holds lines, which are parts of rows with anything in them, in the order of their counts.
 
     Args:
-        start: ``[outputs + 1]``: the index at which the values of each output begin.
+        start: ``[outputs * groups + 1]``: the index at which the values of each group of each
+            output begin.
         column: ``[nonzero]``: the input of each value.
         value: ``[nonzero]``.
         bias: ``[outputs]`` or None.
         outputs: The number of outputs.
         inputs: The number of inputs.
+        groups: Into how many groups of inputs each output's values are divided.
 
     Raises:
         ValueError: If indices are out of range.
@@ -91,12 +99,13 @@ def sparse_matrix(
         >>> line.tolist(), column.tolist(), value.tolist()  # the second row is the shorter one
         ([[1, 1], [0, 2]], [1, 0, 2], [7.0, 5.0, 6.0])
     """
-    indices.check(start, column, value, outputs, 1, inputs)
+    indices.check(start, column, value, outputs, groups, inputs)
     wide = column.long() & 0xFFFF if column.dtype == torch.int16 else column.long()
-    row = torch.arange(outputs).repeat_interleave(start.long().diff(), output_size=len(wide))
-    groups = -(-inputs // GROUP)
-    cells = -(-outputs // LINES) * groups
-    cell = row // LINES * groups + wide // GROUP
+    counts = start[::groups].long().diff()
+    row = torch.arange(outputs).repeat_interleave(counts, output_size=len(wide))
+    across = -(-inputs // GROUP)
+    cells = -(-outputs // LINES) * across
+    cell = row // LINES * across + wide // GROUP
     line = cell * LINES + row % LINES
     counts = torch.bincount(line, minlength=cells * LINES)
     # By cell, then by the count of the line, then by line; weights of a line stay in their order.
@@ -115,7 +124,7 @@ def sparse_matrix(
         begins.int(),
         torch.stack([used % LINES, counts[used]], dim=1).to(torch.uint8),
         (wide % GROUP)[order].to(torch.uint8),
-        value[order].contiguous(),
+        value.detach()[order].resolve_neg().contiguous(),
     )
     bias = _own(bias)
     pointers = (part.data_ptr() for part in parts)

@@ -21,15 +21,18 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define ALWAYS static inline __attribute__((always_inline))
-#define WIDEST 64 /* columns of the widest panel */
+#define SPAN (LANES >= 8 ? 64 : 16) /* columns of the widest panel */
 #define TILE 16   /* outputs that are turned around together */
 #define CHUNK 32  /* channels that are packed together */
 
 ALWAYS int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ALWAYS int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* The narrowest panel that so few columns need. */
-ALWAYS int panel_width(int64_t columns) { return columns <= 16 ? 16 : columns <= 32 ? 32 : 64; }
+/* The narrowest panel for so many columns, or the widest. */
+ALWAYS int panel_width(int64_t columns)
+{
+    return (int)smaller(columns <= 16 ? 16 : columns <= 32 ? 32 : 64, SPAN);
+}
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mtprune.compression.forms import building
 from mtprune.compression.forms.held import held
 from mtprune.compression.forms.indices import BROKEN, check, unpack
+from mtprune.compression.forms.packed import Matrix, sparse_matrix
 
 __all__ = ["convolve", "is_eager", "is_plain", "multiply"]
 
@@ -114,11 +115,11 @@ def _multiply(
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
         weight = _dense((start, column, value), (outputs, inputs), x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    x, parts = x.resolve_neg().contiguous(), _contiguous(start, column, value, bias)
+    matrix = _packed(library, start, column, value, bias, (outputs, inputs, 1))
+    x = x.resolve_neg().contiguous()
     y = x.new_empty((*batch, outputs))
     code = library.mtprune_linear(
-        *_weight(*parts, outputs, 1),
-        inputs,
+        ctypes.addressof(matrix),
         x.data_ptr(),
         math.prod(batch),
         y.data_ptr(),
@@ -144,11 +145,13 @@ def _convolve(
         _warn(library)
     if isinstance(library, str) or not _is_native(x, start, column, value, bias):
         return _convolve_dense(x, start, column, value, bias, size, geometry)
-    x, parts = x.resolve_neg().contiguous(), _contiguous(start, column, value, bias)
+    shape = size[0], math.prod((x.shape[1], *geometry[:2])), geometry[0]
+    matrix = _packed(library, start, column, value, bias, shape)
+    x = x.resolve_neg().contiguous()
     y = x.new_empty((x.shape[0], *size))
     sizes = (*x.shape, *size[1:], *geometry)
     code = library.mtprune_conv(
-        *_weight(*parts, size[0], geometry[0]),
+        ctypes.addressof(matrix),
         (ctypes.c_int64 * len(sizes))(*sizes),
         x.data_ptr(),
         y.data_ptr(),
@@ -229,7 +232,7 @@ def _dense(
         full = unpack(*parts, rows, columns).view(shape)
         return full if len(shape) == 2 else full.permute(0, 3, 1, 2).contiguous()
 
-    return (held(parts, shape, make) if building.unavailable() else make()).to(dtype)
+    return (held("dense", parts, shape, make) if building.unavailable() else make()).to(dtype)
 
 
 def _check_rows(x: Tensor, outputs: int) -> None:
@@ -270,37 +273,35 @@ def _check_geometry(x: Tensor, size: Sequence[int], geometry: Sequence[int]) -> 
         )
 
 
-def _contiguous(
-    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Parts as the C code reads them; whoever takes pointers of copies must keep the copies."""
-    own = None if bias is None else bias.resolve_neg().contiguous()
-    return start.contiguous(), column.contiguous(), value.resolve_neg().contiguous(), own
+def _packed(
+    library: ctypes.CDLL,
+    start: Tensor,
+    column: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int, int],
+) -> Matrix:
+    """A sparse weight as the C code reads it: outputs, inputs, and groups of each output's values.
 
+    Raises:
+        ValueError: If its parts do not fit each other.
+    """
 
-def _weight(
-    start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, outputs: int, groups: int
-) -> tuple[int | None, ...]:
-    """The first arguments of both C functions, which check the indices themselves."""
-    count = value.numel()
-    if (
-        start.numel() != outputs * groups + 1
-        or column.numel() != count
-        or start.dtype != torch.int32
-        or column.dtype not in (torch.int16, torch.int32)
-        or value.dtype != torch.float32
-        or (bias is not None and (bias.numel() != outputs or bias.dtype != torch.float32))
-    ):
-        raise ValueError(BROKEN)
-    return (
-        start.data_ptr(),
-        column.data_ptr(),
-        value.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        count,
-        column.dtype == torch.int32,
-        outputs,
-    )
+    def make() -> Matrix:
+        if (
+            start.dtype != torch.int32
+            or column.dtype not in (torch.int16, torch.int32)
+            or value.dtype != torch.float32
+            or (bias is not None and (bias.shape != shape[:1] or bias.dtype != torch.float32))
+        ):
+            raise ValueError(BROKEN)
+        matrix = sparse_matrix(start, column, value, bias, *shape)
+        if library.mtprune_check(ctypes.addressof(matrix)):
+            raise ValueError(BROKEN)
+        return matrix
+
+    others = (start, column) if bias is None else (start, column, bias)
+    return held("packed", (*others, value), shape, make)
 
 
 def _fail(code: int) -> NoReturn:

@@ -17,9 +17,9 @@ __all__ = ["Sparse"]
 class Sparse(Form):
     """Kept weights and their indices, multiplied by the C code of `products` on a CPU.
 
-    A convolution is a product too: each weight is multiplied with the pixels under its tap, row by
-    row of the image. The rows of the kernel are stored one after the other, so that a kernel row
-    that sees nothing but padding is skipped.
+    A convolution is a product too: each weight is multiplied with the pixels under its tap. The
+    rows of the kernel are stored one after the other. At the first product they are packed in the
+    order in which the C code reads them.
 
     Example:
         >>> layer = nn.Linear(3, 2)
