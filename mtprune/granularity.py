@@ -192,7 +192,7 @@ class NM:
             keep: How many of every m inputs are kept.
         """
         places = worth.movedim(1, -1)
-        columns = places.reshape(-1, self.m).t().contiguous()
+        columns = torch.stack(places.reshape(-1, self.m).unbind(1))
         # How many come before each input: comparing m columns is faster than sorting short rows.
         before = torch.zeros_like(columns, dtype=torch.uint8)
         for one in range(self.m):
@@ -200,7 +200,8 @@ class NM:
                 behind = columns[one] > columns[other]
                 before[other] += behind
                 before[one] += ~behind
-        return (before < keep).t().reshape(places.shape).movedim(-1, 1).contiguous()
+        best = torch.stack((before < keep).unbind(), 1)
+        return best.reshape(places.shape).movedim(-1, 1).contiguous()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -214,7 +214,8 @@ def _together(name: str, groups: Sequence[Group]) -> Group:
         return groups[0]
     members = tuple(member for group in groups for member in group.members)
     counts = tuple(path for group in groups for path in group.counts)
-    return replace(groups[0], name=name, members=members, counts=counts)
+    arguments = tuple(part for group in groups for part in group.arguments)
+    return replace(groups[0], name=name, members=members, counts=counts, arguments=arguments)
 
 
 def _told_above(model: nn.Module, block: str, group: Group) -> Group:

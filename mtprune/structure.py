@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Group", "Member", "Role"]
+__all__ = ["NOBODY", "Argument", "Group", "Member", "Role"]
 
 NOBODY = -1
 """The unit of an index that belongs to no unit."""
@@ -47,6 +47,27 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Argument:
+    """The entries of a group's units in what a module is called with.
+
+    A model may compute a number for each head once, a slope that tells distances for instance, and
+    give all of them to every block. A block that has lost heads takes those of the heads it has.
+
+    Attributes:
+        module: The name of the module.
+        name: The name of the argument of its ``forward``.
+        dim: The dimension along which the units lie.
+        units: The unit of each entry along it. What is longer, because a batch lies along the same
+            dimension, holds them again and again.
+    """
+
+    module: str
+    name: str
+    dim: int
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """Units of one kind, and all tensors with entries of them.
 
@@ -58,6 +79,7 @@ class Group:
             the tensors that make the units and those that read them, an activation for instance.
         counts: Paths of numbers in the model that shrink with the group, in proportion.
         least: How many units must stay: as many experts as each token is sent to.
+        arguments: The entries of the units in what modules are called with.
 
     Example:
         >>> group = Group("hidden", 3, (Member("up.weight", 0, (0, 1, 2)),
@@ -74,6 +96,7 @@ class Group:
     between: str | None = None
     counts: tuple[str, ...] = ()
     least: int = 0
+    arguments: tuple[Argument, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""

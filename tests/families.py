@@ -153,7 +153,8 @@ FAMILIES = {
     "gemma2": _decoder("Gemma2", SIZED),
     "gemma, one key": _decoder("Gemma", {**SIZED, "num_key_value_heads": 1}, heads=(4, 4)),
     "phi": _decoder("Phi", SHARED),
-    "phi3": _decoder("Phi3", SHARED, heads=()),
+    "phi3": _decoder("Phi3", SHARED),
+    "phi3, a size for heads": _decoder("Phi3", SIZED),
     "stablelm": _decoder("StableLm", SHARED),
     "starcoder2": _decoder("Starcoder2", SHARED),
     "olmo2": _decoder("Olmo2", SHARED, heads=()),
@@ -165,12 +166,19 @@ FAMILIES = {
     "bigcode, one key": _decoder("GPTBigCode", GPT, heads=(4, 4)),
     "bloom": _decoder(
         "Bloom",
-        {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, **IDS},
-        heads=(),
+        {"vocab_size": 64, "hidden_size": 48, "n_layer": 2, "n_head": 6, **IDS},
+        heads=(6, 6),
+        neurons=(192, 192),
+    ),
+    "mpt": _decoder(
+        "Mpt",
+        {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 1},
+        heads=(4, 4),
         neurons=(128, 128),
     ),
     "falcon": _decoder("Falcon", {**FALCON, "multi_query": False}, heads=(4, 4)),
     "falcon, one key": _decoder("Falcon", FALCON, heads=(4, 4)),
+    "falcon, slopes": _decoder("Falcon", {**FALCON, "alibi": True}, heads=(4, 4)),
     "falcon, shared keys": _decoder(
         "Falcon", {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}
     ),

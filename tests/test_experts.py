@@ -173,7 +173,7 @@ def test_masks_close_experts(mixture, backend):
 def test_as_many_stay_as_a_token_is_sent_to(mixture):
     x = torch.randn(40, 4)
     with pytest.raises(
-        ValueError, match=r"As many units of Expert\(.* need[s]? are 33\.3%, more than the 20\.0%"
+        ValueError, match=r"As many units of Expert\(.* must stay are 33\.3%, more than the 20\.0%"
     ):
         MultitaskPruner(mixture, ["a", "b"], method=Vote(0.8, granularity=Expert()))
     method = Vote(mtprune.PerTaskKeep(0.2), granularity=Expert(), vote=mtprune.votes.unanimous)

@@ -1,6 +1,8 @@
 """Families of transformers: pruned by heads and neurons, made smaller, saved, and loaded."""
 
+import copy
 import json
+import pickle
 import re
 
 import pytest
@@ -116,6 +118,11 @@ def half(_, units):
 
 PLAIN = [
     ("llama", heads, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}),
+    (
+        "phi3, a size for heads",
+        heads,
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    ),
     ("gpt2", neurons, {"n_inner": 12}),
     ("t5", heads, {"num_heads": 2, "d_kv": 8}),
     ("mixtral", neurons, {"intermediate_size": 8}),
@@ -141,6 +148,8 @@ def test_layers_alike_are_a_plain_model(name, find, numbers, tmp_path):
 UNLIKE = {
     "another number of each": ("llama", neurons, lambda number, units: units < 5 + number),
     "a size that follows from the number": ("bert", heads, half),
+    "slopes that follow from the number": ("bloom", heads, half),
+    "a number that all layers read": ("phi3", heads, lambda number, units: units == number),
     "some layers whole": ("llama", heads, lambda number, units: (units == 0) & (number == 0)),
 }
 
@@ -163,8 +172,6 @@ def test_layers_that_no_configuration_describes_have_a_plan(why, tmp_path):
 
 def test_what_cannot_lose_heads_is_refused_with_the_reason():
     for name, why in {
-        "bloom": "follow from their number, and not from a tensor",
-        "phi3": "takes the number of its heads from the configuration, which all layers share",
         "olmo2": "without some of them the model does not run: The size of tensor",
         "mpnet": "without some of them the model does not run: The size of tensor",
     }.items():
@@ -174,11 +181,55 @@ def test_what_cannot_lose_heads_is_refused_with_the_reason():
 
 @torch.no_grad()
 def test_pruned_heads_that_stay_are_told_by_the_plan():
-    model = families.build("bloom")
-    model.transformer.h[1].self_attention.dense.weight[:, :8] = 0
+    model = families.build("olmo2")
+    model.model.layers[1].self_attn.o_proj.weight[:, :16] = 0
     fast = compress(model, families.inputs(model), measure=dense)
     (line,) = plan_of(fast).stayed
-    assert line.startswith("stayed: 1 pruned of 4 units of 'transformer.h.1.self_attention.heads'")
+    assert line.startswith("stayed: 1 pruned of 2 units of 'model.layers.1.self_attn.heads'")
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon, slopes"])
+def test_heads_that_stay_keep_their_slopes(name):
+    """Each layer loses others; with padding, without a mask, and with a cache."""
+
+    def dead(number, units):
+        return units % 2 == number
+
+    fast, whole = smaller(name, heads, dead), families.build(name)
+    for number, group in enumerate(heads(whole)):
+        reader = group.members[-1]
+        unread = dead(number, reader.index())
+        with torch.no_grad():
+            whole.get_parameter(reader.tensor)[:, unread] = 0
+    inputs = families.inputs(fast, 1, 3, 9)
+    inputs["attention_mask"][0, :4] = 0
+    for batch in (inputs, {"input_ids": inputs["input_ids"]}):
+        got, expected = outputs(fast, batch), outputs(whole, batch)
+        assert max(difference(expected[k], got[k]) for k in expected) <= 1e-5
+    assert generated(fast, inputs).tolist() == generated(whole, inputs).tolist()
+
+
+@pytest.mark.parametrize(("name", "left"), [("bloom", 1), ("mpt", 0), ("phi3", 0)])
+def test_a_block_without_heads_that_are_read(name, left):
+    fast = smaller(name, heads, lambda number, units: units >= number)
+    sizes = {"bloom": 8, "mpt": 8, "phi3": 16}
+    readers = [
+        w for n, w in fast.named_parameters() if re.search(r"(dense|out_proj|o_proj)\.weight", n)
+    ]
+    assert [w.shape[1] for w in readers] == [left * sizes[name], sizes[name]]
+
+
+def test_layers_with_a_number_of_their_own_follow_the_configuration_in_the_rest():
+    fast = smaller("phi3", heads, lambda number, units: units == number)
+    first, second = (layer.self_attn.config for layer in fast.model.layers)
+    assert first is not second
+    assert (first.num_attention_heads, fast.config.num_attention_heads) == (2, 4)
+    fast.set_attn_implementation("eager")
+    assert second._attn_implementation == "eager"
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert copied.model.layers[0].self_attn.config.shared is copied.config
+        inputs = families.inputs(fast)
+        assert torch.equal(copied(**inputs).logits, fast(**inputs).logits)
 
 
 def test_some_of_a_model_are_left_out_by_name():

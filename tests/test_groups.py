@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtprune import votes
-from mtprune.selection import rank, select_in_groups, worths
+from mtprune.selection import rank, select_in_groups, settled, worths
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Rows:
         place = torch.arange(self.width).expand_as(order)
         keep = self.keep + (which < self.more)[:, None].long()
         return torch.empty_like(worth, dtype=torch.bool).scatter_(1, order, place < keep)
+
+    def settle(self, low, high):
+        return settled(low, high, self.best)
 
 
 def drawn(kind, size, generator):

@@ -10,7 +10,7 @@ from mtprune.compression.carry import carry_optimizer
 from mtprune.compression.compress import compress, plan_of
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.measure import Sizes, measure
-from mtprune.compression.plan import Cut, Measured, Plan, Removal, Row
+from mtprune.compression.plan import Cut, Measured, Plan, Removal, Row, Taken
 from mtprune.compression.refit import Refitting, refit
 from mtprune.compression.storage import load, save
 from mtprune.compression.switching import switch_tasks
@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "Sizes",
     "Subnetwork",
+    "Taken",
     "carry_optimizer",
     "compress",
     "load",

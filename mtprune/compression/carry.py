@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtprune.compression.compress import plan_of
-from mtprune.compression.plan import Cut, Removal
+from mtprune.compression.cuts import Cut, Removal
 from mtprune.compression.resizing import cut_out
 from mtprune.model.names import unwrap
 

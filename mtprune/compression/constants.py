@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mtprune.compression.attention import narrowed
+from mtprune.compression.cuts import Cut
 from mtprune.compression.dead import unmade
 from mtprune.compression.entries import layer_of, tensors_of, thing_at
-from mtprune.compression.plan import Cut
 from mtprune.compression.running import runs
 from mtprune.structure import NOBODY, Group
 

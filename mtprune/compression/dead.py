@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mtprune.compression.cuts import Removal
 from mtprune.compression.entries import has_nonzero, layer_of, stays, tensors_of
-from mtprune.compression.plan import Removal
 from mtprune.model.routing import closed
 from mtprune.structure import NOBODY, Group
 

@@ -1,20 +1,18 @@
 """Plan: the form that every layer takes, as a value that prints, can be edited, and is JSON."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mtprune import checks
+from mtprune.compression.cuts import Cut, Removal, Taken, shape_of
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.forms import CHOICES
 from mtprune.compression.measure import Sizes
 from mtprune.reading import Entry
 from mtprune.text import columns
 
-__all__ = ["Cut", "Joined", "Measured", "Plan", "Removal", "Row", "joined", "seen_from"]
-
-_MOST = 1 << 40  # the largest size that a tensor is believed to have
+__all__ = ["Cut", "Joined", "Measured", "Plan", "Removal", "Row", "Taken", "joined", "seen_from"]
 
 
 @dataclass(frozen=True)
@@ -75,79 +73,11 @@ class Row:
             measured.append(Measured(cost["choice"].text(CHOICES), ms, size))
         return cls(
             parts["layer"].text(),
-            _shape(parts["shape"]),
+            shape_of(parts["shape"]),
             parts["choice"].text(CHOICES),
             tuple(measured),
             parts["note"].text() if "note" in parts else "",
         )
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The part of one tensor that stays when units are removed.
-
-    Attributes:
-        tensor: The name of the parameter or buffer.
-        shape: Its shape before.
-        kept: For each dimension the indices that stay, or None if all do.
-
-    Example:
-        >>> cut = Cut("conv.weight", (4, 2, 3, 3), ((0, 3), None, None, None))
-        >>> cut.after
-        (2, 2, 3, 3)
-    """
-
-    tensor: str
-    shape: tuple[int, ...]
-    kept: tuple[tuple[int, ...] | None, ...]
-
-    @property
-    def after(self) -> tuple[int, ...]:
-        """The shape after removal."""
-        sizes = zip(self.shape, self.kept, strict=True)
-        return tuple(size if kept is None else len(kept) for size, kept in sizes)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """The removed units, as the part that stays of every tensor which held entries of them.
-
-    Attributes:
-        cuts: One for each tensor that got smaller.
-        counts: Attributes of modules that count units, ``"attention.num_heads"`` for instance, and
-            their new values.
-    """
-
-    cuts: tuple[Cut, ...] = ()
-    counts: tuple[tuple[str, int], ...] = ()
-
-    def __bool__(self) -> bool:
-        """Whether anything was removed."""
-        return bool(self.cuts)
-
-    def __getitem__(self, tensor: str) -> Cut | None:
-        """The cut of a tensor; None if all of the tensor stays."""
-        return next((cut for cut in self.cuts if cut.tensor == tensor), None)
-
-    @classmethod
-    def read(cls, entry: Entry) -> "Removal":
-        """From plain data, as JSON holds it.
-
-        Raises:
-            ValueError: If it is not that of a removal.
-        """
-        removal = entry.fields(["cuts", "counts"])
-        cuts = []
-        for part in removal["cuts"].items():
-            cut = part.fields(["tensor", "shape", "kept"])
-            shape = _shape(cut["shape"])
-            kept = [
-                None if bits.value is None else _indices(bits, size)
-                for bits, size in zip(cut["kept"].items(len(shape)), shape, strict=True)
-            ]
-            cuts.append(Cut(cut["tensor"].text(), shape, tuple(kept)))
-        counts = [pair.items(2) for pair in removal["counts"].items()]
-        return cls(tuple(cuts), tuple((name.text(), count.whole()) for name, count in counts))
 
 
 @dataclass(frozen=True)
@@ -218,7 +148,7 @@ class Plan:
     dense_ms: float | None = None
     ms: float | None = None
     note: str = ""
-    removal: Removal = Removal()
+    removal: Removal = field(default_factory=Removal)
     subnetwork: Subnetwork | None = None
     sizes: Sizes | None = None
     stayed: tuple[str, ...] = ()
@@ -274,11 +204,7 @@ class Plan:
         Times, sizes and notes of the whole model no longer hold and are dropped.
         """
         rows = (replace(row, layer=rename(row.layer)) for row in self.rows)
-        cuts = (replace(cut, tensor=rename(cut.tensor)) for cut in self.removal.cuts)
-        counts = ((rename(path), count) for path, count in self.removal.counts)
-        removal = Removal(
-            tuple(cut for cut in cuts if cut.tensor), tuple(count for count in counts if count[0])
-        )
+        removal = self.removal.renamed(rename)
         named_rows = tuple(row for row in rows if row.layer)
         blocks = (replace(block, layer=rename(block.layer)) for block in self.blocks)
         named_blocks = tuple(block for block in blocks if block.layer)
@@ -286,10 +212,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data that JSON can hold; kept indices are the bits of a number."""
-        data = asdict(self)
-        for cut in data["removal"]["cuts"]:
-            cut["kept"] = [None if kept is None else _bits(kept) for kept in cut["kept"]]
-        return data
+        return {**asdict(self), "removal": self.removal.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -345,26 +268,6 @@ def _table(rows: Iterable[Row]) -> list[str]:
     lines = columns([head, *(_cells(row) for row in rows)], left=3)
     notes = ["", *(row.note for row in rows)]
     return [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
-
-
-def _bits(indices: Iterable[int]) -> str:
-    """The hexadecimal number whose set bits are these indices."""
-    return hex(sum(1 << index for index in indices))
-
-
-def _indices(entry: Entry, size: int) -> tuple[int, ...]:
-    """The indices of the set bits of a hexadecimal number, all below ``size``."""
-    digits = entry.text()
-    # Looked at before it is made a number: that takes time in the square of a length.
-    plain = re.fullmatch(r"0x[0-9a-f]+", digits) and len(digits) <= 3 + size // 4
-    bits = format(int(digits, 16), "b")[::-1] if plain else ""
-    if not plain or len(bits) > max(1, size):
-        raise entry.wrong(f"must be a hexadecimal number of at most {size} bits")
-    return tuple(index for index, bit in enumerate(bits) if bit == "1")
-
-
-def _shape(entry: Entry) -> tuple[int, ...]:
-    return tuple(size.whole(most=_MOST) for size in entry.items())
 
 
 def _time(entry: Entry) -> float | None:

@@ -82,7 +82,8 @@ def _seen_from(prefix: str, group: Group) -> Group:
 
     members = tuple(Member(inner(m.tensor), m.dim, m.units, m.role) for m in group.members)
     counts = tuple(inner(path) for path in group.counts if path.startswith(prefix))
-    return replace(group, members=members, counts=counts, between=None)
+    arguments = tuple(replace(part, module=inner(part.module)) for part in group.arguments)
+    return replace(group, members=members, counts=counts, arguments=arguments, between=None)
 
 
 def _guesses(model: Any) -> Iterator[dict[str, Tensor]]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mtprune.compression.constants import constants, declared, moved_bias
+from mtprune.compression.cuts import Cut, Removal, Taken
 from mtprune.compression.dead import dead_units
 from mtprune.compression.entries import check_groups, layer_of, readers_of, stays, tensors_of
-from mtprune.compression.plan import Cut, Removal
 from mtprune.compression.resizing import check_fits, resize
-from mtprune.structure import Group
+from mtprune.structure import NOBODY, Argument, Group
 
 __all__ = ["apply", "find", "removal_of", "remove"]
 
@@ -117,11 +117,13 @@ def removal_of(model: nn.Module, groups: Sequence[Group], dead: Sequence[Tensor]
         first_names.setdefault(id(tensor), name)
     left: dict[str, dict[int, Tensor]] = {}
     counts: dict[str, int] = {}
+    taken: list[Taken] = []
     for group, units in zip(groups, dead, strict=True):
         for path, count in _counts(model, group, int((~units).sum())).items():
             counts[path] = max(count, counts.get(path, 0))  # of all blocks: of the largest
         if not units.any():
             continue
+        taken += (_taken(argument, units) for argument in group.arguments)
         for member in group.members:
             dims = left.setdefault(first_names[id(tensors[member.tensor])], {})
             kept = stays(member, units)
@@ -135,7 +137,14 @@ def removal_of(model: nn.Module, groups: Sequence[Group], dead: Sequence[Tensor]
         if any(i is not None for i in indices):
             cuts.append(Cut(name, tuple(tensors[name].shape), indices))
     changed = {path: n for path, n in counts.items() if n != attrgetter(path)(model)}
-    return Removal(tuple(cuts), tuple(changed.items()))
+    return Removal(tuple(cuts), tuple(changed.items()), tuple(taken))
+
+
+def _taken(argument: Argument, dead: Tensor) -> Taken:
+    """What a module still takes of an argument without these units."""
+    units = argument.units
+    kept = tuple(i for i, unit in enumerate(units) if unit == NOBODY or not dead[unit])
+    return Taken(argument.module, argument.name, argument.dim, len(units), kept)
 
 
 def _counts(model: nn.Module, group: Group, left: int) -> dict[str, int]:

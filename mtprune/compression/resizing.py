@@ -7,8 +7,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtprune import checks
 from mtprune.compression.attention import narrow
+from mtprune.compression.cuts import Cut, Removal
 from mtprune.compression.entries import layer_of, tensors_of, thing_at
-from mtprune.compression.plan import Cut, Removal
+from mtprune.compression.settings import can_own, own
+from mtprune.compression.taking import check_takes, take
 from mtprune.model.layers import is_conv1d
 from mtprune.model.routing import reopen
 
@@ -57,7 +59,9 @@ def resize(model: nn.Module, removal: Removal) -> None:
     reopen(resized)
     for path, count in removal.counts:
         owner, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, count)
+        setattr(own(model, owner), attribute, count)
+    for part in removal.taken:
+        take(model.get_submodule(part.module), part)
 
 
 def cut_out(tensor: Tensor, cut: Cut) -> Tensor:
@@ -92,15 +96,18 @@ def check_fits(model: nn.Module, removal: Removal) -> None:
             )
     for path, count in removal.counts:
         _check_count(model, path, count)
+    for part in removal.taken:
+        check_takes(model, part)
 
 
 def _check_count(model: nn.Module, path: str, count: int) -> None:
     """Refuse a new value for anything but a number of units, which only gets smaller."""
     value = thing_at(model, path)
-    if not checks.is_whole(value) or not 0 <= count <= value:
+    known = checks.is_whole(value) and can_own(model, path.rpartition(".")[0])
+    if not known or not 0 <= count <= value:
         raise ValueError(
             f"The plan is for another model: it sets '{path}' to {count}, and this model has "
-            f"{value if checks.is_whole(value) else 'no number of units'} there."
+            f"{value if known else 'no number of units'} there."
         )
 
 

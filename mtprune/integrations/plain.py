@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtprune.compression.plan import Removal
+from mtprune.compression.cuts import Removal
 
 __all__ = ["plain_config"]
 
@@ -40,7 +40,7 @@ def plain_config(model: Any, removal: Removal) -> Any:
         model: A model of transformers after removal, all of its layers dense.
         removal: What was removed.
     """
-    if not _is_even(model, removal):
+    if removal.taken or not _is_even(model, removal):  # slopes would follow from the number
         return None
     config = copy.deepcopy(model.config)
     wanted = _facts(model)

@@ -27,6 +27,7 @@ from mtprune.compression.storage import CARD
 from mtprune.files import read_json, write_text
 from mtprune.integrations.plain import plain_config
 from mtprune.model.names import unwrap
+from mtprune.model.paths import numbers
 from mtprune.reading import Entry
 
 try:
@@ -277,7 +278,12 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
     modules = {name for name, _ in model.named_modules()}
     removal = Removal(
         tuple(cut for cut in plan.removal.cuts if cut.tensor.rpartition(".")[0] in modules),
-        tuple(count for count in plan.removal.counts if count[0].rpartition(".")[0] in modules),
+        tuple(
+            (path, count)
+            for path, count in plan.removal.counts
+            if path.rpartition(".")[0] in modules or numbers(model, [path])
+        ),
+        tuple(part for part in plan.removal.taken if part.module in modules),
     )
     parts = {}
     for name, (dtype, shape) in tensors.items():

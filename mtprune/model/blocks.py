@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtprune.model.experts import Experts, match_experts
 from mtprune.model.layers import is_conv1d, is_stack
 from mtprune.model.paths import at, in_runs, is_at, numbers
-from mtprune.structure import NOBODY, Group, Member, Role
+from mtprune.structure import NOBODY, Argument, Group, Member, Role
 
 __all__ = ["Attention", "Experts", "FeedForward", "Pattern", "match"]
 
@@ -48,6 +48,9 @@ class Attention:
         stack: The name of the list whose blocks share their heads, if they do: what one of them
             adds to its scores, all of them add.
         why_not: Why heads of such a block cannot be removed; empty if they can.
+        arguments: Names of arguments of the block's ``forward`` with an entry for each query head,
+            and the dimension along which these lie, for each of a batch if that lies there too.
+        least: How many heads must stay: 1 if the block's ``forward`` does not run without any.
 
     Example:
         >>> from mtprune.patterns import PATTERNS, heads
@@ -81,6 +84,8 @@ class Attention:
     needs: tuple[str, ...] = ()
     stack: str = ""
     why_not: str = ""
+    arguments: tuple[tuple[str, int], ...] = ()
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,16 @@ def _heads(block: str, module: nn.Module, pattern: Attention) -> Group | None:
     members.append(Member(block + pattern.out, out.reads, in_runs(out.inputs, count), "in"))
     changing = (*pattern.counts, *(pattern.ratios if alone else pattern.key_counts))
     counts = tuple(block + path for path in changing if numbers(module, [path]))
-    return Group(f"{block}heads", count, tuple(members), counts=counts)
+    heads, name = in_runs(queries, count), block.removesuffix(".")
+    arguments = tuple(Argument(name, key, dim, heads) for key, dim in pattern.arguments)
+    return Group(
+        f"{block}heads",
+        count,
+        tuple(members),
+        counts=counts,
+        least=min(pattern.least, count),
+        arguments=arguments,
+    )
 
 
 def _split(module: nn.Module, pattern: Attention, width: int) -> tuple[int, int]:

@@ -11,9 +11,6 @@ _KEYS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 _RATIOS = ("num_key_value_groups",)
 _SIZES = "head_dim|attention_head_size|head_size|key_value_proj_dim"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_ALIBI = (
-    "the slopes that tell distances to its heads follow from their number, and not from a tensor"
-)
 
 
 def _separate(name: str, query: str, key: str, value: str, out: str, **others: Any) -> Attention:
@@ -159,7 +156,7 @@ PATTERNS: tuple[Pattern, ...] = (
         "Phi 3",
         "qkv_proj",
         "o_proj",
-        why_not="it takes the number of its heads from the configuration, which all layers share",
+        counts=("config.num_attention_heads",),
     ),
     _separate(
         "T5",
@@ -197,16 +194,25 @@ PATTERNS: tuple[Pattern, ...] = (
         "c_proj",
         counts=("num_heads", "split_size"),
     ),
-    _packed("BLOOM", "query_key_value", "dense", only=(("beta", 1.0),), why_not=_ALIBI),
+    _packed(
+        "BLOOM",
+        "query_key_value",
+        "dense",
+        only=(("beta", 1.0),),
+        interleaved=True,
+        arguments=(("alibi", 0),),
+        least=1,  # it reshapes to as many dimensions as are left
+    ),
     _packed(
         "Falcon with ALiBi",
         "query_key_value",
         "dense",
         only=(("config.alibi", True),),
-        why_not=_ALIBI,
+        interleaved=True,
+        arguments=(("alibi", 1), ("attention_mask", 1)),
     ),
     _packed("GPT-NeoX, Falcon", "query_key_value", "dense", interleaved=True),
-    _packed("MPT", "Wqkv", "out_proj", why_not=_ALIBI),
+    _packed("MPT", "Wqkv", "out_proj", arguments=(("position_bias", 0),)),
     _separate(
         "DeepSeek",
         "q_b_proj",

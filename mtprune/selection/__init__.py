@@ -1,7 +1,7 @@
 """Selection: the exact budgets, of weights, of units, of weights by a level, of directions."""
 
 from mtprune.selection.directions import select_directions
-from mtprune.selection.groups import Groups, select_in_groups
+from mtprune.selection.groups import Groups, select_in_groups, settled
 from mtprune.selection.ranking import Best, Ranking, rank, worths
 from mtprune.selection.units import Marks, Queue, fitting_units, least_cost, select_units
 from mtprune.selection.waterline import waterline
@@ -21,6 +21,7 @@ __all__ = [
     "select_directions",
     "select_in_groups",
     "select_units",
+    "settled",
     "waterline",
     "worths",
 ]

@@ -5,7 +5,7 @@ worth from both sides, and only weights whose bounds do not decide are ranked ex
 the one a full sort would give, to the weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Protocol
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mtprune import votes
-from mtprune.selection.arrays import chunk_size, positions
+from mtprune.selection.arrays import chunk_size, count_true, positions
 from mtprune.selection.ranking import Grid, Ranking
 from mtprune.selection.weights import NOT_A_VOTE, exact_worths
 from mtprune.votes import Vote
 
-__all__ = ["Groups", "select_in_groups"]
+__all__ = ["Groups", "select_in_groups", "settled"]
 
 
 class Groups(Protocol):
@@ -38,6 +38,20 @@ class Groups(Protocol):
         Args:
             worth: ``[groups, members]``.
             which: The numbers of these groups; None for all.
+        """
+        ...
+
+    def settle(self, low: Tensor, high: Tensor) -> Tensor:
+        """What bounds of the worth decide: 1 for weights that surely stay, -1 for those that go.
+
+        As `settled` gives it.
+
+        Args:
+            low: A lower bound of the worth of each weight, ``[groups, members]``.
+            high: An upper bound.
+
+        Returns:
+            int8 ``[groups, members]``, 0 where bounds do not decide.
         """
         ...
 
@@ -72,66 +86,73 @@ def select_in_groups(
         if alone and len(voters) == 1:
             # The worth is the percentile of the one voter: it orders weights as its saliency does.
             score = next(iter(voters.values())).to(torch.float32).masked_fill(~may, -inf)
-            best = of.best(of.split(score))
-            standing.append(torch.where(best, inf, -inf))
+            standing.append(of.best(of.split(score)).to(torch.int8) * 2 - 1)
         else:
-            low, high = (x.masked_fill_(~may, -inf) for x in _bounds(voters, vote, rankings))
-            standing.append(_settled(of.split(low), of.split(high), of))
-    undecided = [
-        positions(of.join(state).isnan()) for of, state in zip(groups, standing, strict=True)
-    ]
+            low, high = _bounds(voters, vote, rankings)
+            if count_true(may) < may.numel():
+                low, high = (_lowest_where(~may, bound) for bound in (low, high))
+            standing.append(of.settle(of.split(low), of.split(high)))
+    undecided = [positions(of.join(state) == 0) for of, state in zip(groups, standing, strict=True)]
     exact = exact_worths(scores, vote, rankings, list(enumerate(undecided)))
     masks = []
     for of, may, state, index, worth in zip(
         groups, eligible, standing, undecided, exact, strict=True
     ):
-        mask = state == inf
+        mask = state > 0
         if index.numel():
-            flat = of.join(state).to(torch.float64)
-            flat[index] = worth.where(may[index], -inf)
-            contested = state.isnan().any(1).nonzero().squeeze(1)
-            mask[contested] = of.best(of.split(flat)[contested], contested)
+            known = torch.empty(may.numel(), dtype=torch.float64, device=may.device)
+            known[index] = worth.where(may[index], -inf)
+            contested = positions((state == 0).any(1))
+            sure = state[contested]
+            exactly = of.split(known)[contested].where(sure == 0, sure * inf)
+            mask[contested] = of.best(exactly, contested)
         masks.append(of.join(mask) & may)
     return masks
 
 
-def _bounds(
-    voters: Mapping[str, Tensor], vote: Vote, rankings: Mapping[str, Ranking]
-) -> tuple[Tensor, Tensor]:
-    """Numbers in the order of the lowest and the highest worth of each weight, float32 ``[n]``."""
-    like = next(iter(voters.values()))
-    size, order = chunk_size(like), votes.order_statistic(vote)
-    lows, highs = [], []
-    for start in range(0, like.numel(), size):
-        pieces = {task: values[start : start + size] for task, values in voters.items()}
-        if order is not None:
-            # Such a vote picks one of the percentiles: it may as well pick among their cells.
-            pairs = [rankings[task].cells(values) for task, values in pieces.items()]
-            low, high = (votes.pick(rows, order(len(rows))) for rows in zip(*pairs, strict=True))
-        else:
-            pairs = [rankings[task].bounds(values) for task, values in pieces.items()]
-            low, high = (votes.tally(vote, torch.stack(rows)) for rows in zip(*pairs, strict=True))
-        if bool((low > high).any()):
-            raise ValueError(NOT_A_VOTE)
-        lows.append(low.to(torch.float32))
-        highs.append(high.to(torch.float32))
-    return torch.cat(lows), torch.cat(highs)
-
-
-def _settled(low: Tensor, high: Tensor, of: Groups) -> Tensor:
-    """Infinite for weights that surely stay, or go, and NaN for others, float32 ``[groups, n]``.
+def settled(low: Tensor, high: Tensor, best: Callable[[Tensor], Tensor]) -> Tensor:
+    """What bounds of the worth decide, as `Groups.settle` gives it.
 
     A weight whose lower bound is above all but the k highest upper bounds of its group is among its
     k best; one whose upper bound is below the k highest lower bounds is not.
 
     Args:
-        low: A lower bound of the worth of each weight, ``[groups, n]``.
+        low: A lower bound of the worth of each weight, ``[groups, members]``.
         high: An upper bound.
-        of: How many stay of each group.
+        best: Those that stay of each group, `Groups.best`.
     """
-    last_in = low.masked_fill(~of.best(low), inf).amin(1, keepdim=True)
-    first_out = high.masked_fill(of.best(high), -inf).amax(1, keepdim=True)
-    state = torch.full_like(low, torch.nan)
-    state[low > first_out] = inf
-    state[high < last_in] = -inf
-    return state
+    low, high = low.to(torch.float32), high.to(torch.float32)
+    last_in = low.masked_fill(~best(low), inf).amin(1, keepdim=True)
+    first_out = high.masked_fill(best(high), -inf).amax(1, keepdim=True)
+    return (low > first_out).to(torch.int8) - (high < last_in).to(torch.int8)
+
+
+def _bounds(
+    voters: Mapping[str, Tensor], vote: Vote, rankings: Mapping[str, Ranking]
+) -> tuple[Tensor, Tensor]:
+    """Numbers in the order of the lowest and the highest worth of each weight, ``[n]``.
+
+    Of a type in which they are compared fast: int16 if the vote picks a percentile, else float32.
+    """
+    like = next(iter(voters.values()))
+    size, order = chunk_size(like), votes.order_statistic(vote)
+    chunks = []
+    for start in range(0, like.numel(), size):
+        pieces = {task: values[start : start + size] for task, values in voters.items()}
+        if order is not None:
+            # Such a vote picks one of the percentiles: it may as well pick among their cells.
+            pairs = [rankings[task].cells(values) for task, values in pieces.items()]
+            chunks.append(votes.pick(pairs, order(len(pairs))))
+            continue
+        rows = zip(*(rankings[task].bounds(v) for task, v in pieces.items()), strict=True)
+        low, high = (votes.tally(vote, torch.stack(row)) for row in rows)
+        if bool((low > high).any()):
+            raise ValueError(NOT_A_VOTE)
+        chunks.append(torch.stack([low.to(torch.float32), high.to(torch.float32)], 1))
+    low, high = torch.cat(chunks).unbind(1)
+    return low, high
+
+
+def _lowest_where(mask: Tensor, bound: Tensor) -> Tensor:
+    """A bound below all others where a mask is True."""
+    return bound.masked_fill(mask, -inf if bound.is_floating_point() else -1)

@@ -88,6 +88,7 @@ class Ranking:
             spread.zero_()  # a code is a number
         self._low = self.percentile(self._below)
         self._high = self.percentile(self._below + spread)
+        self._low_by_code, self._high_by_code = self._low[self._cells], self._high[self._cells]
 
     def percentile(self, below: Tensor) -> Tensor:
         """The percentile of a weight with ``below`` strictly less salient ones, float64."""
@@ -96,8 +97,12 @@ class Ranking:
 
     def bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and highest percentile each of ``values`` can have, float64, same shape."""
-        cells = self._cells[_codes(values)]
-        return self._low[cells], self._high[cells]
+        codes = _codes(values)
+        low, high = (
+            torch.index_select(table, 0, codes.view(-1)).view(codes.shape)
+            for table in (self._low_by_code, self._high_by_code)
+        )
+        return low, high
 
     def range(self) -> tuple[float, float]:
         """The lowest and the highest percentile there can be."""
@@ -108,16 +113,22 @@ class Ranking:
         """Prepare `on_grid`, `cells`, `reach` and `edges`."""
         self._grid_low, self._grid_high = grid.cell(self._low), grid.cell(self._high)
         self._by_code = self._grid_low.to(torch.int16)[self._cells]
-        self._top_by_code = self._grid_high.to(torch.int16)[self._cells]
+        highest = self._grid_high.to(torch.int16)[self._cells]
+        # Both in one number, so that one look finds them.
+        self._both_by_code = torch.stack([self._by_code, highest], 1).view(torch.int32).squeeze(1)
 
     def on_grid(self, values: Tensor, out: Tensor) -> None:
         """Write the grid cell of the lowest percentile of each of ``values``, int16."""
         torch.index_select(self._by_code, 0, _codes(values), out=out)
 
-    def cells(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid cells of the lowest and highest percentile of each of ``values``, int16."""
-        codes = _codes(values)
-        return self._by_code[codes], self._top_by_code[codes]
+    def cells(self, values: Tensor) -> Tensor:
+        """The grid cells of the lowest and highest percentile of each of ``values``.
+
+        Returns:
+            int16 ``[n, 2]``.
+        """
+        both = torch.index_select(self._both_by_code, 0, _codes(values))
+        return both.view(torch.int16).view(-1, 2)
 
     def reach(self, cuts: Tensor) -> Tensor:
         """For each cut, the highest cell of a percentile whose lower bound is below it, int32.

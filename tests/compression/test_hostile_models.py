@@ -105,7 +105,17 @@ def test_a_lost_bias_is_missed(tmp_path):
     refused(tmp_path, r"does not fit this Sequential: it lacks the layer's bias", fresh)
 
 
-@pytest.mark.parametrize("count", [["norm.eps", 3], ["training", 0], ["attention.num_heads", 99]])
+@pytest.mark.parametrize(
+    "count",
+    [
+        ["norm.eps", 3],
+        ["training", 0],
+        ["attention.num_heads", 99],
+        ["norm.weight.ndim", 0],
+        ["_modules.x", 0],
+        ["norm.forward.__code__.co_argcount", 0],
+    ],
+)
 def test_nothing_but_numbers_of_units_is_set(copied, count):
     edit(copied, lambda meta: meta["plan"]["removal"]["counts"].append(count))
     refused(copied, rf"it sets '{count[0]}' to {count[1]}, and this model has")

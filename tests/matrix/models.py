@@ -135,9 +135,6 @@ FURTHER = {
         {**TEXT, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     ),
     "codegen": _decoder("CodeGen", {**GPT, "rotary_dim": 4}),
-    "mpt": _decoder(
-        "Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 1}
-    ),
     "xglm": _decoder(
         "XGLM",
         {

@@ -9,6 +9,7 @@ from mtprune.allocation import Budget
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.grouped import keep_in_groups
+from mtprune.selection import settled
 
 __all__ = ["keep_outputs"]
 
@@ -61,3 +62,7 @@ class _Outputs:
         order = worth.argsort(dim=1, descending=True, stable=True)
         place = torch.arange(worth.shape[1], device=worth.device).expand_as(order)
         return torch.empty_like(worth, dtype=torch.bool).scatter_(1, order, place < keep)
+
+    def settle(self, low: Tensor, high: Tensor) -> Tensor:
+        """See `Groups`."""
+        return settled(low, high, self.best)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from mtprune import votes
 from mtprune.granularity import NM
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
@@ -52,3 +54,13 @@ class _Inputs:
     def best(self, worth: Tensor, which: Tensor | None = None) -> Tensor:
         """See `Groups`."""
         return self.pattern.best(worth, self.keep)
+
+    def settle(self, low: Tensor, high: Tensor) -> Tensor:
+        """See `Groups`: `settled`, by the m columns of all groups, which are few and long."""
+        if self.keep == self.pattern.m:
+            return torch.ones_like(low, dtype=torch.int8)
+        lows, highs = torch.stack(low.unbind(1)), torch.stack(high.unbind(1))
+        last_in = votes.pick(lows.unbind(), self.pattern.m - self.keep + 1)
+        first_out = votes.pick(highs.unbind(), self.pattern.m - self.keep)
+        state = (lows > first_out).view(torch.int8) - (highs < last_in).view(torch.int8)
+        return torch.stack(state.unbind(), 1)

@@ -73,7 +73,7 @@ class UnitBudget:
             )
         if any(least > min_keep for least in units.least):
             raise ValueError(
-                f"As many units of {what} as each token needs are {float(needed / every):.1%}, "
+                f"As many units of {what} as must stay are {float(needed / every):.1%}, "
                 f"{may} stay. Ask for less, or for other units as well."
             )
         raise ValueError(
