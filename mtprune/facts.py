@@ -11,6 +11,7 @@ from torch import Tensor
 from mtprune.census import Census
 from mtprune.model import factors
 from mtprune.model.layers import Layer
+from mtprune.model.layout import PLAIN, Layout
 from mtprune.reading import Entry
 
 __all__ = [
@@ -40,7 +41,7 @@ class Subject:
         shape: Its shape.
         tasks: The tasks that use it.
         cost: Multiply-adds of each of its weights, if that was measured.
-        matrices: How many matrices it holds, one behind the other along the first dimension.
+        layout: Where its matrices lie in it.
     """
 
     name: str
@@ -48,7 +49,12 @@ class Subject:
     shape: tuple[int, ...]
     tasks: tuple[str, ...]
     cost: Fraction | None = None
-    matrices: int = 1
+    layout: Layout = PLAIN
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds."""
+        return self.layout.count(self.shape)
 
 
 @dataclass(frozen=True)

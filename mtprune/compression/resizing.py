@@ -9,7 +9,7 @@ from mtprune import checks
 from mtprune.compression.attention import narrow
 from mtprune.compression.entries import layer_of, tensors_of, thing_at
 from mtprune.compression.plan import Cut, Removal
-from mtprune.model.layers import is_conv1d
+from mtprune.model.layout import is_conv1d
 from mtprune.model.routing import reopen
 
 __all__ = ["check_fits", "cut_out", "resize"]

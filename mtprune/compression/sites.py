@@ -11,7 +11,8 @@ from mtprune.compression.attention import SelfAttention, can_open
 from mtprune.compression.forms import Dense, Form
 from mtprune.compression.forms.base import linear_of
 from mtprune.holding.hidden import hidden_weights
-from mtprune.model.layers import is_another_linear, is_conv1d
+from mtprune.model.layers import is_another_linear
+from mtprune.model.layout import is_conv1d
 from mtprune.model.parts import is_spread
 
 __all__ = ["Site", "find_sites", "refuse_unfinished"]
