@@ -340,13 +340,15 @@ def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> C
 
     Args:
         subject: The layer.
-        kept: The singular directions of the weight that are kept, bool ``[m]``.
+        kept: The singular directions of the weight that are kept, bool ``[m]``, matrix by matrix.
         alone: For each task that has a say, those that task alone would keep, bool ``[m]``.
     """
     if subject.cost is None and len(subject.shape) == 2:
         subject = replace(subject, cost=Fraction(1))
     directions = count(subject, kept, alone)
-    size = factors.parameters(subject.shape, directions.kept)
+    shape = subject.layout.shape(subject.shape)
+    ranks = kept.view(subject.matrices, -1).sum(1).tolist()
+    size = sum(factors.parameters(shape, rank) for rank in ranks)
 
     def part(number: int) -> int:
         return round(size * number / max(1, directions.kept))

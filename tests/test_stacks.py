@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mtprune
-from mtprune import NM, Block, Cubic, MultitaskPruner, Vote
+from mtprune import NM, Block, Cubic, LowRank, MultitaskPruner, Vote, testing
 from mtprune.model.layers import find_layers
 from mtprune.model.layout import Layout, layout_of
 from tests import families
@@ -202,3 +202,110 @@ def test_blocks_of_a_conv1d_are_outputs_by_inputs():
         pruner.step()
         found.append(pruner.masks["0.weight"])
     assert torch.equal(found[0], found[1].t())
+
+
+# --- Ranks ---------------------------------------------------------------------------------------
+
+
+def ranks(matrices):
+    return [int(torch.linalg.matrix_rank(m.double(), rtol=1e-5)) for m in matrices]
+
+
+@WAY
+@pytest.mark.parametrize(
+    "method",
+    [
+        LowRank(0.5),
+        LowRank(0.6, floor=0.0, min_rank=0, disentangled=False),
+        LowRank(0.5, schedule=Cubic(begin=0, end=4, every=2)),
+        LowRank(0.5, "learned", schedule=Cubic(begin=0, end=4, every=1)),
+    ],
+    ids=["static", "joint", "gradual", "learned"],
+)
+def test_each_expert_has_the_rank_of_one_linear(method, transposed, backend):
+    stacked, written = nets(transposed)
+    pruner = train(stacked, method, backend, 6, lr=1e-3)
+    other = train(written, method, backend, 6, lr=1e-3)
+    expected = together(dict(written.named_parameters()), transposed)
+    for name, weight in expected.items():
+        got = stacked.get_parameter(name)
+        torch.testing.assert_close(got, weight, rtol=1e-4, atol=1e-5)
+    rows, single = pruner.report().layers, {row.name: row for row in other.report().layers}
+    for row in rows:
+        if row.name.startswith("experts"):
+            mine = [single[f"{row.name}.{i}.weight"] for i in range(EXPERTS)]
+            assert row.rank == sum(one.rank for one in mine)
+            assert row.full_rank == sum(one.full_rank for one in mine) == 8 * EXPERTS
+            assert row.kept == sum(one.kept for one in mine)
+            found = ranks(stacked.get_parameter(row.name).detach())
+            assert found == [one.rank for one in mine]
+    assert pruner.sparsity == other.sparsity > 0.4
+
+
+@pytest.mark.parametrize("gates", ["saliency", "learned"])
+def test_ranks_of_stacks_go_on_from_a_checkpoint(gates, tmp_path):
+    method = LowRank(0.5, gates, schedule=Cubic(begin=1, end=6, every=1))
+
+    def run(net, pruner, optimizer, start, end):
+        for step in range(start, end):
+            data = torch.Generator().manual_seed(step)
+            optimizer.zero_grad()
+            out = net(torch.randn(16, WIDTH, generator=data))
+            losses = pruner.observe_losses({"a": out["a"].square().mean(), "b": out["b"].mean()})
+            sum(losses.values()).backward()
+            optimizer.step()
+            pruner.step()
+
+    def made():
+        net, _ = nets(True)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        pruner = MultitaskPruner(net, TASKS, net, method=method, optimizer=optimizer)
+        return net, pruner, optimizer
+
+    straight = made()
+    run(*straight, 0, 4)
+    torch.save([x.state_dict() for x in straight], tmp_path / "state.pt")
+    run(*straight, 4, 10)
+    resumed = made()
+    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    for thing, state in zip(resumed, states, strict=True):
+        thing.load_state_dict(state)
+    run(*resumed, 4, 10)
+    for mine, other in zip(straight[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert straight[1].report().layers == resumed[1].report().layers
+    assert straight[1].sparsity >= 0.5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "gpt oss", "deepseek"])
+def test_ranks_of_transformers_experts(name):
+    model = families.build(name)
+    inputs = families.inputs(model, 0, 4, 9)
+    pruner = MultitaskPruner(model, TASKS, model, method=LowRank(0.5))
+    logits = model(**inputs).logits
+    pruner.observe_losses({"a": logits.sin().mean(), "b": logits.square().mean()})
+    pruner.step()
+    pruner.finalize()
+    stacks = [row for row in pruner.report().layers if row.name.endswith("experts.down_proj")]
+    assert stacks
+    for row in stacks:
+        weight = model.get_parameter(row.name).detach()
+        assert sum(ranks(weight)) <= row.rank < row.full_rank
+        assert row.full_rank == 4 * min(weight.shape[1:])
+    saved = pruner.report().parameters - sum(row.kept for row in pruner.report().layers)
+    assert 0 <= saved - round(0.5 * pruner.report().parameters) < 100
+
+
+def test_the_checks_of_methods_know_stacks():
+    def made():
+        stacked, _ = nets(False)
+
+        def batch(step):
+            data = torch.Generator().manual_seed(step)
+            return {"x": torch.randn(8, WIDTH, generator=data)}
+
+        losses = {task: (lambda out, _, task=task: out[task].square().mean()) for task in TASKS}
+        return testing.Net(stacked, losses, [stacked.experts], batch)
+
+    for method in (LowRank(0.5), Vote(0.5, granularity=Block(2, 2))):
+        testing.check_exact_count(method, nets={"stacks": made})

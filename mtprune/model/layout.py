@@ -60,6 +60,19 @@ class Layout:
         """
         return tuple(shape[1:] if self.stacked else shape)
 
+    def names(self, name: str, shape: Sequence[int]) -> list[str]:
+        """What the matrices of a weight are called.
+
+        Example:
+            >>> Layout(stacked=True).names("up_proj", (2, 8, 4)), Layout().names("0.weight", (8, 4))
+            (['up_proj[0]', 'up_proj[1]'], ['0.weight'])
+        """
+        return [f"{name}[{i}]" for i in range(shape[0])] if self.stacked else [name]
+
+    def each(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Views of the matrices of a weight, as they lie in memory."""
+        return weight.unbind(0) if self.stacked else (weight,)
+
     def matrices(self, weight: Tensor) -> Tensor:
         """A view of a weight as ``[matrices, outputs, inputs, *kernel]``."""
         stack = weight if self.stacked else weight.unsqueeze(0)

@@ -125,11 +125,7 @@ class PieceUnits(Units):
         self._layouts = [layer.layout for layer in layers]
         pairs = list(zip(layers, self._layouts, strict=True))
         counts = [layout.count(layer.shape) for layer, layout in pairs]
-        names = [
-            f"{layer.name}[{number}]" if layout.stacked else layer.name
-            for (layer, layout), count in zip(pairs, counts, strict=True)
-            for number in range(count)
-        ]
+        names = [name for x, layout in pairs for name in layout.names(x.name, x.shape)]
         super().__init__(names, layers, prices or [Fraction(1)] * len(layers))
         self._granularity = granularity
         self._owners = [place for place, count in enumerate(counts) for _ in range(count)]
