@@ -55,14 +55,14 @@ class OpenExperts(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         places = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(self.ups)).tolist()
-        each = len(chosen) // max(1, len(tokens))
-        out = weights.new_zeros(len(chosen), tokens.shape[1])
+        each, kind = top_k_index.shape[-1], torch.promote_types(tokens.dtype, weights.dtype)
+        out = tokens.new_zeros(len(chosen), tokens.shape[1], dtype=kind)
         # A number above the last expert's is sent to none.
         for up, down, mine in zip(self.ups, self.downs, places.split(counts), strict=False):
             if len(mine):
                 hidden = self._between(up(tokens[mine // each]))
-                out[mine] = (self._after(down(hidden)) * weights[mine]).to(out.dtype)
-        summed = out.view(len(tokens), each, -1).sum(1)
+                out[mine] = (self._after(down(hidden)) * weights[mine]).to(kind)
+        summed = out.view(len(tokens), each, tokens.shape[1]).sum(1)
         return summed.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _between(self, hidden: Tensor) -> Tensor:

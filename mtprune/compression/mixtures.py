@@ -1,4 +1,4 @@
-"""Mixtures: experts run one by one where forms of their matrices make that faster than as stacks."""
+"""Mixtures: experts run one by one where forms of their matrices make that faster."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

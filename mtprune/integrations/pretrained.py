@@ -276,7 +276,8 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
     # Layers that this model does not have are left out; its head may be another one.
     rows = [row for row in plan.rows if row.layer in shapes]
     rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]
-    new = shapes.keys() - {row.layer for row in rows}
+    # Experts that are gone are none of its layers: those that stay are known.
+    new = {site.name for site in sites if site.opened is None} - {row.layer for row in rows}
     rows += [Row(name, shapes[name], "dense", (Measured("dense", None, 0),)) for name in new]
     modules = {name for name, _ in model.named_modules()}
     removal = Removal(
