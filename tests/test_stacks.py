@@ -9,6 +9,7 @@ from torch import nn
 
 import mtprune
 from mtprune import NM, Block, Cubic, LowRank, MultitaskPruner, Vote, testing
+from mtprune.allocation import PerOutput
 from mtprune.model.layers import find_layers
 from mtprune.model.layout import Layout, layout_of
 from tests import families
@@ -111,8 +112,18 @@ WAY = pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-ou
         Vote(0.6, granularity=Block(4, 1), allocation="uniform"),
         Vote(mtprune.PerTaskKeep(0.5), granularity=Block(2, 2)),
         Vote(0.7, granularity=Block(1, 4), schedule=Cubic(begin=0, end=4, every=2)),
+        Vote(0.5, allocation=PerOutput()),
     ],
-    ids=["nm", "nm-later", "block", "block-erk", "block-uniform", "block-per-task", "block-later"],
+    ids=[
+        "nm",
+        "nm-later",
+        "block",
+        "block-erk",
+        "block-uniform",
+        "block-per-task",
+        "block-later",
+        "outputs",
+    ],
 )
 def test_masks_are_those_of_one_linear_for_each_expert(method, transposed, backend):
     stacked, written = nets(transposed)

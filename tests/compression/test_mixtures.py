@@ -160,6 +160,31 @@ def test_experts_of_which_some_are_dense(name, tmp_path):
         assert all(torch.equal(got[k], v) for k, v in outputs(net, others).items())
 
 
+def test_a_plan_prints_experts_that_are_alike_as_one_row():
+    model = families.build("mixtral")
+    with torch.no_grad():
+        for stack in (mixtures(model)[0].gate_up_proj, mixtures(model)[0].down_proj):
+            stack[1:] *= torch.rand_like(stack[1:]) > 0.9
+    plan = plan_of(compress(model, families.inputs(model), measure=prefer("csr")))
+    rows = [line.split()[:3] for line in str(plan).splitlines() if "experts" in line]
+    name = "model.layers.0.mlp.experts"
+    assert rows == [
+        [f"{name}.ups.0", "48x32", "dense"],
+        [f"{name}.ups.1-3", "48x32", "csr"],
+        [f"{name}.downs.0", "32x24", "dense"],
+        [f"{name}.downs.1-3", "32x24", "csr"],
+    ]
+    ups = [row for row in plan.rows if row.layer.startswith(f"{name}.ups")]
+    assert len(ups) == 4
+    line = next(line for line in str(plan).splitlines() if "ups.1-3" in line)
+    assert line.split()[3:] == [
+        "3.00",
+        "0.30",
+        f"{3 * 48 * 32 * 4:,}",
+        f"{sum(row.chosen.bytes for row in ups[1:]):,}",
+    ]
+
+
 def test_stacks_stay_where_one_by_one_is_not_faster():
     model = thinned(families.build("mixtral"))
     inputs = families.inputs(model)
