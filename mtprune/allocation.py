@@ -383,8 +383,8 @@ class ByComponent(Layerwise):
 class PerOutput(Allocation):
     """The same density in every output of every layer: the weights of one compete alone.
 
-    Outputs are a weight's first dimension. Where shares are no whole numbers, earlier outputs keep
-    one weight more, so that the total is exact.
+    Outputs are a weight's first dimension, of experts in a stack those of each. Where shares are no
+    whole numbers, earlier outputs keep one weight more, so that the total is exact.
 
     Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024.
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtprune.census import Census
 from mtprune.model import factors
 from mtprune.model.layers import Layer
+from mtprune.model.layout import PLAIN, Layout
 from mtprune.reading import Entry
 
 __all__ = [
@@ -40,7 +41,7 @@ class Subject:
         shape: Its shape.
         tasks: The tasks that use it.
         cost: Multiply-adds of each of its weights, if that was measured.
-        matrices: How many matrices it holds, one behind the other along the first dimension.
+        layout: Where its matrices lie in it.
     """
 
     name: str
@@ -48,7 +49,12 @@ class Subject:
     shape: tuple[int, ...]
     tasks: tuple[str, ...]
     cost: Fraction | None = None
-    matrices: int = 1
+    layout: Layout = PLAIN
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds."""
+        return self.layout.count(self.shape)
 
 
 @dataclass(frozen=True)
@@ -334,13 +340,15 @@ def count_rank(subject: Subject, kept: Tensor, alone: Mapping[str, Tensor]) -> C
 
     Args:
         subject: The layer.
-        kept: The singular directions of the weight that are kept, bool ``[m]``.
+        kept: The singular directions of the weight that are kept, bool ``[m]``, matrix by matrix.
         alone: For each task that has a say, those that task alone would keep, bool ``[m]``.
     """
     if subject.cost is None and len(subject.shape) == 2:
         subject = replace(subject, cost=Fraction(1))
     directions = count(subject, kept, alone)
-    size = factors.parameters(subject.shape, directions.kept)
+    shape = subject.layout.shape(subject.shape)
+    ranks = kept.view(subject.matrices, -1).sum(1).tolist()
+    size = sum(factors.parameters(shape, rank) for rank in ranks)
 
     def part(number: int) -> int:
         return round(size * number / max(1, directions.kept))

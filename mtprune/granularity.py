@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mtprune import checks
 from mtprune.model.layers import Layer
+from mtprune.model.layout import PLAIN
 from mtprune.structure import Group
 
 __all__ = [
@@ -48,7 +49,11 @@ class Spanning(Protocol):
 
 
 class Pieces(Protocol):
-    """A granularity that cuts every layer on its own."""
+    """A granularity that cuts every layer on its own.
+
+    A stack of experts' matrices is cut matrix by matrix, and each of them, as that of transformers'
+    Conv1D, is shown as ``[outputs, inputs]``, however it lies in memory.
+    """
 
     def left_out(self, layer: Layer) -> str:
         """Why a layer cannot be cut; empty if it can."""
@@ -89,7 +94,8 @@ class Block:
     """Blocks of a weight seen as the matrix ``[first dimension, all others]``.
 
     That is ``[outputs, inputs]`` for a Linear and ``[outputs, inputs * kernel]`` for a convolution.
-    Blocks at the right and lower edge may be smaller.
+    Stacks have such a matrix for each expert, with blocks of its own. Blocks at the right and lower
+    edge may be smaller.
 
     Attributes:
         rows: Rows of a block.
@@ -114,7 +120,7 @@ class Block:
 
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
-        return "a stack of experts' matrices is not cut into blocks" if layer.matrices > 1 else ""
+        return ""
 
     def pool(self, saliency: Tensor) -> Tensor:
         """See `Pieces`."""
@@ -136,9 +142,9 @@ class Block:
 class NM:
     """Of every m consecutive inputs of an output, n are kept: GPUs run 2 of 4 faster.
 
-    The vote decides which n. Inputs are those of Linear layers, and input channels of convolutions,
-    at each place of the kernel. Layers whose inputs are not a multiple of m, depthwise ones among
-    them, and layers of other kinds stay dense.
+    The vote decides which n. Inputs are those of Linear layers, of transformers' Conv1D and of each
+    expert in a stack, and input channels of convolutions, at each place of the kernel. Layers whose
+    inputs are not a multiple of m, depthwise ones among them, and layers of other kinds stay dense.
 
     Attributes:
         n: How many of m inputs are kept.
@@ -169,11 +175,13 @@ class NM:
     def left_out(self, layer: Layer) -> str:
         """See `Pieces`."""
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+        layout = layer.layout
         for module, _ in layer.places:
-            if not isinstance(module, kinds):
+            if layout == PLAIN and not isinstance(module, kinds):
                 return f"{self.n} of {self.m} inputs is not for {type(module).__name__}"
-        if layer.shape[1] % self.m:
-            return f"its {layer.shape[1]} inputs are not a multiple of {self.m}"
+        inputs = layer.shape[layout.inputs]
+        if inputs % self.m:
+            return f"its {inputs} inputs are not a multiple of {self.m}"
         return ""
 
     def pool(self, saliency: Tensor) -> Tensor:

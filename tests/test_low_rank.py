@@ -429,7 +429,7 @@ def test_other_layers_are_left_dense_and_named():
     run = Run(net, LowRank(0.5)).train(2)
     left = run.pruner.report().left_alone
     assert left
-    why = "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
+    why = "only nn.Linear, nn.Conv1d to nn.Conv3d and experts can become two layers"
     assert all(reason == why for reason in left.values())
     assert any(name.endswith("in_proj_weight") for name in left)
     rows = run.pruner.report().layers
@@ -685,8 +685,8 @@ def test_a_model_with_nothing_to_factor(method):
         nn.LSTM(4, 4),
     )
     message = (
-        r"LowRank can prune none of these layers: '0\.weight' \(ConvTranspose2d: only nn\.Linear "
-        r"and nn\.Conv1d to nn\.Conv3d can become two layers\); '1\.weight', '2\.weight', "
+        r"LowRank can prune none of these layers: '0\.weight' \(ConvTranspose2d: only nn\.Linear, "
+        r"nn\.Conv1d to nn\.Conv3d and experts can become two layers\); '1\.weight', '2\.weight', "
         r"'3\.weight' and 2 more \(Conv2d: a convolution with groups is no single matrix\); "
         r"'6\.weight_ih_l0', .* \(LSTM: only .*\)\. Take another method for this model: "
         r"mtprune\.Vote\(sparsity\) prunes single weights of Linear, Bilinear, "

@@ -249,7 +249,7 @@ def test_what_is_no_single_matrix_is_left_dense_and_named():
     )
     assert list(checkpoints.shapes(pruner)) == ["plain.weight"]
     groups = "a convolution with groups is no single matrix"
-    kinds = "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
+    kinds = "only nn.Linear, nn.Conv1d to nn.Conv3d and experts can become two layers"
     assert pruner.report().left_alone == {
         "words.weight": kinds,
         "grouped.weight": groups,

@@ -8,8 +8,9 @@ import torch
 from mtprune import votes
 from mtprune.allocation import Erk, Floor, Global, parse_allocation
 from mtprune.granularity import Block, Grouped
+from mtprune.model.covering import cover
 from mtprune.model.layers import find_layers
-from mtprune.model.units import Units, cover
+from mtprune.model.units import Units
 from mtprune.selection import Quota, fitting_units, rank, select, select_units, worths
 from mtprune.structure import Group, Member
 

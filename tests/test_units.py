@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mtprune.granularity import NM, Block, Element, Grouped
+from mtprune.model.covering import cover
 from mtprune.model.layers import find_layers
-from mtprune.model.units import cover
 from mtprune.structure import NOBODY, Group, Member
 from tests.oracles import unit_masks, unit_sums
 

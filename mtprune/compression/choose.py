@@ -1,6 +1,7 @@
 """Choosing: every layer takes the form that was fastest, if the whole model is faster for it."""
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ __all__ = [
     "check_fits",
     "choose",
     "dense_unless_faster",
-    "opened_attentions",
+    "opened_in",
     "place",
     "time_whole",
     "told",
@@ -170,10 +171,10 @@ def dense_unless_faster(
     return replace(plan, rows=rows, blocks=(), dense_ms=before, ms=before, note=note), {}
 
 
-def opened_attentions(plan: Plan) -> list[str]:
-    """The names of the attentions whose projections are layers in a plan."""
-    suffix = ".in_proj"
-    return [r.layer.removesuffix(suffix) for r in plan.rows if r.layer.endswith(suffix)]
+def opened_in(plan: Plan) -> set[str]:
+    """The names of attentions and experts whose matrices are layers in a plan."""
+    parts = (re.fullmatch(r"(.+)\.(in_proj|(ups|downs)\.\d+)", row.layer) for row in plan.rows)
+    return {part[1] for part in parts if part}
 
 
 def check_fits(plan: Plan, sites: Sequence[Site]) -> None:

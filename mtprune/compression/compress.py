@@ -17,15 +17,17 @@ from mtprune.compression.choose import (
     check_fits,
     choose,
     dense_unless_faster,
-    opened_attentions,
+    opened_in,
     place,
     time_whole,
     told,
 )
+from mtprune.compression.experts import OpenExperts
 from mtprune.compression.extract import Places, cut, extract
 from mtprune.compression.forms import FORMS, Form
 from mtprune.compression.joining import choose_blocks, join_all
 from mtprune.compression.measure import sizes_of
+from mtprune.compression.mixtures import experts_in, share_calls, stacks_unless_faster
 from mtprune.compression.plan import Plan, Removal
 from mtprune.compression.resizing import resize
 from mtprune.compression.running import check_devices, parse, unnested
@@ -182,13 +184,16 @@ def _choose_forms(
     shown: bool,
 ) -> tuple[Plan, list[Replaced]]:
     """Time all forms of all layers, and put the best in their places."""
-    sites = find_sites(work, self_attentions(work, batches))
-    calls = record_calls(work, sites, batches)
+    mixtures = [] if portable else experts_in(work)
+    sites = find_sites(work, [*self_attentions(work, batches), *mixtures])
+    calls = share_calls(sites, record_calls(work, sites, batches))
     plan, forms = choose(sites, calls, measure, removal, portable, shown)
+    place(sites, forms)
+    plan, forms = stacks_unless_faster(work, sites, batches, plan, forms, measure)
     if not portable:
         place(sites, forms)
         plan = replace(plan, blocks=choose_blocks(work, batches, measure, bool(removal)))
-        place(sites, {})
+    place(sites, {})
     plan, forms = dense_unless_faster(work, sites, batches, plan, forms, measure)
     place(sites, forms)
     join_all(work, plan)
@@ -199,7 +204,7 @@ def _replay_forms(
     work: nn.Module, batches: Sequence[Any], plan: Plan, portable: bool
 ) -> tuple[Plan, list[Replaced]]:
     """Put the forms of a plan in their places."""
-    sites = find_sites(work, opened_attentions(plan))
+    sites = find_sites(work, opened_in(plan))
     check_fits(plan, sites)
     calls = record_calls(work, sites, batches)
     plan, forms = build_forms(plan, sites, portable)
@@ -266,7 +271,7 @@ def assemble(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> nn.
         if attribute == "bias" and isinstance(layer, (nn.Linear, _ConvNd)) and layer.bias is None:
             # Units that were constants were moved into this bias.
             layer.bias = nn.Parameter(tensor, layer.weight.requires_grad)
-    sites = find_sites(model, opened_attentions(plan))
+    sites = find_sites(model, opened_in(plan))
     check_fits(plan, sites)
     forms = {}
     for site in told(plan, sites):
@@ -288,7 +293,7 @@ def finish(model: nn.Module, plan: Plan) -> nn.Module:
         ):
             encoder.use_nested_tensor = False
     for name, module in model.named_modules():
-        if isinstance(module, Form):
+        if isinstance(module, (Form, OpenExperts)):
             module.site = name
     setattr(model, _PLAN, plan)
     return model.eval()

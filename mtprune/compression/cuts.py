@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mtprune.compression.row import LARGEST, shape_in
 from mtprune.reading import Entry
 
-__all__ = ["Cut", "Removal", "Taken", "shape_of"]
-
-_MOST = 1 << 40  # the largest size that a tensor is believed to have
+__all__ = ["Cut", "Removal", "Taken"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Cut:
             ValueError: If it is not that of a cut.
         """
         cut = entry.fields(["tensor", "shape", "kept"])
-        shape = shape_of(cut["shape"])
+        shape = shape_in(cut["shape"])
         kept = [
             None if bits.value is None else _indices(bits, size)
             for bits, size in zip(cut["kept"].items(len(shape)), shape, strict=True)
@@ -79,7 +78,7 @@ class Taken:
             ValueError: If it is not that of a part of an argument.
         """
         parts = entry.fields(["module", "argument", "dim", "size", "kept"])
-        size = parts["size"].whole(least=1, most=_MOST)
+        size = parts["size"].whole(least=1, most=LARGEST)
         kept = _indices(parts["kept"], size)
         dim = parts["dim"].whole(most=63)
         return cls(parts["module"].text(), parts["argument"].text(), dim, size, kept)
@@ -146,11 +145,6 @@ class Removal:
             tuple((name.text(), count.whole()) for name, count in counts),
             tuple(Taken.read(part) for part in taken),
         )
-
-
-def shape_of(entry: Entry) -> tuple[int, ...]:
-    """The shape of a tensor, from plain data."""
-    return tuple(size.whole(most=_MOST) for size in entry.items())
 
 
 def _dotted(part: Taken) -> str:

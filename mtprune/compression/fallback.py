@@ -12,6 +12,7 @@ from torch import nn
 
 from mtprune.compression.attention import SelfAttention
 from mtprune.compression.compress import finish, plan_of
+from mtprune.compression.experts import OpenExperts
 from mtprune.compression.forms import Form, building
 from mtprune.compression.joining import separate_all
 
@@ -35,8 +36,9 @@ def fall_back(model: nn.Module, stacklevel: int = 2) -> bool:
         return False
     dense = {form: form.dense() for form in lacking}
     _exchange(model, dense)
-    opened = [m for m in model.modules() if isinstance(m, SelfAttention) and m.is_dense()]
-    _exchange(model, {attention: attention.closed() for attention in opened})
+    kinds = (SelfAttention, OpenExperts)
+    opened = [m for m in model.modules() if isinstance(m, kinds) and m.is_dense()]
+    _exchange(model, {module: module.closed() for module in opened})
     plan = plan_of(model)
     if building.unavailable():
         separate_all(model, plan)

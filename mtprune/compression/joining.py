@@ -21,8 +21,8 @@ __all__ = ["MARGIN", "choose_blocks", "join_all", "separate_all", "unpack_all"]
 MARGIN = 0.05
 """A block must beat its parts by this share of their time."""
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-_Calls = dict[Any, tuple[_Call, int]]
+ModuleCall = tuple[tuple[Any, ...], dict[str, Any]]
+ModuleCalls = dict[Any, tuple[ModuleCall, int]]
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def choose_blocks(
         return ()
     found = []
     known: dict[Any, tuple[float, float]] = {}
-    for name, calls in _recorded(model, layers, batches).items():
+    for name, calls in recorded_calls(model, layers, batches).items():
         layer = layers[name]
         join(layer)
         alike = all(_is_alike(layer, call) for call, _ in calls.values())
@@ -68,7 +68,7 @@ def _traits(layer: nn.Module) -> Any:
     return tuple(map(type, layer.modules())), tuple(sizes)
 
 
-def _timed(layer: Any, calls: _Calls, measure: Measure) -> tuple[float, float]:
+def _timed(layer: Any, calls: ModuleCalls, measure: Measure) -> tuple[float, float]:
     """The milliseconds of a joined layer for all calls, part by part and as a block."""
     apart = together = 0.0
     for (args, kwargs), times in calls.values():
@@ -88,7 +88,7 @@ def _together(layer: Together, *args: Any, **kwargs: Any) -> Any:
     return layer.forward(*args, **kwargs)
 
 
-def _is_alike(layer: nn.Module, call: _Call) -> bool:
+def _is_alike(layer: nn.Module, call: ModuleCall) -> bool:
     """Whether a joined layer gives as a block what it gives part by part."""
     args, kwargs = call
     expected, got = (f(layer, *args, **kwargs) for f in (_apart, _together))  # type: ignore[arg-type]
@@ -107,11 +107,11 @@ def _has_zeros(layer: nn.Module) -> bool:
     )
 
 
-def _recorded(
+def recorded_calls(
     model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any]
-) -> dict[str, _Calls]:
+) -> dict[str, ModuleCalls]:
     """For each layer and shape of its inputs: one call, and how often the shape came."""
-    calls: dict[str, _Calls] = {name: {} for name in layers}
+    calls: dict[str, ModuleCalls] = {name: {} for name in layers}
     handles = []
     for name, layer in layers.items():
 

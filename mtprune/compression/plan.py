@@ -1,83 +1,18 @@
 """Plan: the form that every layer takes, as a value that prints, can be edited, and is JSON."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mtprune import checks
-from mtprune.compression.cuts import Cut, Removal, Taken, shape_of
+from mtprune.compression.cuts import Cut, Removal, Taken
 from mtprune.compression.extract import Subnetwork
 from mtprune.compression.forms import CHOICES
 from mtprune.compression.measure import Sizes
+from mtprune.compression.row import Measured, Row, milliseconds, table, time_in
 from mtprune.reading import Entry
-from mtprune.text import columns
 
 __all__ = ["Cut", "Joined", "Measured", "Plan", "Removal", "Row", "Taken", "joined", "seen_from"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The cost of one form of one layer.
-
-    Attributes:
-        choice: The form.
-        ms: Milliseconds for all calls of the layer on the example inputs; None if not timed.
-        bytes: The bytes that the form stores.
-    """
-
-    choice: str
-    ms: float | None
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer of a plan.
-
-    Attributes:
-        layer: The layer's name.
-        shape: The shape of its weight.
-        choice: The form that the layer takes.
-        measured: The cost of each of its forms, ``"dense"`` first.
-        note: Why the layer had no choice, if it had none.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    choice: str
-    measured: tuple[Measured, ...]
-    note: str = ""
-
-    @property
-    def dense(self) -> Measured:
-        """The cost of the dense form."""
-        return self.measured[0]
-
-    @property
-    def chosen(self) -> Measured | None:
-        """The cost of the chosen form; None if it was chosen by hand and never measured."""
-        return next((m for m in self.measured if m.choice == self.choice), None)
-
-    @classmethod
-    def read(cls, entry: Entry) -> "Row":
-        """From plain data, as JSON holds it.
-
-        Raises:
-            ValueError: If it is not that of a row.
-        """
-        parts = entry.fields(["layer", "shape", "choice", "measured"], optional=["note"])
-        measured = []
-        for part in parts["measured"].items():
-            cost = part.fields(["choice", "ms", "bytes"])
-            ms, size = _time(cost["ms"]), cost["bytes"].whole()
-            measured.append(Measured(cost["choice"].text(CHOICES), ms, size))
-        return cls(
-            parts["layer"].text(),
-            shape_of(parts["shape"]),
-            parts["choice"].text(CHOICES),
-            tuple(measured),
-            parts["note"].text() if "note" in parts else "",
-        )
 
 
 @dataclass(frozen=True)
@@ -103,12 +38,14 @@ class Joined:
             ValueError: If it is not that of a block.
         """
         parts = entry.fields(["layer", "apart_ms", "ms"])
-        apart, together = (_time(parts[name]) for name in ("apart_ms", "ms"))
+        apart, together = (time_in(parts[name]) for name in ("apart_ms", "ms"))
         return cls(parts["layer"].text(), apart, together)
 
     def __str__(self) -> str:
         """A line of the plan."""
-        times = f": {_ms(self.apart_ms)} ms part by part, {_ms(self.ms)} ms as one"
+        times = (
+            f": {milliseconds(self.apart_ms)} ms part by part, {milliseconds(self.ms)} ms as one"
+        )
         return f"block: {self.layer}{'' if self.ms is None else times}"
 
 
@@ -244,7 +181,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A table of the layers, and lines on the whole model."""
-        lines = [*_table(self.rows), *map(str, self.blocks)]
+        lines = [*table(self.rows), *map(str, self.blocks)]
         if self.dense_ms is not None and self.ms is not None:
             lines.append(
                 f"whole model: {self.dense_ms:.2f} ms dense, {self.ms:.2f} ms compressed "
@@ -261,24 +198,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def _table(rows: Iterable[Row]) -> list[str]:
-    """The lines of a table, with the note of each row at its end."""
-    rows = list(rows)
-    head = ("layer", "shape", "choice", "dense ms", "chosen ms", "dense bytes", "bytes")
-    lines = columns([head, *(_cells(row) for row in rows)], left=3)
-    notes = ["", *(row.note for row in rows)]
-    return [f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)]
-
-
-def _time(entry: Entry) -> float | None:
-    return entry.optional(lambda value: value.number(least=0.0))
-
-
 _READERS: Mapping[str, Callable[[Entry], Any]] = {
     "device": Entry.text,
     "threads": lambda entry: entry.whole(least=1),
-    "dense_ms": _time,
-    "ms": _time,
+    "dense_ms": time_in,
+    "ms": time_in,
     "note": Entry.text,
     "removal": Removal.read,
     "subnetwork": lambda entry: entry.optional(Subnetwork.read),
@@ -308,23 +232,6 @@ def joined(module: str, name: str) -> str:
     return f"{module}.{name}" if module and name else name
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    chosen = row.chosen
-    return (
-        row.layer,
-        "x".join(str(size) for size in row.shape),
-        row.choice,
-        _ms(row.dense.ms),
-        _ms(None if chosen is None else chosen.ms),
-        f"{row.dense.bytes:,}",
-        "-" if chosen is None else f"{chosen.bytes:,}",
-    )
-
-
 def _sentence(cut: Cut) -> str:
     before, after = ("x".join(str(size) for size in shape) for shape in (cut.shape, cut.after))
     return f"removed: {cut.tensor.removesuffix('.weight')} {before} -> {after}"
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

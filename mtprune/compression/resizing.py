@@ -11,7 +11,7 @@ from mtprune.compression.cuts import Cut, Removal
 from mtprune.compression.entries import layer_of, tensors_of, thing_at
 from mtprune.compression.settings import can_own, own
 from mtprune.compression.taking import check_takes, take
-from mtprune.model.layers import is_conv1d
+from mtprune.model.layout import is_conv1d
 from mtprune.model.routing import reopen
 
 __all__ = ["check_fits", "cut_out", "resize"]

@@ -8,13 +8,15 @@ from typing import Any, cast
 from torch import nn
 
 from mtprune.compression.attention import SelfAttention, can_open
+from mtprune.compression.experts import OpenExperts, can_open_experts
 from mtprune.compression.forms import Dense, Form
 from mtprune.compression.forms.base import linear_of
 from mtprune.holding.hidden import hidden_weights
-from mtprune.model.layers import is_another_linear, is_conv1d
+from mtprune.model.layers import is_another_linear
+from mtprune.model.layout import is_conv1d
 from mtprune.model.parts import is_spread
 
-__all__ = ["Site", "find_sites", "refuse_unfinished"]
+__all__ = ["Opened", "Site", "find_sites", "refuse_unfinished"]
 
 
 Parents = tuple[tuple[nn.Module, str], ...]
@@ -23,22 +25,26 @@ Parents = tuple[tuple[nn.Module, str], ...]
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """An attention whose projections are layers, as long as one of them has another form.
+    """A module whose matrices are layers, as long as one of them has another form.
 
     Attributes:
-        attention: The attention as it was, with torch's fused projections.
-        own: The same attention with its projections as layers.
-        parents: The parents of the attention.
+        name: Its first name.
+        fused: The module as it was: an attention with torch's fused projections, experts in stacks.
+        own: The same with its matrices as layers.
+        parents: The parents of the module.
     """
 
-    attention: nn.MultiheadAttention
-    own: SelfAttention
+    name: str
+    fused: nn.Module
+    own: SelfAttention | OpenExperts
     parents: Parents
 
     def settle(self) -> None:
-        """Use the attention with layers if one of them has another form, the fused one if not."""
-        replaced = any(isinstance(module, Form) for module in self.own.children())
-        _set_child(self.parents, self.own if replaced else self.attention)
+        """Use the module with layers if one of them has another form, the fused one if not."""
+        replaced = any(isinstance(module, Form) for module in self.own.modules())
+        if replaced and isinstance(self.own, OpenExperts):
+            self.own.settle()
+        _set_child(self.parents, self.own if replaced else self.fused)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,7 @@ class Site:
             with its values.
         parents: The parents of the layer.
         why_dense: Why the layer must stay dense; empty if it may take another form.
-        opened: The attention that the layer is a projection of, or None.
+        opened: The attention, or the experts, that the layer is a matrix of, or None.
         standing: What stands there as it is, where that is of another class than `layer`.
     """
 
@@ -80,13 +86,13 @@ class Site:
         return self.layer.weight.nbytes + bias
 
 
-def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]:
+def find_sites(model: nn.Module, fused: Collection[str] = ()) -> list[Site]:
     """All Linear and Conv2d layers of a model, also those that must stay dense.
 
     Args:
         model: The model.
-        attentions: Names of `MultiheadAttention` whose projections become layers too. Each is
-            opened, and closed again when the last of its projections is dense.
+        fused: Names of `MultiheadAttention` whose projections become layers too, and of experts
+            whose matrices do. Each is opened, and closed again when the last of them is dense.
 
     Example:
         >>> [site.name for site in find_sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
@@ -95,9 +101,9 @@ def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]
     parents = _parents(model)
     opened: dict[nn.Module, Opened] = {}
     for name, module in list(model.named_modules()):
-        if name in attentions and isinstance(module, nn.MultiheadAttention) and can_open(module):
-            own = SelfAttention.of(module)
-            opened[own] = Opened(module, own, parents[module])
+        own = _own(module) if name in fused else None
+        if own is not None:
+            opened[own] = Opened(name, module, own, parents[module])
             _set_child(parents[module], own)
     if opened:
         parents = _parents(model)
@@ -114,10 +120,18 @@ def find_sites(model: nn.Module, attentions: Collection[str] = ()) -> list[Site]
             layer = _same_linear(module) if is_other else cast(Dense, module)
             why_dense = _why_dense(module, name, is_tied=uses[id(module.weight)] > 1)
             mine = parents.get(module, ())
-            attention = next((opened[parent] for parent, _ in mine if parent in opened), None)
+            above = [up for p, _ in mine for up in (p, *(q for q, _ in parents.get(p, ())))]
+            fusing = next((opened[parent] for parent in above if parent in opened), None)
             standing = module if is_other else None
-            sites.append(Site(name, layer, mine, why_dense, attention, standing))
+            sites.append(Site(name, layer, mine, why_dense, fusing, standing))
     return sites
+
+
+def _own(module: nn.Module) -> SelfAttention | OpenExperts | None:
+    """A fused module with its matrices as layers; None if it has no such."""
+    if isinstance(module, nn.MultiheadAttention):
+        return SelfAttention.of(module) if can_open(module) else None
+    return OpenExperts(module) if can_open_experts(module) else None
 
 
 def _same_linear(module: nn.Module) -> nn.Linear:

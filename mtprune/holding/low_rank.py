@@ -8,7 +8,8 @@ directions a little, and after it the weight is projected back.
 While gates are learned no direction is removed. The Parameter holds every one times its gate.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,8 @@ class LowRanks(Decision):
     Masks stay all True: a matrix of low rank has no zeros.
 
     Attributes:
-        directions: For each layer, bool ``[m]``, True = keep.
+        directions: For each layer, bool ``[m]``, True = keep; those of a stack matrix by matrix,
+            ``[matrices * m]``.
         directions_alone: For each voter and each layer it uses, those that voter alone would keep.
         gates: The factor on each direction, ``[m]`` for each layer, while none is removed yet;
             None once they are.
@@ -63,10 +65,10 @@ class HeldRanks(Held):
 
     Attributes:
         layers: The layers that are pruned.
-        vectors: The directions that are scored, or gated.
+        vectors: The directions of each layer that are scored, or gated.
         gates: The factor on each.
-        ranks: How many directions are kept.
-        spans: The directions that are kept, or with False the others.
+        ranks: How many directions of each matrix are kept.
+        spans: The directions of each matrix that are kept, or with False the others.
     """
 
     layers: Sequence[Layer]
@@ -78,8 +80,7 @@ class HeldRanks(Held):
     @property
     @override
     def kept(self) -> Mapping[str, int]:
-        ranks = {x.name: self.ranks.get(x.name, factors.full(x.shape)) for x in self.layers}
-        return {x.name: factors.parameters(x.shape, ranks[x.name]) for x in self.layers}
+        return {layer.name: _kept(layer, self.ranks) for layer in self.layers}
 
 
 class LowRankHold(Hold[LowRanks]):
@@ -90,6 +91,7 @@ class LowRankHold(Hold[LowRanks]):
         self._layers: list[Layer] = []
         self._vectors: dict[str, Tensor] = {}  # the directions that are scored, or gated
         self._gates: dict[str, Tensor] = {}
+        # Of single matrices, of which a stack has several:
         self._ranks: dict[str, int] = {}
         self._spans: dict[str, tuple[Tensor, bool]] = {}
 
@@ -97,7 +99,7 @@ class LowRankHold(Hold[LowRanks]):
     @torch.no_grad()
     def take(self, layers: Sequence[Layer], decision: LowRanks) -> bool:
         self._layers = list(layers)
-        before = [self._rank(layer) for layer in layers]
+        before = dict(self._ranks)
         for place, layer in enumerate(layers):
             if decision.gates is not None:
                 self._let_through(layer, decision.gates[place])
@@ -106,20 +108,19 @@ class LowRankHold(Hold[LowRanks]):
         if decision.gates is None:
             self._gates, self._vectors = {}, {}  # a new basis for the next update
         self.enforce()
-        return before != [self._rank(layer) for layer in layers]
+        return before != self._ranks
 
     @override
     def kept(self, layer: Layer) -> int:
-        """How many parameters two factors of the layer have, or the layer if that is less."""
-        return factors.parameters(layer.shape, self._rank(layer))
+        """How many parameters two factors of its matrices have, or a matrix if that is less."""
+        return _kept(layer, self._ranks)
 
     @override
     @torch.no_grad()
     def enforce(self) -> None:
         """Project the weights back to the directions that are kept."""
-        for layer in self._layers:
-            if layer.name in self._spans:
-                layer.parameter.detach().copy_(self._projected(layer))
+        for matrix, weight in self._held():
+            weight.copy_(self._projected(matrix, weight))
 
     @override
     @torch.no_grad()
@@ -128,12 +129,11 @@ class LowRankHold(Hold[LowRanks]):
 
         The directions stay known, for a checkpoint that is taken later.
         """
-        for layer in self._layers:
-            if layer.name in self._spans:
-                weight, there = layer.parameter.detach(), self._projected(layer)
-                off, size = (weight - there).norm(), there.norm()
-                if not bool(off <= _ROUNDING * torch.finfo(weight.dtype).eps * size):
-                    weight.copy_(there)
+        for matrix, weight in self._held():
+            there = self._projected(matrix, weight)
+            off, size = (weight - there).norm(), there.norm()
+            if not bool(off <= _ROUNDING * torch.finfo(weight.dtype).eps * size):
+                weight.copy_(there)
         self._layers = []
 
     @override
@@ -172,7 +172,8 @@ class LowRankHold(Hold[LowRanks]):
     @override
     def read(self, entry: Entry, layers: Sequence[Layer]) -> HeldRanks:
         parts = entry.fields(["masks", "vectors", "gates", "ranks", "spans"], optional=["open"])
-        full = {layer.name: factors.full(layer.shape) for layer in layers}
+        sizes = {x.name: factors.full(x.layout.shape(x.shape)) for x in layers}
+        full = {n: sizes[x.name] for x in layers for n in x.layout.names(x.name, x.shape)}
         parts["masks"].mapping(among=())
         ranks = {n: part.whole(most=full[n]) for n, part in parts["ranks"].mapping(full).items()}
         spans = {}
@@ -181,15 +182,18 @@ class LowRankHold(Hold[LowRanks]):
             size, is_inside = full[name], inside.flag()
             columns = ranks[name] if is_inside else size - ranks[name]
             spans[name] = span.tensor((size, columns), _FLOATS).clone(), is_inside
+        # Those of a stack are in a tensor with one more dimension.
+        first = {x.name: (x.matrices,) if x.layout.stacked else () for x in layers}
+        vectors = parts["vectors"].mapping(sizes)
         return HeldRanks(
             layers,
             {
-                name: part.tensor((full[name], full[name]), _FLOATS).clone()
-                for name, part in parts["vectors"].mapping(full).items()
+                name: part.tensor((*first[name], sizes[name], sizes[name]), _FLOATS).clone()
+                for name, part in vectors.items()
             },
             {
-                name: part.tensor((full[name],), _FLOATS).clone()
-                for name, part in parts["gates"].mapping(full).items()
+                name: part.tensor((math.prod(first[name]) * sizes[name],), _FLOATS).clone()
+                for name, part in parts["gates"].mapping(sizes).items()
             },
             ranks,
             spans,
@@ -201,58 +205,81 @@ class LowRankHold(Hold[LowRanks]):
         self._vectors, self._gates = dict(held.vectors), dict(held.gates)
         self._ranks, self._spans = dict(held.ranks), dict(held.spans)
 
-    def _rank(self, layer: Layer) -> int:
-        """How many directions a layer has left."""
-        return self._ranks.get(layer.name, factors.full(layer.shape))
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of which not all directions are kept, by name."""
+        for layer in self._layers:
+            for name, weight in _matrices(layer):
+                if name in self._spans:
+                    yield name, weight
 
     def _basis(self, layer: Layer) -> Tensor:
-        """The directions that are scored until the next update, columns ``[m, m]``."""
+        """The directions that are scored until the next update, columns ``[m, m]``.
+
+        One such matrix for each of a stack, ``[matrices, m, m]``.
+        """
         vectors = self._vectors.get(layer.name)
         if vectors is None:
             try:
-                _, exact = factors.directions(layer.parameter)
+                found = [factors.directions(weight)[1] for _, weight in _matrices(layer)]
             except ValueError:
                 raise RuntimeError(
                     f"Weights of '{layer.name}' are not finite. Check the training; ranks are "
                     "unchanged."
                 ) from None
+            exact = torch.stack(found) if layer.layout.stacked else found[0]
             # Equal on all ranks to the last bit, also where their libraries differ.
             vectors = distributed.first_(exact.to(_dtype(layer.parameter)).contiguous())
-        self._vectors[layer.name] = _moved(vectors, layer)
+        self._vectors[layer.name] = _moved(vectors, layer.parameter)
         return self._vectors[layer.name]
 
     def _keep(self, layer: Layer, kept: Tensor) -> None:
-        """Remember the kept directions or the others, whichever are fewer."""
-        vectors = self._basis(layer)
-        kept = kept.to(vectors.device)
-        rank = int(kept.count_nonzero())
-        inside = 2 * rank < len(kept)
-        self._spans[layer.name] = vectors[:, kept if inside else ~kept].contiguous(), inside
-        self._ranks[layer.name] = rank
+        """Remember the kept directions of each matrix or the others, whichever are fewer."""
+        every = layer.layout.each(self._basis(layer))
+        parts = kept.to(every[0].device).chunk(len(every))
+        for (name, _), vectors, part in zip(_matrices(layer), every, parts, strict=True):
+            rank = int(part.count_nonzero())
+            if name not in self._ranks and rank == len(part):
+                continue
+            inside = 2 * rank < len(part)
+            self._spans[name] = vectors[:, part if inside else ~part].contiguous(), inside
+            self._ranks[name] = rank
 
-    def _projected(self, layer: Layer) -> Tensor:
-        """A layer's weight, zero in the directions that are not kept."""
-        span, inside = self._spans[layer.name]
-        span = _moved(span, layer)
-        self._spans[layer.name] = span, inside
-        weight = layer.parameter.detach()
+    def _projected(self, matrix: str, weight: Tensor) -> Tensor:
+        """A matrix that is zero in the directions that are not kept."""
+        span, inside = self._spans[matrix]
+        span = _moved(span, weight)
+        self._spans[matrix] = span, inside
         seen = weight.to(span.dtype)
-        part = factors.spread(factors.rotate(seen, span), span, layer.shape)
+        part = factors.spread(factors.rotate(seen, span), span, tuple(weight.shape))
         return (part if inside else seen - part).to(weight.dtype)
 
     def _let_through(self, layer: Layer, gates: Tensor) -> None:
         """Multiply every direction by its gate as it is now."""
-        vectors = self._basis(layer)
-        gates = gates.to(vectors)
-        before = self._gates.get(layer.name, torch.ones_like(gates)).to(vectors)
-        weight = layer.parameter.detach()
-        seen = weight.to(vectors.dtype)
-        # Only the difference is computed in the basis: what does not change is not rounded.
-        change = factors.rotate(seen, vectors) * factors.per_direction(
-            gates / before - 1.0, layer.shape
-        )
-        weight.copy_(seen + factors.spread(change, vectors, layer.shape))
+        basis = self._basis(layer)
+        gates = gates.to(basis)
+        before = self._gates.get(layer.name, torch.ones_like(gates)).to(basis)
+        every = layer.layout.each(basis)
+        changes = (gates / before - 1.0).chunk(len(every))
+        for (_, weight), vectors, change in zip(_matrices(layer), every, changes, strict=True):
+            shape = tuple(weight.shape)
+            seen = weight.to(vectors.dtype)
+            # Only the difference is computed in the basis: what does not change is not rounded.
+            moved = factors.rotate(seen, vectors) * factors.per_direction(change, shape)
+            weight.copy_(seen + factors.spread(moved, vectors, shape))
         self._gates[layer.name] = gates
+
+
+def _matrices(layer: Layer) -> list[tuple[str, Tensor]]:
+    """The matrices of a layer by name, views of its memory."""
+    names = layer.layout.names(layer.name, layer.shape)
+    return list(zip(names, layer.layout.each(layer.parameter.detach()), strict=True))
+
+
+def _kept(layer: Layer, ranks: Mapping[str, int]) -> int:
+    """How many parameters a layer keeps whose matrices have these ranks, or their full ones."""
+    shape = layer.layout.shape(layer.shape)
+    known = (ranks.get(n, factors.full(shape)) for n in layer.layout.names(layer.name, layer.shape))
+    return sum(factors.parameters(shape, rank) for rank in known)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
@@ -260,6 +287,6 @@ def _dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _moved(vectors: Tensor, layer: Layer) -> Tensor:
+def _moved(vectors: Tensor, weight: Tensor) -> Tensor:
     """Vectors on the device of the model now, and of a type that its weights can use."""
-    return vectors.to(layer.parameter.device, _dtype(layer.parameter))
+    return vectors.to(weight.device, _dtype(weight))

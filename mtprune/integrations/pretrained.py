@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mtprune.compression.choose import opened_in, place
 from mtprune.compression.compress import assemble, plan_of
+from mtprune.compression.experts import OpenExperts
 from mtprune.compression.fallback import fall_back
 from mtprune.compression.forms import Form
 from mtprune.compression.plan import Measured, Plan, Removal, Row, joined, seen_from
@@ -264,7 +266,9 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
         plan = plan.part(config.prefix).under(prefix)
         specs = {seen_from(config.prefix, name): spec for name, spec in tensors.items()}
         tensors = {joined(prefix, name): spec for name, spec in specs.items() if name}
-    shapes = {site.name: tuple(site.layer.weight.shape) for site in find_sites(model)}
+    sites = find_sites(model, opened_in(plan))
+    shapes = {site.name: tuple(site.layer.weight.shape) for site in sites}
+    place(sites, {})
     # Rows tell the shapes after removal, which a head shares in where it reads what lost units.
     cuts = {name: plan.removal[f"{name}.weight"] for name in shapes}
     shapes |= {
@@ -273,7 +277,8 @@ def _fitted(config: PlanConfig, model: Any) -> tuple[Plan, dict[str, Tensor]]:
     # Layers that this model does not have are left out; its head may be another one.
     rows = [row for row in plan.rows if row.layer in shapes]
     rows = [r for r in rows if seen_from(prefix, r.layer) or shapes[r.layer] == r.shape]
-    new = shapes.keys() - {row.layer for row in rows}
+    # Experts that are gone are none of its layers: those that stay are known.
+    new = {site.name for site in sites if site.opened is None} - {row.layer for row in rows}
     rows += [Row(name, shapes[name], "dense", (Measured("dense", None, 0),)) for name in new]
     modules = {name for name, _ in model.named_modules()}
     removal = Removal(
@@ -333,11 +338,19 @@ def _markers(model: nn.Module) -> dict[str, Tensor]:
 
     Without the markers transformers would only warn, and initialize the missing weights at random.
     """
-    return {
+    modules = dict(model.named_modules())
+    layers = {
         f"{name}.weight": torch.empty(0)
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, Form) and "weight" not in module.state_dict()
     }
+    stacks = {
+        f"{name}.{stack}": empty
+        for name, module in modules.items()
+        if isinstance(module, OpenExperts)
+        for stack, empty in module.markers()
+    }
+    return {**layers, **stacks}
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -10,10 +10,10 @@ from mtprune.granularity import gates_of
 from mtprune.methods.base import Method, Needs
 from mtprune.model.components import declare, meant
 from mtprune.model.coverage import survey
+from mtprune.model.covering import cover
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import KINDS, Layer, find_layers, is_embedding
 from mtprune.model.selectors import Spec, selected
-from mtprune.model.units import cover
 
 __all__ = ["Selection", "check_parts", "take_inventory"]
 

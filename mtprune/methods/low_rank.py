@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -46,8 +47,68 @@ _MEMORY = 0.9  # how much of the worth of before counts
 
 
 def _along(layer: Layer, score: Tensor) -> Tensor:
-    """How much a loss depends on each direction of a matrix, whichever way."""
-    return factors.along(score).abs()
+    """How much a loss depends on each direction of each matrix, whichever way."""
+    return torch.cat([factors.along(matrix).abs() for matrix in layer.layout.each(score)])
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """The matrices of a ballot, of which a stack of experts has several.
+
+    Attributes:
+        names: Their names.
+        shapes: Their shapes.
+        rates: How much a parameter of each costs of the budget: itself, or its multiply-adds.
+        scores: For each matrix and voter, the saliency of its directions ``[m]``.
+        counts: How many of them each layer has.
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    rates: Sequence[Fraction | int]
+    scores: Sequence[Mapping[str, Tensor]]
+    counts: Sequence[int]
+
+    @classmethod
+    def of(cls, ballot: Ballot) -> "_Matrices":
+        """The matrices of a ballot, layer by layer."""
+        names, shapes, rates, scores = [], [], [], []
+        costs: Sequence[Fraction | int] = ballot.costs or [1] * len(ballot.subjects)
+        for subject, cost, voters in zip(ballot.subjects, costs, ballot.scores, strict=True):
+            count, layout = subject.matrices, subject.layout
+            names += layout.names(subject.name, subject.shape)
+            shapes += [layout.shape(subject.shape)] * count
+            rates += [cost] * count
+            parts = {voter: score.chunk(count) for voter, score in voters.items()}
+            scores += [{voter: part[i] for voter, part in parts.items()} for i in range(count)]
+        return cls(names, shapes, rates, scores, ballot.matrices)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many directions each has."""
+        return [factors.full(shape) for shape in self.shapes]
+
+    @property
+    def costs(self) -> Tensor:
+        """How much each direction costs of the budget, matrix by matrix, float64."""
+        pairs = zip(self.shapes, self.rates, strict=True)
+        units = [float(factors.price(shape) * rate) for shape, rate in pairs]
+        sizes = torch.tensor(self.sizes)
+        return torch.tensor(units, dtype=torch.float64).repeat_interleave(sizes)
+
+    def by_layer(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """What there is of each matrix, layer by layer."""
+        ends = list(accumulate(self.counts, initial=0))
+        return [torch.cat(list(values[i:j])) for i, j in pairwise(ends)]
+
+    def layers(self, matrices: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The same for layers of which there is something of all matrices."""
+        ends = enumerate(pairwise(accumulate(self.counts, initial=0)))
+        return {
+            place: torch.cat([matrices[i] for i in range(*span)])
+            for place, span in ends
+            if span[0] in matrices
+        }
 
 
 @dataclass(frozen=True)
@@ -57,10 +118,12 @@ class LowRank(Method[LowRanks]):
     A layer of rank r counts as ``min(r (in + out), in * out)`` parameters, those of the two layers
     it can become; above break-even it stays whole. The matrix of a convolution has in a row all
     that an output reads, so that ``in`` is its inputs times its kernel: of rank r it can become a
-    convolution with that kernel to r channels, and one with a kernel of size 1. ``nn.Linear`` and
-    ``nn.Conv1d`` to ``nn.Conv3d`` without groups are pruned (`mtprune.compress` makes two layers of
-    ``nn.Linear`` and ``nn.Conv2d``). Weights of any other kind are left dense, and the report names
-    them. The masks stay all True: a matrix of low rank has no zeros.
+    convolution with that kernel to r channels, and one with a kernel of size 1. ``nn.Linear``,
+    transformers' Conv1D, ``nn.Conv1d`` to ``nn.Conv3d`` without groups and stacks of experts are
+    pruned (`mtprune.compress` makes two layers of all but ``nn.Conv1d`` and ``nn.Conv3d``). In a
+    stack the matrix of each expert has a rank of its own, as if it were a layer. Weights of any
+    other kind are left dense, and the report names them. The masks stay all True: a matrix of low
+    rank has no zeros.
 
     Attributes:
         sparsity: Share of parameters saved, in [0, 1). The budget is met up to less than what one
@@ -71,9 +134,9 @@ class LowRank(Method[LowRanks]):
             back is as exact as the type of the weights lets it be: train them in float32.
         vote: Reduces percentiles over tasks to a worth (`mtprune.votes`).
         schedule: When ranks, or gates, change (`mtprune.schedule`).
-        floor: The share of a uniform budget that every layer is sure of, filled by its own best
+        floor: The share of a uniform budget that every matrix is sure of, filled by its own best
             directions; 0 for one ranking of all, 1 for the same share everywhere.
-        min_rank: The least rank of a layer, as long as the budget has as much for each.
+        min_rank: The least rank of a matrix, as long as the budget has as much for each.
         observations: How many observations of every task an update needs.
         disentangled: Score every loss on its own. False scores their sum.
         rate: How far learned gates move in an update; so that all updates together could take them
@@ -143,8 +206,11 @@ class LowRank(Method[LowRanks]):
     @override
     def fits(self, layer: Layer) -> str:
         modules = {module for module, _ in layer.places}
-        if any(type(m) not in _FACTORED and not is_another_linear(m) for m in modules):
-            return "only nn.Linear and nn.Conv1d to nn.Conv3d can become two layers"
+        known = layer.layout.stacked or all(
+            type(module) in _FACTORED or is_another_linear(module) for module in modules
+        )
+        if not known:
+            return "only nn.Linear, nn.Conv1d to nn.Conv3d and experts can become two layers"
         if len(modules) > 1:
             return "its weight is tied to another"
         # Each group is a matrix of its own, and those of a depthwise convolution have one row.
@@ -153,7 +219,11 @@ class LowRank(Method[LowRanks]):
     @override
     def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
         """See `Method`."""
-        full = {layer.name: factors.full(layer.shape) for layer in layers}
+        full = {
+            name: factors.full(layer.layout.shape(layer.shape))
+            for layer in layers
+            for name in layer.layout.names(layer.name, layer.shape)
+        }
         if not memory.mapping():
             return {}
         if self.gates == "saliency":
@@ -181,46 +251,47 @@ class LowRank(Method[LowRanks]):
         """The ranks of the update of ``step``, or the gates until the next one."""
         if self.gates == "learned":
             return self._learn(ballot, step)
+        matrices = _Matrices.of(ballot)
         known = ballot.memory.get("ranks", {})
-        alive = [
-            known.get(name, factors.full(shape))
-            for name, shape in zip(ballot.names, ballot.shapes, strict=True)
-        ]
+        alive = [known.get(n, m) for n, m in zip(matrices.names, matrices.sizes, strict=True)]
         share = self.sparsity * due(self.schedule, step, self.sparsity)
-        percentiles = _percentiles(ballot)
-        kept = self._select(ballot, self._vote(percentiles), share, alive)
+        percentiles = _percentiles(matrices)
+        kept = self._select(matrices, self._vote(percentiles), share, alive)
         alone: dict[str, dict[int, Tensor]] = {}
-        for voter in dict.fromkeys(voter for layer in percentiles for voter in layer):
-            own = [i for i, layer in enumerate(percentiles) if voter in layer]
+        for voter in dict.fromkeys(voter for matrix in percentiles for voter in matrix):
+            own = [i for i, matrix in enumerate(percentiles) if voter in matrix]
             worths = [percentiles[i][voter] for i in own]
-            wish = self._select(ballot, worths, share, [alive[i] for i in own], own)
-            alone[voter] = dict(zip(own, wish, strict=True))
-        now = {n: int(mask.sum()) for n, mask in zip(ballot.names, kept, strict=True)}
+            wish = self._select(matrices, worths, share, [alive[i] for i in own], own)
+            alone[voter] = matrices.layers(dict(zip(own, wish, strict=True)))
+        now = {n: int(mask.sum()) for n, mask in zip(matrices.names, kept, strict=True)}
         return LowRanks(
-            ballot.masks, memory={"ranks": now}, directions=kept, directions_alone=alone
+            ballot.masks,
+            memory={"ranks": now},
+            directions=matrices.by_layer(kept),
+            directions_alone=alone,
         )
 
     def _vote(self, percentiles: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        return [self.vote(torch.stack(list(layer.values()))) for layer in percentiles]
+        return [self.vote(torch.stack(list(voters.values()))) for voters in percentiles]
 
     def _select(
         self,
-        ballot: Ballot,
+        matrices: _Matrices,
         worths: Sequence[Tensor],
         share: float,
         alive: Sequence[int],
-        layers: Sequence[int] | None = None,
+        which: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """What a budget pays for that saves this share of some layers, or of all."""
-        every = list(zip(ballot.shapes, _rates(ballot), strict=True))
-        some = every if layers is None else [every[i] for i in layers]
+        """What a budget pays for that saves this share of some matrices, or of all."""
+        every = list(zip(matrices.shapes, matrices.rates, strict=True))
+        some = every if which is None else [every[i] for i in which]
         shapes, rates = [shape for shape, _ in some], [rate for _, rate in some]
         total = sum(rate * math.prod(shape) for shape, rate in some)
         budget, least = total - round(share * total), self._least(shapes, share)
         return select_directions(worths, shapes, budget, rates=rates, least=least, alive=alive)
 
     def _least(self, shapes: Sequence[tuple[int, ...]], share: float) -> list[int]:
-        """How many of its own best directions each layer is sure of."""
+        """How many of its own best directions each matrix is sure of."""
         uniform = [(1 - share) * math.prod(shape) / factors.price(shape) for shape in shapes]
         return [max(self.min_rank, math.floor(self.floor * rank)) for rank in uniform]
 
@@ -245,7 +316,8 @@ class LowRank(Method[LowRanks]):
         so that a gate that is almost shut moves as fast as any other. The multipliers go up their
         gradients; :math:`-\lambda_1` ends as the price of one unit of the budget.
         """
-        names, sizes = ballot.names, [factors.full(shape) for shape in ballot.shapes]
+        matrices = _Matrices.of(ballot)
+        names, sizes = matrices.names, matrices.sizes
         settled = self.schedule.next_update(step) is None
         memory: Mapping[str, Any] = ballot.memory
         if settled and not memory:
@@ -257,20 +329,20 @@ class LowRank(Method[LowRanks]):
         count = memory["count"] + 1 if memory else 1
         fresh = [torch.full((size,), _START, dtype=torch.float64) for size in sizes]
         before = [memory["log_alpha"][name] for name in names] if memory else fresh
-        worth = torch.cat(self._vote(_percentiles(ballot, [_let(x) for x in before])))
+        worth = torch.cat(self._vote(_percentiles(matrices, [_let(x) for x in before])))
         smooth = (1 - _MEMORY) * (worth - worth.mean())
         smooth += _MEMORY * memory["worth"] if memory else 0.0
         log_alpha = torch.cat(before)
-        gap = self._saved(ballot, log_alpha) - self.schedule.progress(step) * self._due(ballot)
+        gap = self._saved(matrices, log_alpha) - self.schedule.progress(step) * self._due(matrices)
         first, second = memory["multipliers"] if memory else (0.0, _STIFFNESS)
         log_alpha += pace * (smooth / (1 - _MEMORY**count) + first + 2.0 * second * gap)
         moved = [x.clone() for x in log_alpha.clamp(-_FARTHEST, _FARTHEST).split(sizes)]
-        for x, sure in zip(moved, self._least(ballot.shapes, self.sparsity), strict=True):
+        for x, sure in zip(moved, self._least(matrices.shapes, self.sparsity), strict=True):
             best = x.argsort(descending=True, stable=True)[:sure]
-            x[best] = x[best].clamp(min=_START)  # what a layer is sure of does not fade
+            x[best] = x[best].clamp(min=_START)  # what a matrix is sure of does not fade
         if settled:
-            kept = self._select(ballot, moved, self.sparsity, sizes)
-            return LowRanks(ballot.masks, directions=kept)
+            kept = self._select(matrices, moved, self.sparsity, sizes)
+            return LowRanks(ballot.masks, directions=matrices.by_layer(kept))
         return LowRanks(
             ballot.masks,
             memory={
@@ -280,21 +352,21 @@ class LowRank(Method[LowRanks]):
                 "count": count,
                 "pace": pace,
             },
-            directions=[torch.ones(size, dtype=torch.bool) for size in sizes],
-            gates=[_let(x) for x in moved],
+            directions=matrices.by_layer([torch.ones(m, dtype=torch.bool) for m in sizes]),
+            gates=matrices.by_layer([_let(x) for x in moved]),
         )
 
-    def _saved(self, ballot: Ballot, log_alpha: Tensor) -> float:
+    def _saved(self, matrices: _Matrices, log_alpha: Tensor) -> float:
         """The share of what the directions cost that shut gates are expected to save."""
-        costs = _costs(ballot)
+        costs = matrices.costs
         return 1.0 - float((costs * gates.open_probability(log_alpha)).sum() / costs.sum())
 
-    def _due(self, ballot: Ballot) -> float:
+    def _due(self, matrices: _Matrices) -> float:
         """The same share in the end: factors of full rank are larger than the matrix."""
-        sizes = map(math.prod, ballot.shapes)
-        total = sum(rate * size for rate, size in zip(_rates(ballot), sizes, strict=True))
+        sizes = map(math.prod, matrices.shapes)
+        total = sum(rate * size for rate, size in zip(matrices.rates, sizes, strict=True))
         budget = (1 - self.sparsity) * float(total)
-        return 1.0 - min(1.0, budget / float(_costs(ballot).sum()))
+        return 1.0 - min(1.0, budget / float(matrices.costs.sum()))
 
     def _pace(self) -> float:
         """How far a gate's parameter moves in an update."""
@@ -312,36 +384,22 @@ def _let(log_alpha: Tensor) -> Tensor:
 
 
 def _percentiles(
-    ballot: Ballot, through: Sequence[Tensor] | None = None
+    matrices: _Matrices, through: Sequence[Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """For each layer and voter the percentile of its directions, by their price, float64 ``[m]``.
+    """For each matrix and voter the percentile of its directions, by their price, float64 ``[m]``.
 
     Args:
-        ballot: The scores.
+        matrices: The matrices and their scores.
         through: What the gates let through when they were scored; all unless given.
     """
     scores = []
-    each = zip(ballot.shapes, _rates(ballot), ballot.scores, strict=True)
+    each = zip(matrices.shapes, matrices.rates, matrices.scores, strict=True)
     for place, (shape, rate, voters) in enumerate(each):
         unit = float(factors.price(shape) * rate)
         scale = unit if through is None else unit * through[place]
         scores.append({voter: (s.cpu() / scale).float() for voter, s in voters.items()})
     rankings = rank(scores)
     return [{voter: rankings[voter].exact(s) for voter, s in layer.items()} for layer in scores]
-
-
-def _costs(ballot: Ballot) -> Tensor:
-    """How much each direction costs of the budget, layer by layer, float64."""
-    costs = [
-        torch.full((factors.full(shape),), float(factors.price(shape) * rate), dtype=torch.float64)
-        for shape, rate in zip(ballot.shapes, _rates(ballot), strict=True)
-    ]
-    return torch.cat(costs)
-
-
-def _rates(ballot: Ballot) -> Sequence[Fraction | int]:
-    """How much a parameter of each layer costs of the budget: itself, or its multiply-adds."""
-    return ballot.costs or [1] * len(ballot.shapes)
 
 
 def _groups(modules: Iterable[nn.Module]) -> int:

@@ -46,10 +46,10 @@ from mtprune.methods.voting.units import (
     pool_of,
 )
 from mtprune.methods.voting.weights import keep_best, keep_per_task
+from mtprune.model.covering import is_single
 from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
-from mtprune.model.units import is_single
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due

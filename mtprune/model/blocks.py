@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mtprune.model.experts import Experts, match_experts
-from mtprune.model.layers import is_conv1d, is_stack
+from mtprune.model.layout import is_conv1d, layout_of
 from mtprune.model.paths import at, in_runs, is_at, numbers
 from mtprune.structure import NOBODY, Argument, Group, Member, Role
 
@@ -320,15 +320,11 @@ def _matrix(module: nn.Module, path: str) -> _Matrix | None:
     weight = at(module, path)
     if not isinstance(weight, Tensor) or not isinstance(holder, nn.Module):
         return None
-    if weight.dim() == 3 and is_stack(holder, weight.shape):
-        # A matrix for each expert, of which all lose the same units.
-        makes, reads = (2, 1) if getattr(holder, "is_transposed", False) else (1, 2)
-    elif weight.dim() != 2:
+    layout = layout_of(holder, path.rpartition(".")[2], weight.shape)
+    # Experts of a stack all lose the same units. In other modules, rows may not be outputs.
+    if not layout.stacked and not (
+        weight.dim() == 2 and (isinstance(holder, nn.Linear) or is_conv1d(holder) or not owner)
+    ):
         return None
-    elif is_conv1d(holder):
-        makes, reads = 1, 0
-    elif isinstance(holder, nn.Linear) or not owner:
-        makes, reads = 0, 1
-    else:  # in other modules, rows may not be outputs
-        return None
+    makes, reads = layout.outputs, layout.inputs
     return _Matrix(weight.shape[makes], weight.shape[reads], makes, reads)

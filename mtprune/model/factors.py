@@ -114,18 +114,18 @@ def rotate(weight: Tensor, vectors: Tensor) -> Tensor:
     """A matrix in the basis of `directions`: each direction is a column, or a row of a wide one.
 
     Args:
-        weight: ``[out, in]``, a weight or its gradient.
-        vectors: Orthonormal columns ``[m, k]``.
+        weight: ``[out, in]``, a weight or its gradient, or a stack of these.
+        vectors: Orthonormal columns ``[m, k]``, or a stack of them for a stack of weights.
 
     Returns:
-        ``[out, k]``, or ``[k, in]`` if there are more inputs than outputs.
+        ``[out, k]``, or ``[k, in]`` if there are more inputs than outputs; or a stack of these.
 
     Example:
         >>> rotate(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]]))
         tensor([[1., 2.]])
     """
-    flat = weight.flatten(1)
-    return flat @ vectors if _is_tall(flat.shape) else vectors.t() @ flat
+    flat = weight.flatten(vectors.dim() - 1)
+    return flat @ vectors if _is_tall(flat.shape[-2:]) else vectors.mT @ flat
 
 
 def spread(rotated: Tensor, vectors: Tensor, shape: Shape) -> Tensor:

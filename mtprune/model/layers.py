@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm, normalization
 from torch.nn.utils import parametrize
 
+from mtprune.model.layout import PLAIN, Layout, is_conv1d, is_stack, layout_of
 from mtprune.model.names import own_name, strip
 from mtprune.model.parts import Part, Sharding, local
 from mtprune.model.selectors import Spec, label, match, resolve, selected
@@ -23,9 +24,7 @@ __all__ = [
     "default_attributes",
     "find_layers",
     "is_another_linear",
-    "is_conv1d",
     "is_embedding",
-    "is_stack",
     "never_pruned",
 ]
 
@@ -50,8 +49,6 @@ KINDS = (
     "Linear, Bilinear, Conv1d-3d, ConvTranspose1d-3d, RNN, LSTM, GRU and their cells, "
     "MultiheadAttention, transformers' Conv1D, and stacks of experts' matrices"
 )
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_shared_experts")
-"""Attributes of modules for the number of experts whose matrices they hold in one tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +70,13 @@ class Layer:
     @property
     def matrices(self) -> int:
         """How many matrices it holds: one for each expert, or one."""
-        is_stacked = any(is_stack(module, self.shape) for module, _ in self.places)
-        return self.shape[0] if is_stacked else 1
+        return self.layout.count(self.shape)
+
+    @property
+    def layout(self) -> Layout:
+        """Where its matrices lie in it."""
+        found = (layout_of(module, attribute, self.shape) for module, attribute in self.places)
+        return next((layout for layout in found if layout != PLAIN), PLAIN)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -206,19 +208,6 @@ def default_attributes(module: nn.Module) -> list[str]:
     return [name for name in names if not never_pruned(module, name)]
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D: a Linear whose weight is ``[inputs, outputs]``."""
-    if type(module).__name__ != "Conv1D":
-        return False
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return (
-        isinstance(weight, Tensor)
-        and isinstance(bias, Tensor)
-        and weight.dim() == 2
-        and tuple(bias.shape) == (weight.shape[1],)
-    )
-
-
 def is_another_linear(module: nn.Module) -> bool:
     """Whether a module of another class than Linear computes what a Linear does.
 
@@ -227,14 +216,6 @@ def is_another_linear(module: nn.Module) -> bool:
     if type(module).__name__ == "FalconLinear":
         return isinstance(module, nn.Linear)
     return is_conv1d(module)
-
-
-def is_stack(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape is a stack of matrices, one for each expert of the module."""
-    if len(shape) != 3:
-        return False
-    counts = (getattr(module, name, None) for name in _EXPERTS)
-    return any(isinstance(n, int) and n == shape[0] for n in counts)
 
 
 def _refuse_unless_plain(path: str, module: nn.Module, excluded: Collection[int]) -> list[str]:

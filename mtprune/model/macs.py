@@ -81,7 +81,23 @@ _COUNTS = {
     torch.ops.aten._trilinear: _bilinear,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
+
+
+def _grouped(one: Tensor, other: Tensor, *_: Any, **__: Any) -> int:
+    """Of products of groups of rows, each with a matrix of a stack."""
+    batch = one.shape[0] if one.dim() == other.dim() == 3 else 1
+    return 2 * batch * one.shape[-2] * one.shape[-1] * other.shape[-1]
+
+
+_NAMED = {"aten._grouped_mm": _grouped, "transformers.grouped_mm_fallback": _grouped}
+"""Those that not every version of torch has, or that others define."""
+
 _RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
+
+
+def _counted(packet: Any) -> Any:
+    """What counts the operations of a product; None for what is none."""
+    return _COUNTS.get(packet) or _NAMED.get(str(packet))
 
 
 class FlopsPerLayer(TorchDispatchMode):
@@ -107,9 +123,9 @@ class FlopsPerLayer(TorchDispatchMode):
             rows = args[0].numel() // args[0].shape[-1]
             for layer in self._layers_in(args[1:]):
                 self._add(layer, 2 * rows * prod(layer.shape))
-        elif packet in _COUNTS:
+        elif (count := _counted(packet)) is not None:
             for layer in self._layers_in(args):
-                self._add(layer, int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)))
+                self._add(layer, int(count(*args, **(kwargs or {}), out_val=out)))
         return out
 
     def _layers_in(self, args: Any) -> list[Layer]:
@@ -165,8 +181,8 @@ class MacCounter(TorchDispatchMode):
             for weight in self._weights(args[1:]):
                 self.macs += rows * weight.numel()
                 self.kept += rows * int(weight.count_nonzero())
-        elif packet in _COUNTS:
-            macs = int(_COUNTS[packet](*args, **(kwargs or {}), out_val=out)) // 2
+        elif (count := _counted(packet)) is not None:
+            macs = int(count(*args, **(kwargs or {}), out_val=out)) // 2
             weights = self._weights(args)
             self.macs += macs
             if weights and weights[0].numel():

@@ -6,24 +6,23 @@ A weight may belong to two units, the row of one and the column of another: it s
 and it is counted once.
 """
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import TypeIs, override
+from torch import Tensor
+from typing_extensions import override
 
-from mtprune.granularity import NM, Block, Element, Granularity, Grouped, Pieces, Spanning
+from mtprune.granularity import Pieces
 from mtprune.model.layers import Layer
-from mtprune.model.names import strip
-from mtprune.structure import NOBODY, Group, Member
+from mtprune.structure import Group
 
-__all__ = ["Covered", "Units", "cover", "is_single"]
+__all__ = ["GroupUnits", "PieceUnits", "Seat", "Units"]
 
 
 class Units(ABC):
@@ -115,47 +114,67 @@ class Units(ABC):
         return [torch.ones(len(cost), dtype=torch.bool) for cost in self.costs]
 
 
-class _Pieces(Units):
-    """Units inside layers: a group for each."""
+class PieceUnits(Units):
+    """Units inside layers: a group for each matrix, of which a stack has several."""
 
     spanning = False
 
     def __init__(
         self, granularity: Pieces, layers: Sequence[Layer], prices: Sequence[Fraction] = ()
     ) -> None:
-        super().__init__([x.name for x in layers], layers, prices or [Fraction(1)] * len(layers))
+        self._layouts = [layer.layout for layer in layers]
+        pairs = list(zip(layers, self._layouts, strict=True))
+        counts = [layout.count(layer.shape) for layer, layout in pairs]
+        names = [name for x, layout in pairs for name in layout.names(x.name, x.shape)]
+        super().__init__(names, layers, prices or [Fraction(1)] * len(layers))
         self._granularity = granularity
+        self._owners = [place for place, count in enumerate(counts) for _ in range(count)]
+        ends = list(accumulate(counts, initial=0))
+        self._groups = [range(*span) for span in pairwise(ends)]
 
     @override
-    def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "_Pieces":
-        return _Pieces(self._granularity, [self.layers[i] for i in places], prices)
+    def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "PieceUnits":
+        return PieceUnits(self._granularity, [self.layers[i] for i in places], prices)
 
     @override
     def pool(self, place: int, values: Tensor) -> Tensor:
-        return self._granularity.pool(values)
+        matrices = self._layouts[place].matrices(values.view(self.layers[place].shape))
+        return torch.cat([self._granularity.pool(matrix) for matrix in matrices])
 
     @override
     def gather(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {place: values.to("cpu", torch.float32) for place, values in pooled.items()}
+        found: dict[int, Tensor] = {}
+        for place, values in pooled.items():
+            groups = self._groups[place]
+            parts = values.to("cpu", torch.float32).split([len(self._sizes[g]) for g in groups])
+            found.update(zip(groups, parts, strict=True))
+        return found
 
     @override
     def spread(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            self._granularity.spread(mask, layer.shape)
-            for mask, layer in zip(masks, self.layers, strict=True)
-        ]
+        found = []
+        for place, groups in enumerate(self._groups):
+            layout, shape = self._layouts[place], self._shapes[place]
+            matrices = [self._granularity.spread(masks[group], shape) for group in groups]
+            found.append(layout.weight(torch.stack(matrices)).contiguous())
+        return found
 
     @override
     def standing(self, masks: Iterable[Tensor]) -> list[Tensor]:
-        return [
-            self._granularity.pool(mask.cpu().view(layer.shape).to(torch.float32)) > 0
-            for layer, mask in zip(self.layers, masks, strict=True)
-        ]
+        pooled = {
+            place: self.pool(place, mask.cpu().to(torch.float32))
+            for place, mask in enumerate(masks)
+        }
+        return [kept > 0 for _, kept in sorted(self.gather(pooled).items())]
 
     @override
     def weigh(self, masks: Sequence[Tensor], places: Sequence[int] | None = None) -> Fraction:
         chosen = range(len(self.layers)) if places is None else places
-        kept = (self.prices[i] * int(self._sizes[i][masks[i]].sum()) for i in chosen)
+        kept = (
+            self.prices[i] * int(self._sizes[group][masks[group]].sum())
+            for i in chosen
+            for group in self._groups[i]
+        )
         return sum(kept, Fraction(0))
 
     @override
@@ -163,29 +182,37 @@ class _Pieces(Units):
         chosen = range(len(self.layers)) if places is None else places
         return [
             cost if place in chosen else torch.zeros_like(cost)
-            for place, cost in enumerate(self.costs)
+            for place, cost in zip(self._owners, self.costs, strict=True)
         ]
 
     @override
     def _costs(self) -> list[Tensor]:
         return [
-            size.to(torch.float64) * float(price)
-            for size, price in zip(self._sizes, self.prices, strict=True)
+            size.to(torch.float64) * float(self.prices[place])
+            for size, place in zip(self._sizes, self._owners, strict=True)
         ]
 
     @override
     def holding(self, group: int) -> list[int]:
-        return [group]
+        return [self._owners[group]]
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each matrix of every layer, outputs first."""
+        return [
+            tuple(layout.matrices(torch.empty(layer.shape, device="meta")).shape[1:])
+            for layout, layer in zip(self._layouts, self.layers, strict=True)
+        ]
 
     @cached_property
     def _sizes(self) -> list[Tensor]:
         """How many weights each unit has."""
-        ones = (torch.ones(layer.shape) for layer in self.layers)
-        return [self._granularity.pool(one).to(torch.int64) for one in ones]
+        sizes = [self._granularity.pool(torch.ones(s)).to(torch.int64) for s in self._shapes]
+        return [sizes[place] for place in self._owners]
 
 
 @dataclass(frozen=True)
-class _Seat:
+class Seat:
     """Where the units of a group lie in a layer.
 
     Attributes:
@@ -203,7 +230,7 @@ class _Seat:
     made: bool
 
 
-class _Groups(Units):
+class GroupUnits(Units):
     """Units that span layers."""
 
     spanning = True
@@ -212,7 +239,7 @@ class _Groups(Units):
         self,
         groups: Sequence[Group],
         layers: Sequence[Layer],
-        seats: Sequence[Sequence[_Seat]],
+        seats: Sequence[Sequence[Seat]],
         prices: Sequence[Fraction] = (),
     ) -> None:
         names, least = [group.name for group in groups], [group.least for group in groups]
@@ -226,16 +253,13 @@ class _Groups(Units):
         return [group for group in self._groups if group.gate is not None]
 
     @override
-    def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "_Groups":
+    def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "GroupUnits":
         left = sorted({seat.group for place in places for seat in self._seats[place]})
         seats = [
-            [
-                _Seat(left.index(s.group), s.dim, s.index, s.table, s.made)
-                for s in self._seats[place]
-            ]
+            [Seat(left.index(s.group), s.dim, s.index, s.table, s.made) for s in self._seats[place]]
             for place in places
         ]
-        return _Groups(
+        return GroupUnits(
             [self._groups[g] for g in left], [self.layers[i] for i in places], seats, prices
         )
 
@@ -341,7 +365,7 @@ class _Groups(Units):
         }
         return sorted(having, key=lambda place: not having[place])
 
-    def _along(self, seats: Sequence[_Seat], masks: Sequence[Tensor]) -> dict[int, Tensor]:
+    def _along(self, seats: Sequence[Seat], masks: Sequence[Tensor]) -> dict[int, Tensor]:
         """What stays along each dimension of a layer."""
         kept: dict[int, Tensor] = {}
         for seat in seats:
@@ -349,146 +373,3 @@ class _Groups(Units):
             along = torch.cat([mask, mask.new_ones(1)])[seat.index]
             kept[seat.dim] = kept[seat.dim] & along if seat.dim in kept else along
         return kept
-
-
-@dataclass(frozen=True)
-class Covered:
-    """What a granularity makes of a model.
-
-    Attributes:
-        layers: The layers it covers.
-        units: Their units; None where every weight is its own.
-        dense: The others, and why.
-    """
-
-    layers: list[Layer]
-    units: Units | None
-    dense: dict[str, str]
-
-
-def is_single(granularity: Granularity) -> bool:
-    """Whether every weight is kept or pruned on its own, be it in a pattern."""
-    return type(granularity) in (Element, NM) or granularity == Block(1, 1)
-
-
-def cover(granularity: Granularity, model: nn.Module, layers: Sequence[Layer]) -> Covered:
-    """Find the units of a model.
-
-    Args:
-        granularity: What is kept or pruned as one.
-        model: The model, unwrapped.
-        layers: What may be pruned.
-
-    Raises:
-        ValueError: If there are no units, or they name what the model does not have.
-    """
-    if not isinstance(granularity, tuple) and not _spans(granularity):
-        return _cut(granularity, layers)
-    several = granularity if isinstance(granularity, tuple) else (granularity,)
-    groups: dict[str, Group] = {}
-    named = set()
-    for one in several:
-        for group in one.groups(model, layers):
-            if group.name in groups:
-                raise ValueError(f"Two groups are called '{group.name}'. Give each its own name.")
-            groups[group.name] = group
-            if isinstance(one, Grouped):
-                named.add(group.name)
-    if not groups:
-        raise ValueError(f"{granularity!r} finds no units in {type(model).__name__}.")
-    return _seat(groups.values(), named, model, layers)
-
-
-def _spans(granularity: Spanning | Pieces) -> TypeIs[Spanning]:
-    return hasattr(granularity, "groups")
-
-
-def _cut(granularity: Pieces, layers: Sequence[Layer]) -> Covered:
-    """The units of every layer on its own."""
-    dense = {layer.name: why for layer in layers if (why := granularity.left_out(layer))}
-    covered = [layer for layer in layers if layer.name not in dense]
-    if not covered:
-        why = "; ".join(dict.fromkeys(dense.values()))
-        raise ValueError(f"{granularity!r} covers nothing in this model: {why}.")
-    single = is_single(granularity) or isinstance(granularity, Element)
-    return Covered(covered, None if single else _Pieces(granularity, covered), dense)
-
-
-def _seat(
-    groups: Iterable[Group], named: Container[str], model: nn.Module, layers: Sequence[Layer]
-) -> Covered:
-    """The units of groups, in the layers they name; found ones may lie in what was excluded."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    by_parameter = {id(layer.parameter): layer for layer in layers}
-    by_name = {layer.name: layer for layer in layers}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        shapes.setdefault(name, tuple(buffer.shape))  # some are in no state
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes.setdefault(name, tuple(parameter.shape))
-        if id(parameter) in by_parameter:
-            by_name.setdefault(name, by_parameter[id(parameter)])
-    seats: dict[str, list[_Seat]] = {}
-    alike: list[Group] = []
-    for group in groups:
-        found: dict[tuple[str, int], list[Member]] = {}
-        for member in group.members:
-            layer = by_name.get(member.tensor) or by_name.get(strip(member.tensor))
-            shape = shapes.get(member.tensor) if layer is None else layer.shape
-            _check_member(group, member, shape, shapes)
-            if layer is not None:
-                found.setdefault((layer.name, member.dim % len(layer.shape)), []).append(member)
-        gate = group.gate
-        if gate is not None and not any(gate in members for members in found.values()):
-            raise ValueError(
-                f"'{gate.tensor}' sends tokens to the units of '{group.name}' and is pruned with "
-                "them, but it was excluded. Take it out of `exclude`, or prune other units."
-            )
-        if not found and group.name in named:
-            tensors = ", ".join(f"'{member.tensor}'" for member in group.members)
-            raise ValueError(
-                f"Group '{group.name}' lies in nothing that is pruned: {tensors or 'no tensors'}. "
-                "Were its layers excluded, or does it hold biases alone?"
-            )
-        for (name, dim), members in found.items():
-            for member in members:
-                seats.setdefault(name, []).append(_sit(len(alike), dim, group.size, member))
-        if found:
-            alike.append(group)
-    if not seats:
-        raise ValueError("All layers in which units lie are excluded.")
-    covered = [layer for layer in layers if layer.name in seats]
-    dense = {x.name: "no unit lies in it" for x in layers if x.name not in seats}
-    return Covered(covered, _Groups(alike, covered, [seats[x.name] for x in covered]), dense)
-
-
-def _sit(group: int, dim: int, size: int, member: Member) -> _Seat:
-    index = member.index()
-    owned = (index != NOBODY).nonzero().squeeze(1)
-    owned = owned[index[owned].argsort(stable=True)]
-    counts = index[owned].bincount(minlength=size)
-    starts = (counts.cumsum(0) - counts)[index[owned]]
-    table = torch.full((size, int(counts.max()) if size else 0), len(index))
-    table[index[owned], torch.arange(len(owned)) - starts] = owned
-    index = torch.where(index == NOBODY, size, index)
-    return _Seat(group, dim, index, table, member.role == "out")
-
-
-def _check_member(
-    group: Group, member: Member, shape: tuple[int, ...] | None, shapes: Mapping[str, object]
-) -> None:
-    """Refuse what the model does not have.
-
-    Raises:
-        ValueError: If it has no such tensor, dimension or length.
-    """
-    if shape is None:
-        near = difflib.get_close_matches(member.tensor, shapes, n=3)
-        hint = f" Did you mean {near}?" if near else ""
-        raise ValueError(
-            f"Group '{group.name}' names '{member.tensor}', which the model does not have.{hint}"
-        )
-    if not -len(shape) <= member.dim < len(shape) or shape[member.dim] != len(member.units):
-        raise ValueError(
-            f"Group '{group.name}' gives {len(member.units)} units along dimension {member.dim} "
-            f"of '{member.tensor}', which has shape {shape}."
-        )

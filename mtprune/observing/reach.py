@@ -155,7 +155,7 @@ class Reach:
                 x.shape,
                 tuple(using[x.name]),
                 self._costs.get(x.name),
-                x.matrices,
+                x.layout,
             )
             for _, x in self.active(users)
         ]

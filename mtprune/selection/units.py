@@ -174,8 +174,9 @@ class Queue:
 
     def _raw(self, group: int, raw: Callable[[Shape], float]) -> float:
         """The mean over the weights of a group's layers of the raw density of each layer."""
-        shapes = [self._units.layers[place].shape for place in self._units.holding(group)]
-        sizes = [prod(shape) for shape in shapes]
+        layers = [self._units.layers[place] for place in self._units.holding(group)]
+        sizes = [prod(layer.shape) for layer in layers]
+        shapes = [layer.layout.shape(layer.shape) for layer in layers]
         parts = [n * raw(shape) for n, shape in zip(sizes, shapes, strict=True)]
         return float(sum(parts) / sum(sizes))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtprune.methods.base import Method
 from mtprune.methods.inventory import Selection, take_inventory
 from mtprune.model import factors
+from mtprune.model.layout import layout_of
 from mtprune.pruner import MultitaskPruner
 from mtprune.testing.functions import check
 from mtprune.testing.nets import NETS, Nets
@@ -71,11 +72,14 @@ def check_exact_count(method: Made, *, nets: Nets = NETS, sparsity: float | None
             check(zero, f"{run}: masked weights of '{row.name}' are not zero.")
             kept = int(mask.sum())
             if row.rank is not None:
-                rank = int(torch.linalg.matrix_rank(weight.flatten(1).double(), rtol=1e-5))
-                told = f"{run}: '{row.name}' has rank {rank}; the report says {row.rank}."
-                check(rank <= row.rank, told)
-                unit = max(unit, factors.price(weight.shape))
-                kept = factors.parameters(weight.shape, row.rank)
+                matrices = run.matrices(row.name)
+                ranks = [_rank(matrix) for matrix in matrices]
+                told = f"{run}: '{row.name}' has rank {sum(ranks)}; the report says {row.rank}."
+                check(sum(ranks) <= row.rank, told)
+                unit = max(unit, factors.price(matrices[0].shape))
+                # Of one matrix the report tells the rank, of a stack all ranks together.
+                ranks = [row.rank] if len(ranks) == 1 else ranks
+                kept = sum(factors.parameters(matrices[0].shape, rank) for rank in ranks)
             told = f"{run}: '{row.name}' keeps {kept} parameters; the report says {row.kept}."
             check(kept == row.kept, told)
             pruned += row.parameters - kept
@@ -183,6 +187,10 @@ def check_finalize(method: Made, *, nets: Nets = NETS) -> None:
                 check(same, f"{told} the {what} differ from those before pruning.")
 
 
+def _rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix.flatten(1).double(), rtol=1e-5))
+
+
 class _Run:
     """A net in training with a pruner; the same each time.
 
@@ -261,6 +269,12 @@ class _Run:
         path, _, attribute = name.rpartition(".")
         weight: Tensor = getattr(self.model.get_submodule(path), attribute)
         return weight.detach()
+
+    def matrices(self, name: str) -> tuple[Tensor, ...]:
+        """The matrices of a weight: one for each expert of a stack."""
+        path, _, attribute = name.rpartition(".")
+        weight = self.read(name)
+        return layout_of(self.model.get_submodule(path), attribute, weight.shape).each(weight)
 
     def kept(self) -> dict[str, int]:
         """How many parameters each layer keeps."""

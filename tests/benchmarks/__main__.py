@@ -27,6 +27,7 @@ NAMES = (
     "refit",
     "compress",
     "architectures",
+    "mixtures",
 )
 
 

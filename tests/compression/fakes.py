@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtprune.compression.experts import OpenExperts
 from mtprune.compression.forms import Form
 from mtprune.model.layers import find_layers
 
 
 class FakeTimes:
-    """A measure with a given time for each form, 10 ms for all others, and for the whole model."""
+    """A measure with a given time for each form, 10 ms for all others, and for the whole model.
+
+    ``experts`` is the time of experts one by one, ``dense`` that of stacks too.
+    """
 
     def __init__(self, whole: tuple[float, float] = (2.0, 1.0), **ms: float) -> None:
         self.ms = {name.replace("two_four", "2:4"): value for name, value in ms.items()}
@@ -25,16 +29,17 @@ class FakeTimes:
         modules = [getattr(function, "func", None) for function in functions]
         if modules[0] is None:
             return list(self.whole)
-        return [
-            self.ms.get(m.choice if isinstance(m, Form) else "dense", 10.0)
-            if isinstance(m, nn.Module)
-            else 10.0
-            for m in modules
-        ]
+        return [self.ms.get(_kind(m), 10.0) if isinstance(m, nn.Module) else 10.0 for m in modules]
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, OpenExperts):
+        return "experts"
+    return module.choice if isinstance(module, Form) else "dense"
 
 
 def prefer(choice: str) -> FakeTimes:
-    return FakeTimes(**{choice: 0.1, "dense": 1.0})
+    return FakeTimes(**{choice: 0.1, "dense": 1.0, "experts": 0.1})
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ __all__ = [
     "bias_part",
     "check_bias",
     "conv_of",
+    "exporter",
     "linear_of",
     "pointwise_of",
 ]
@@ -238,6 +239,14 @@ def pointwise_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
     return conv
 
 
+def exporter() -> str:
+    """Which of `EXPORTERS` is at work; empty if none is."""
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX"
+    exporting = getattr(torch.compiler, "is_exporting", _is_exporting)
+    return "torch.export" if exporting() else ""
+
+
 def _is_exporting() -> bool:
     """``torch.compiler.is_exporting`` before torch 2.7, as far as the export is not strict."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
@@ -248,11 +257,8 @@ def _check_exporting(form: nn.Module, args: Any) -> None:
     assert isinstance(form, Form)
     if form.exporters == EXPORTERS:
         return
-    exporting = getattr(torch.compiler, "is_exporting", _is_exporting)
-    onnx = torch.onnx.is_in_onnx_export()
-    if (onnx and "ONNX" not in form.exporters) or (
-        exporting() and "torch.export" not in form.exporters
-    ):
+    at_work = exporter()
+    if at_work and at_work not in form.exporters:
         unable = " and ".join(name for name in EXPORTERS if name not in form.exporters)
         raise RuntimeError(
             f"Layer '{form.site}' has the form '{form.choice}', which {unable} "

@@ -9,6 +9,7 @@ from mtprune.allocation import Budget
 from mtprune.holding import Masks
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.grouped import keep_in_groups
+from mtprune.model.layout import Layout
 from mtprune.selection import settled
 
 __all__ = ["keep_outputs"]
@@ -28,35 +29,44 @@ def keep_outputs(election: Election, sparsity: float, progress: float) -> Masks:
     budget = Budget(ballot.shapes, ballot.components, keep, upper, election.min_keep)
     counts = [quota.keep for quota in election.allocation.at(progress).quotas(budget)]
 
-    shapes = zip(ballot.shapes, counts, strict=True)
-    return keep_in_groups(election, [_Outputs(shape[0], count) for shape, count in shapes])
+    pairs = zip(ballot.subjects, counts, strict=True)
+    return keep_in_groups(election, [_Outputs(x.shape, x.layout, count) for x, count in pairs])
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The weights of each output of a layer.
+    """The weights of each output of a layer, or of each matrix of a stack.
 
     Attributes:
-        outputs: How many there are.
+        shape: Of the weight.
+        layout: Where its outputs lie.
         count: How many weights are kept in all. The first outputs keep one more if it is no
             multiple of the outputs.
     """
 
-    outputs: int
+    shape: tuple[int, ...]
+    layout: Layout
     count: int
 
     def split(self, values: Tensor) -> Tensor:
         """See `Groups`."""
-        return values.view(self.outputs, -1)
+        return self.layout.matrices(values.view(self.shape)).reshape(self._outputs, -1)
 
     def join(self, values: Tensor) -> Tensor:
         """See `Groups`."""
-        return values.reshape(-1)
+        shape = self.layout.matrices(torch.empty(self.shape, device="meta")).shape
+        return self.layout.weight(values.view(shape)).reshape(-1)
+
+    @property
+    def _outputs(self) -> int:
+        """How many outputs there are."""
+        return self.layout.count(self.shape) * self.shape[self.layout.outputs]
 
     def best(self, worth: Tensor, which: Tensor | None = None) -> Tensor:
         """See `Groups`."""
-        each, more = divmod(self.count, self.outputs)
-        keep = torch.full((self.outputs, 1), each, device=worth.device)
+        outputs = self._outputs
+        each, more = divmod(self.count, outputs)
+        keep = torch.full((outputs, 1), each, device=worth.device)
         keep[:more] += 1
         keep = keep if which is None else keep[which]
         order = worth.argsort(dim=1, descending=True, stable=True)

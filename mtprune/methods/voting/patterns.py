@@ -23,33 +23,37 @@ def keep_pattern(election: Election, pattern: NM, progress: float) -> Masks:
         progress: The share of its sparsity that is due.
     """
     keep = pattern.m - round((pattern.m - pattern.n) * progress)
+    subjects = election.ballot.subjects
     return keep_in_groups(
-        election, [_Inputs(shape, pattern, keep) for shape in election.ballot.shapes]
+        election, [_Inputs(x.shape, x.layout.inputs, pattern, keep) for x in subjects]
     )
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Every m consecutive inputs of an output, at each place of the kernel.
+    """Every m consecutive inputs of an output, at each place of the kernel, and in each matrix.
 
     Attributes:
         shape: Of the weight.
+        inputs: Along which of its dimensions inputs lie.
         pattern: The pattern.
         keep: How many of m are kept.
     """
 
     shape: tuple[int, ...]
+    inputs: int
     pattern: NM
     keep: int
 
     def split(self, values: Tensor) -> Tensor:
         """See `Groups`."""
-        return values.view(self.shape).movedim(1, -1).reshape(-1, self.pattern.m)
+        return values.view(self.shape).movedim(self.inputs, -1).reshape(-1, self.pattern.m)
 
     def join(self, values: Tensor) -> Tensor:
         """See `Groups`."""
-        outputs, inputs, *kernel = self.shape
-        return values.view(outputs, *kernel, inputs).movedim(-1, 1).reshape(-1)
+        others = [n for dim, n in enumerate(self.shape) if dim != self.inputs]
+        moved = values.view(*others, self.shape[self.inputs])
+        return moved.movedim(-1, self.inputs).reshape(-1)
 
     def best(self, worth: Tensor, which: Tensor | None = None) -> Tensor:
         """See `Groups`."""
