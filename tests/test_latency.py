@@ -14,6 +14,7 @@ from mtprune.allocation import Erk
 from mtprune.compression import pricing
 from mtprune.latency import Latency, Pace, Timetable, timetable
 from mtprune.selection import knapsack, rank, worths
+from tests.ranks import on_ranks
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
@@ -379,3 +380,46 @@ class TestRefused:
 
     def test_channels_take_the_inputs_that_found_them(self):
         assert Vote(latency=0.5, granularity=Channel(X)).inputs_to_measure is X
+
+
+def on_the_first(rank):
+    """A clock for the first rank alone, by which all but the dense are twice as fast."""
+
+    def measure(functions):
+        assert rank == 0
+        for function in functions:
+            function()
+        return [2.0] + [1.0] * (len(functions) - 1)
+
+    return measure
+
+
+def broken(functions):
+    raise ZeroDivisionError("no clock")
+
+
+def ranked(rank, world):
+    model = net(40, 40)
+    x = X.chunk(world)[rank]
+    latency = Latency(0.5, measure=on_the_first(rank))
+    pruner = MultitaskPruner(model, LOSSES, method=Vote(latency=latency, example_inputs=X))
+    report = pruner.prune([x], progress=False)
+    pruner.finalize()
+    said = ""
+    try:
+        method = Vote(latency=Latency(0.5, measure=broken), example_inputs=X)
+        MultitaskPruner(model, LOSSES, method=method)
+    except (RuntimeError, ZeroDivisionError) as error:
+        said = str(error)
+    return {"masks": pruner.masks, "timing": report.to_dict()["timing"], "said": said}
+
+
+@pytest.mark.slow
+def test_the_first_rank_measures_for_all(tmp_path):
+    one, two = on_ranks(__name__, "ranked", tmp_path)
+    assert one["timing"] == two["timing"]
+    assert one["timing"]["measured_ms"] == pytest.approx(one["timing"]["asked_ms"])
+    assert all(torch.equal(mask, two["masks"][name]) for name, mask in one["masks"].items())
+    assert sum(int(mask.sum()) for mask in one["masks"].values()) < 2000
+    assert "ZeroDivisionError: no clock" in one["said"]
+    assert one["said"] == two["said"]
