@@ -5,7 +5,7 @@ the gradient of each task is averaged over ranks before any saliency is computed
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ __all__ = [
     "any_rank",
     "check_equal",
     "first_",
+    "from_first",
     "gather",
     "is_on",
     "mean_",
@@ -79,6 +80,27 @@ def first_(tensor: Tensor) -> Tensor:
     if world() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on all ranks; the others wait for it.
+
+    Raises:
+        RuntimeError: If the first rank fails, on all ranks.
+    """
+    if world() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = make()
+        except Exception as error:  # the others would wait for ever
+            told[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise RuntimeError(f"The first rank could not measure. {told[1]}")
+    made: T = told[0]
+    return made
 
 
 def any_rank(flags: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ FORMAT = 1
 _ADVICE = "Take what to_dict() gave; what a newer mtprune has written needs a newer mtprune."
 _VALUES = (
     *("methods", "schedule", "granularity", "allocation", "weighting"),
-    *("refitting", "structure", "patterns"),
+    *("refitting", "structure", "patterns", "latency"),
 )
 _FUNCTIONS = ("saliency", "votes", "weighting")
 # What the package asks and is told meanwhile: no part of any method.
-_NO_VALUES = ("Ballot", "Budget", "Decision", "Masks", "Needs", "Sample")
+_NO_VALUES = ("Ballot", "Budget", "Decision", "Masks", "Needs", "Pace", "Sample", "Timing")
 _NO_PARTS = ("saliency.asks", "weighting.noise_weights", "weighting.parse_weighting")
 _MARKS = ("type", "function", "own", "argument", "number")
 

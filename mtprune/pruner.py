@@ -442,6 +442,7 @@ class MultitaskPruner:
             method=describe(self._method, defaults=False),
             weights={} if self._weigher.is_plain else self._weigher.weights,
             macs=float(inventory.total_macs) if inventory.costs else None,
+            timing=self._round.timing,
         )
 
     def state_dict(self) -> dict[str, Any]:

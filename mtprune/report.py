@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtprune import files
 from mtprune.facts import Count, Facts, GroupRow, Moment, mean, share, total
+from mtprune.latency import Timing
 from mtprune.text import columns
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Report:
         macs: The multiply-adds of all prunable layers, those left alone too, if measured.
         coverage: The share of the model's matrices, norms and embeddings apart, that takes part;
             None if that is not known.
+        timing: The time of the pruned model, where the budget is one in time.
     """
 
     step: int | None
@@ -132,6 +134,7 @@ class Report:
     groups: tuple[GroupRow, ...] = ()
     macs: float | None = None
     coverage: float | None = 1.0
+    timing: Timing | None = None
 
     @property
     def macs_sparsity(self) -> float | None:
@@ -239,6 +242,8 @@ class Report:
             notes.append(f"{self.coverage:.1%} of the model's matrices take part.")
         if self.macs_sparsity is not None:
             notes.append(f"{self.macs_sparsity:.2%} of the multiply-adds fall on pruned weights.")
+        if self.timing is not None:
+            notes.append(str(self.timing))
         if self.weights:
             factors = ", ".join(f"{task} {weight:.3g}" for task, weight in self.weights.items())
             notes.append(f"Losses count {factors}.")
@@ -285,6 +290,7 @@ def make_report(
     weights: Mapping[str, float] | None = None,
     macs: float | None = None,
     coverage: float | None = 1.0,
+    timing: Timing | None = None,
 ) -> Report:
     """The report of an update.
 
@@ -297,6 +303,7 @@ def make_report(
         weights: See `Report`.
         macs: See `Report`.
         coverage: See `Report`.
+        timing: See `Report`.
     """
     counts = facts.counts
     parameters = sum(c.parameters for c in counts)
@@ -325,6 +332,7 @@ def make_report(
         groups=facts.groups,
         macs=macs,
         coverage=coverage,
+        timing=timing,
     )
 
 

@@ -17,7 +17,7 @@ from tests.long import few
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", few(NAMES, *(set(NAMES) - {"compress", "step", "growth", "architectures"}))
+    "name", few(NAMES, *(set(NAMES) - {"compress", "latency", "step", "growth", "architectures"}))
 )
 def test_a_benchmark_runs_and_its_rows_print(name, tmp_path, capsys):
     rows = import_module(f"tests.benchmarks.{name}").run(TOY)

@@ -38,6 +38,7 @@ from mtprune import (
     weighting,
 )
 from mtprune.allocation import ByComponent, Global, PerOutput, Uniform
+from mtprune.latency import Latency, Timetable
 from mtprune.methods import describe
 from mtprune.patterns import PATTERNS, Attention, FeedForward
 from mtprune.structure import Group, Member
@@ -86,6 +87,11 @@ METHOD = {
     "ratio": Vote(PerTaskKeep(0.3), disentangled=False),
     "macs": Vote(macs=0.5, granularity=Block(4, 1), example_inputs=IMAGE),
     "speedup": Vote(speedup=2, granularity=Channel(IMAGE)),
+    "latency": Vote(latency=0.5, example_inputs=IMAGE),
+    "timetable": Vote(
+        latency=Latency(0.5, Timetable({"0.weight": [(0.1, 1), (1, 2.5)]}, 0.5, "units", "cpu", 2)),
+        granularity=Neuron(),
+    ),
     "refit": Vote(0.5, refit=Refit(7, 0.2, 3), voters=(saliency.magnitude, saliency.lamp)),
     "straight": Vote(0.5, straight_through=True, schedule=RISE, saliency=saliency.movement),
     **{f"weighting {getattr(w, '__name__', w)}": SoftThreshold(0.5, weighting=w) for w in (
@@ -145,13 +151,14 @@ def test_what_it_looks_like():
         "speedup": None,
         "refit": None,
         "voters": [{"function": "saliency.magnitude"}],
+        "latency": None,
     }
     assert method_from(data) == method
 
 
 def test_what_an_older_version_did_not_write_is_as_it_was():
     data = Vote(0.9).to_dict()
-    del data["voters"], data["refit"]
+    del data["voters"], data["refit"], data["latency"]
     assert method_from(data) == Vote(0.9)
 
 

@@ -40,7 +40,7 @@ from mtprune.model.names import unwrap
 from mtprune.model.task_masks import TaskMasks
 from mtprune.progress import is_watched, stages
 
-__all__ = ["assemble", "compress", "finish", "is_compressed", "plan_of"]
+__all__ = ["assemble", "choose_forms", "compress", "finish", "is_compressed", "plan_of"]
 
 _PLAN = "_mtprune_plan"
 _STAGES = 5
@@ -159,7 +159,7 @@ def compress(
             check_shrunk(work, reference, units.groups, tolerance)
         if plan is None:
             begin("timing layers")
-            plan, replaced = _choose_forms(work, batches, removal, portable, measure, shown)
+            plan, replaced = choose_forms(work, batches, removal, portable, measure, shown)
         else:
             plan, replaced = _replay_forms(work, batches, plan, portable)
         begin("comparing outputs")
@@ -175,7 +175,7 @@ def compress(
     return finish(work, replace(plan, subnetwork=part))
 
 
-def _choose_forms(
+def choose_forms(
     work: nn.Module,
     batches: Sequence[Any],
     removal: Removal,

@@ -20,6 +20,7 @@ from mtprune.census import HERE, Census
 from mtprune.facts import Subject
 from mtprune.granularity import Element, Granularity
 from mtprune.holding import Decision, Hold, MaskHold, Masking
+from mtprune.latency import Latency, Pace
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
 from mtprune.model.parts import Part
@@ -46,6 +47,7 @@ class Needs:
         over_the_run: Whether statistics add up over all updates instead of starting anew.
         macs: Whether the multiply-adds of every layer are asked for.
         example_inputs: What the model is called with to measure them.
+        latency: The budget in time that is asked for; None if times do not matter.
     """
 
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Needs:
     over_the_run: bool = False
     macs: bool = False
     example_inputs: Any = None
+    latency: Latency | None = None
 
     @property
     def looks_at_data(self) -> bool:
@@ -78,6 +81,7 @@ class Ballot:
         memory: What the last decision left to remember; empty at first.
         total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
             measured.
+        pace: What is known of the model's time, if it was asked for.
         parts: What of each layer is here, if other ranks have the rest. All that is flat above is
             of that part.
         census: Counts over the parts of all ranks.
@@ -93,6 +97,7 @@ class Ballot:
     noted: Sequence[float] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
+    pace: Pace | None = None
     parts: Sequence[Part] = ()
     census: Census = HERE
 

@@ -101,6 +101,13 @@ def take_inventory(
                 "ranks by fully_shard. Build the pruner before fully_shard."
             )
         inventory = inventory.measured(model, prunable, needs.example_inputs)
+    if needs.latency is not None:
+        if inventory.census.is_scattered:
+            raise ValueError(
+                "Times are measured on whole layers, and this model's are spread over ranks by "
+                "fully_shard. Build the pruner before fully_shard."
+            )
+        inventory = inventory.timed(model, needs.latency, needs.example_inputs)
     method.check(inventory)
     return inventory, needs
 

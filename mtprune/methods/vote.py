@@ -1,9 +1,9 @@
 """`Vote`: every task ranks the weights it uses, a vote merges the ranks, a budget cuts exactly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from math import isclose, prod
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from mtprune.allocation import (
     AllocationLike,
     ByComponent,
     Floor,
+    Global,
     Uniform,
     parse_allocation,
 )
@@ -34,9 +35,12 @@ from mtprune.holding import Hold, MaskHold, Masking, Masks, Phased
 from mtprune.holding.refitted import RefitHold, Refitted
 from mtprune.holding.regrow import RegrowHold
 from mtprune.holding.straight_through import StraightThrough
+from mtprune.latency import Latency, Timing
 from mtprune.methods.base import Ballot, Method, Needs, describe
+from mtprune.methods.voting.amount import WAYS, PerTaskKeep, check_amount
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.exchange import draw, exchange, lasting_counts
+from mtprune.methods.voting.latency import check_in_time, keep_in_time
 from mtprune.methods.voting.outputs import keep_outputs
 from mtprune.methods.voting.patterns import keep_pattern
 from mtprune.methods.voting.units import (
@@ -50,6 +54,7 @@ from mtprune.model.covering import is_single
 from mtprune.model.inputs import why_no_inputs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
+from mtprune.reading import Entry
 from mtprune.refitting import Refit
 from mtprune.saliency import Saliency
 from mtprune.schedule import OneShot, Regrow, Rounds, Schedule, due
@@ -57,28 +62,6 @@ from mtprune.selection import Quota, rank, worths
 from mtprune.statistics import JOINT, PerWeight
 
 __all__ = ["PerTaskKeep", "Vote"]
-
-
-@dataclass(frozen=True)
-class PerTaskKeep:
-    """The published rule of DiSparse, in place of a sparsity: for comparison.
-
-    Every task keeps the top ``int(ratio * N_k)`` of the weights it uses, then the vote merges the
-    tasks' masks. The sparsity that results depends on the data; allocation does not apply.
-
-    Attributes:
-        ratio: Share of its weights each task keeps, in (0, 1].
-    """
-
-    ratio: float
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        checks.inside("ratio", self.ratio, "(0, 1]")
-
-    def at(self, progress: float) -> float:
-        """The share that is kept while only a part of the pruning is due."""
-        return self.ratio if progress == 1 else 1 - (1 - self.ratio) * progress
 
 
 @dataclass(frozen=True)
@@ -108,13 +91,16 @@ class Vote(Method[Masks]):
             the weights of prunable layers take part in. Units then compete by their saliency per
             multiply-add.
         speedup: The same as ``macs=1 / speedup``.
-        example_inputs: What the model is called with to measure multiply-adds: a tensor, a tuple of
-            arguments, or a dict of keyword arguments.
+        example_inputs: What the model is called with to measure multiply-adds, or times: a tensor,
+            a tuple of arguments, or a dict of keyword arguments.
         refit: Let the weights that stay make up for those that go, layer by layer
             (`mtprune.Refit`); None leaves them as they are.
         voters: Saliencies that look at no data, such as `mtprune.saliency.magnitude`: each is one
             more voter on every weight, private ones too, asked at the update. They are called by
             their names, in `priority` and in the report.
+        latency: In place of `sparsity`, the time of the compressed model as a share of the dense
+            model's on this machine, in (0, 1]; `mtprune.latency.Latency` with a timetable measures
+            nothing. Each layer keeps what pays: the least worth goes that gives the time.
 
     Example:
         >>> Vote(sparsity=0.9, vote=votes.majority).sparsity
@@ -137,11 +123,12 @@ class Vote(Method[Masks]):
     example_inputs: Any = field(default=None, repr=False, compare=False)
     refit: Refit | None = field(default=None, metadata={"later": True})
     voters: tuple[Saliency, ...] = field(default=(), metadata={"later": True})
+    latency: float | Latency | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         """Validate."""
         check_granularity(self.granularity)
-        self._check_amount()
+        check_amount(self._ways, self.granularity, self.inputs_to_measure)
         checks.function("saliency", self.saliency)
         votes.check(self.vote)
         saliencies.asks(self.saliency)
@@ -187,6 +174,8 @@ class Vote(Method[Masks]):
             )
         if self.refit is not None:
             self._check_refit(self.refit)
+        if self.latency is not None:
+            self._check_latency()
         if not isinstance(self.granularity, Element):
             self._check_granular()
 
@@ -226,42 +215,19 @@ class Vote(Method[Masks]):
                 "`voters` out."
             )
 
-    def _check_amount(self) -> None:
-        """Refuse anything but one way to say how much is pruned."""
-        given = [
-            name for name in ("sparsity", "macs", "speedup") if getattr(self, name) is not None
-        ]
-        if isinstance(self.granularity, NM):
-            fixed = self.granularity.sparsity
-            number = self.sparsity if isinstance(self.sparsity, (int, float)) else -1.0
-            if given and (given != ["sparsity"] or not isclose(number, fixed)):
-                extra = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
-                raise ValueError(
-                    f"{self.granularity!r} fixes the sparsity: it is {fixed:g}. Leave {extra} out."
-                )
-            return
-        if len(given) > 1:
+    def _check_latency(self) -> None:
+        """Refuse what says otherwise how much each layer keeps, or decides again and again."""
+        if self.regrows or self.observations == "auto":
+            how = "Regrow" if self.regrows else "observations='auto'"
             raise ValueError(
-                "One of `sparsity`, `macs` and `speedup` says how much is pruned. Got "
-                f"{' and '.join(given)}."
+                f"`latency` decides anew how much each layer keeps, and {how} goes by that. Give a "
+                "number for `sparsity`, or leave it out."
             )
-        if self.macs is None and self.speedup is None:
-            if not isinstance(self.sparsity, PerTaskKeep):
-                checks.sparsity("sparsity", self.sparsity)
-            return
-        checks.number(given[0], getattr(self, given[0]))
-        if self.macs is not None:
-            checks.share("macs", self.macs, "(0, 1]", must="is what stays, in (0, 1]")
-        if self.speedup is not None:
-            checks.inside("speedup", self.speedup, "[1, inf)", must="must be at least 1")
-        if is_single(self.granularity):
+        if is_single(self.granularity) and not isinstance(self._allocation, (Floor, Global)):
             raise ValueError(
-                f"`{given[0]}` needs units that can be left out of a product: Channel(...), "
-                "Neuron(), Head() or Block(...). Of single weights, SoftThreshold(..., "
-                "budget_unit='macs') counts multiply-adds."
+                "`latency` says how much each layer keeps, so `allocation` can only make sure of "
+                f"some: Floor(...) or 'global'. Got {self.allocation!r}."
             )
-        if self.inputs_to_measure is None:
-            raise ValueError(f"`{given[0]}` needs `example_inputs`: what the model is called with.")
 
     def _check_granular(self) -> None:
         """Refuse what is only for single weights."""
@@ -306,8 +272,9 @@ class Vote(Method[Masks]):
             observations=self.observations,
             by_graph="inputs" in asked_for and "grad" not in asked_for,
             over_the_run=self.straight_through,
-            macs=self.inputs_to_measure is not None,
+            macs=self.inputs_to_measure is not None and self.latency is None,
             example_inputs=self.inputs_to_measure,
+            latency=self._latency,
         )
 
     @override
@@ -321,6 +288,8 @@ class Vote(Method[Masks]):
             return f"`refit` fits the groups of '{grouped[0]}' as a whole"
         if isinstance(self.granularity, NM):
             return f"{describe(self.granularity)} compares the weights of a whole layer"
+        if self.latency is not None:
+            return "`latency` measures whole layers"
         for score in (self.saliency, *self.voters):
             reason = saliencies.why_whole(score)
             if reason:
@@ -336,6 +305,10 @@ class Vote(Method[Masks]):
         known = [*(inventory.tasks if self.disentangled else ()), *voters]
         inventory.check_names("priority", self.priority, known)
         inventory.check_names("allocation", self.allocation, inventory.components)
+        if self._latency is not None:
+            what = "single weights" if inventory.units is None else describe(self.granularity)
+            check_in_time(inventory, self._latency, self.min_keep, what)
+            return
         if inventory.units is None or isinstance(self.target, PerTaskKeep):
             return
         budget = self._budget
@@ -357,8 +330,8 @@ class Vote(Method[Masks]):
 
     @property
     def inputs_to_measure(self) -> Any:
-        """What the model is called with to measure multiply-adds; None if nothing is measured."""
-        if self.example_inputs is None and self._by_macs:
+        """What the model is called with to measure it; None if nothing is measured."""
+        if self.example_inputs is None and set(self._ways) - {"sparsity"}:
             return example_inputs_of(self.granularity)
         return self.example_inputs
 
@@ -382,15 +355,23 @@ class Vote(Method[Masks]):
         return UnitBudget(1 - Fraction(str(self.target)), by_macs=False)
 
     @property
+    def _latency(self) -> Latency | None:
+        """The budget in time."""
+        return None if self.latency is None else Latency.of(self.latency)
+
+    @property
+    def _ways(self) -> dict[str, Any]:
+        """What says how much is pruned."""
+        return {name: value for name in WAYS if (value := getattr(self, name)) is not None}
+
+    @property
     def _final(self) -> float:
         """The share that is pruned in the end, of whatever the budget counts."""
+        if self._latency is not None:
+            return 1.0 - self._latency.share
         if isinstance(self.target, PerTaskKeep):
             return 1.0 - self.target.ratio
         return 1.0 - float(self._budget.stays)
-
-    @property
-    def _by_macs(self) -> bool:
-        return self.macs is not None or self.speedup is not None
 
     @property
     @override
@@ -401,6 +382,11 @@ class Vote(Method[Masks]):
             saliencies.taylor_magnitude,
             saliencies.fisher,
         )
+
+    @override
+    def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
+        parts = memory.fields([], optional=["latency"])
+        return {name: asdict(Timing.read(part)) for name, part in parts.items()}
 
     @property
     @override
@@ -458,6 +444,8 @@ class Vote(Method[Masks]):
     def _elect(self, ballot: Ballot, step: int) -> Masks:
         progress, target = due(self.schedule, step, self._final), self.target
         election = Election(ballot, self.vote, self.priority, self._allocation, self.min_keep)
+        if self._latency is not None:
+            return keep_in_time(election, self._latency, progress)
         if isinstance(target, PerTaskKeep):
             ratio = target.at(progress)
             per_task = keep_per_task if ballot.units is None else keep_units_per_task

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mtprune.census import HERE, Census
+from mtprune.latency import Latency, Pace
 from mtprune.model.components import SHARED, UNDECLARED, Declared
 from mtprune.model.coverage import Coverage
 from mtprune.model.layers import Layer
@@ -31,6 +32,7 @@ class Inventory:
         costs: For each layer's name the multiply-adds of one of its weights; empty unless measured.
         total_macs: The multiply-adds of all prunable layers, those left dense too; 0 unless
             measured.
+        pace: What is known of the model's time, if it was asked for.
     """
 
     tasks: tuple[str, ...]
@@ -42,6 +44,7 @@ class Inventory:
     coverage: Coverage = field(default_factory=Coverage)
     costs: Mapping[str, Fraction] = field(default_factory=dict)
     total_macs: Fraction = Fraction(0)
+    pace: Pace | None = None
 
     @property
     def census(self) -> Census:
@@ -86,6 +89,22 @@ class Inventory:
         costs = {layer.name: price for layer, price in zip(prunable, prices, strict=True)}
         every = (costs[layer.name] * layer.parameter.numel() for layer in prunable)
         return replace(self, costs=costs, total_macs=sum(every, Fraction(0)))
+
+    def timed(self, model: nn.Module, latency: Latency, inputs: Any) -> "Inventory":
+        """The same with times: those of a timetable, or else measured.
+
+        Args:
+            model: The model.
+            latency: The budget that asks for them.
+            inputs: What the model is called with.
+        """
+        if latency.times is not None:
+            return replace(self, pace=Pace(latency.times))
+        from mtprune.compression.pricing import paced  # most runs do without
+
+        names = [layer.name for layer in self.layers]
+        groups = () if self.units is None else self.units.groups
+        return replace(self, pace=paced(model, inputs, names, groups, latency.measure))
 
     def check_names(self, argument: str, given: object, known: Sequence[str]) -> None:
         """Refuse a mapping that names a task or component that does not exist.

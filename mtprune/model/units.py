@@ -105,9 +105,14 @@ class Units(ABC):
         """The layers in which a group has weights, the one that makes its units first."""
 
     @property
+    def groups(self) -> Sequence[Group]:
+        """The groups as they name tensors; none where units lie inside layers."""
+        return ()
+
+    @property
     def gated(self) -> Sequence[Group]:
         """The groups in which a tensor decides which units are used."""
-        return ()
+        return [group for group in self.groups if group.gate is not None]
 
     def everything(self) -> list[Tensor]:
         """Masks that keep all."""
@@ -249,8 +254,8 @@ class GroupUnits(Units):
 
     @property
     @override
-    def gated(self) -> Sequence[Group]:
-        return [group for group in self._groups if group.gate is not None]
+    def groups(self) -> Sequence[Group]:
+        return self._groups
 
     @override
     def among(self, places: Sequence[int], prices: Sequence[Fraction] = ()) -> "GroupUnits":

@@ -88,6 +88,7 @@ class Pollster:
             noted=self._hold.noted(),
             memory=memory,
             total_macs=self._inventory.total_macs,
+            pace=self._inventory.pace,
             parts=[layer.part for layer in layers],
             census=self._inventory.census,
         )

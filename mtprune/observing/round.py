@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtprune.facts import Subject
 from mtprune.holding import Decision, Hold
+from mtprune.latency import Timing
 from mtprune.methods.base import Ballot, Method, Needs
 from mtprune.model.inventory import Inventory
 from mtprune.model.layers import Layer
@@ -97,6 +98,12 @@ class Round(Generic[D]):
     def stable(self) -> bool | None:
         """Whether masks no longer changed; None where the number of observations was given."""
         return bool(self._stability.stable) if self._automatic else None
+
+    @property
+    def timing(self) -> Timing | None:
+        """The time of the pruned model, where the last decision was about that."""
+        told = self.memory.get("latency")
+        return Timing(**told) if told else None
 
     @property
     def earliest(self) -> float:

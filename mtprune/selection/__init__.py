@@ -2,8 +2,16 @@
 
 from mtprune.selection.directions import select_directions
 from mtprune.selection.groups import Groups, select_in_groups, settled
+from mtprune.selection.knapsack import knapsack
 from mtprune.selection.ranking import Best, Ranking, rank, worths
-from mtprune.selection.units import Marks, Queue, fitting_units, least_cost, select_units
+from mtprune.selection.units import (
+    Marks,
+    Queue,
+    fitting_units,
+    least_cost,
+    least_units,
+    select_units,
+)
 from mtprune.selection.waterline import waterline
 from mtprune.selection.weights import Quota, select
 
@@ -15,7 +23,9 @@ __all__ = [
     "Quota",
     "Ranking",
     "fitting_units",
+    "knapsack",
     "least_cost",
+    "least_units",
     "rank",
     "select",
     "select_directions",

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from mtprune.model.units import Units
 
-__all__ = ["Marks", "Queue", "Shape", "fitting_units", "least_cost", "select_units"]
+__all__ = [
+    "Marks",
+    "Queue",
+    "Shape",
+    "fitting_units",
+    "least_cost",
+    "least_units",
+    "select_units",
+]
 
 Shape = Sequence[int]
 
@@ -57,13 +65,18 @@ def select_units(
 
 
 def least_cost(units: Units, min_keep: int) -> Fraction:
-    """The least cost of the units that each group is sure of: the cheapest of each."""
+    """The least cost of the units that each group is sure of."""
+    return units.weigh(least_units(units, min_keep))
+
+
+def least_units(units: Units, min_keep: int) -> list[Tensor]:
+    """The cheapest units of each group, as many as it is sure of: for each group bool ``[n]``."""
     masks = []
     for cost, least in zip(units.costs, units.least, strict=True):
         mask = torch.zeros(len(cost), dtype=torch.bool)
         mask[cost.argsort(stable=True)[: max(min_keep, least)]] = True
         masks.append(mask)
-    return units.weigh(masks)
+    return masks
 
 
 def fitting_units(

@@ -26,6 +26,7 @@ NAMES = (
     "options",
     "refit",
     "compress",
+    "latency",
     "architectures",
     "mixtures",
 )

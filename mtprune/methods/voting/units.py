@@ -14,7 +14,16 @@ from mtprune.model.parts import Part
 from mtprune.model.units import Units
 from mtprune.selection import fitting_units, least_cost, rank, select_units, worths
 
-__all__ = ["UnitBudget", "keep_units", "keep_units_per_task", "pool_of"]
+__all__ = [
+    "Electorate",
+    "UnitBudget",
+    "alone_among",
+    "electorate_of",
+    "keep_units",
+    "keep_units_per_task",
+    "of_weights",
+    "pool_of",
+]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def keep_units(election: Election, budget: UnitBudget, progress: float, what: st
     assert ballot.units is not None
     units, fixed = budget.priced(ballot.units, ballot.costs, ballot.total_macs)
     budget.check(units, fixed, election.min_keep, what)
-    electorate = _electorate(ballot.scores, units)
+    electorate = electorate_of(ballot.scores, units)
     kept = select_units(
         worths(electorate.scores, election.vote, rank(electorate.scores, election.priority)),
         units,
@@ -105,8 +114,8 @@ def keep_units(election: Election, budget: UnitBudget, progress: float, what: st
         eligible=units.standing(ballot.whole_masks()),
         min_keep=election.min_keep,
     )
-    alone = _alone(electorate, units, lambda cost: budget.room(cost, progress))
-    return _of_weights(kept, alone, units, ballot.parts)
+    alone = alone_among(electorate, units, lambda cost: budget.room(cost, progress))
+    return of_weights(kept, alone, units, ballot.parts)
 
 
 def keep_units_per_task(election: Election, ratio: float) -> Masks:
@@ -114,8 +123,8 @@ def keep_units_per_task(election: Election, ratio: float) -> Masks:
     ballot = election.ballot
     assert ballot.units is not None
     units = ballot.units
-    electorate = _electorate(ballot.scores, units)
-    alone = _alone(electorate, units, lambda cost: int(ratio * cost))
+    electorate = electorate_of(ballot.scores, units)
+    alone = alone_among(electorate, units, lambda cost: int(ratio * cost))
     eligible = units.standing(ballot.whole_masks())
     kept = merged(electorate.scores, eligible, alone, election.vote)
     for mask, least, able, voters in zip(
@@ -125,7 +134,7 @@ def keep_units_per_task(election: Election, ratio: float) -> Masks:
         missing = least - int(mask.sum())
         if missing > 0:  # the tasks agree on too few
             mask[worth.where(~mask, -1.0).topk(missing).indices] = True
-    return _of_weights(kept, alone, units, ballot.parts)
+    return of_weights(kept, alone, units, ballot.parts)
 
 
 def pool_of(units: Units) -> Callable[[Layer, Tensor], Tensor]:
@@ -135,7 +144,7 @@ def pool_of(units: Units) -> Callable[[Layer, Tensor], Tensor]:
 
 
 @dataclass(frozen=True)
-class _Electorate:
+class Electorate:
     """Units and who has a say in them.
 
     Attributes:
@@ -147,7 +156,7 @@ class _Electorate:
     used: Mapping[str, Sequence[int]]
 
 
-def _electorate(scores: Scores, units: Units) -> _Electorate:
+def electorate_of(scores: Scores, units: Units) -> Electorate:
     """The sums of units over the layers they lie in.
 
     Args:
@@ -164,7 +173,7 @@ def _electorate(scores: Scores, units: Units) -> _Electorate:
     }
     groups = range(len(units.names))
     summed = [{v: own[g] for v, own in sums.items() if g in own} for g in groups]
-    return _Electorate(_per_cost(summed, units.costs), used)
+    return Electorate(_per_cost(summed, units.costs), used)
 
 
 def _spread(kept: Sequence[Tensor], units: Units, parts: Sequence[Part]) -> list[Tensor]:
@@ -173,7 +182,7 @@ def _spread(kept: Sequence[Tensor], units: Units, parts: Sequence[Part]) -> list
     return [part.of(mask).reshape(-1) for part, mask in pairs]
 
 
-def _of_weights(kept: Sequence[Tensor], alone: Alone, units: Units, parts: Sequence[Part]) -> Masks:
+def of_weights(kept: Sequence[Tensor], alone: Alone, units: Units, parts: Sequence[Part]) -> Masks:
     """The masks of weights from those of units."""
 
     def ask(voter: str) -> Mapping[int, Tensor]:
@@ -188,8 +197,8 @@ def _of_weights(kept: Sequence[Tensor], alone: Alone, units: Units, parts: Seque
     )
 
 
-def _alone(
-    electorate: _Electorate, units: Units, keep: Callable[[Fraction], Fraction | int]
+def alone_among(
+    electorate: Electorate, units: Units, keep: Callable[[Fraction], Fraction | int]
 ) -> Alone:
     """The units each voter alone would keep, given how much of how much."""
 

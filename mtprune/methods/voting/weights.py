@@ -9,7 +9,7 @@ from mtprune.holding import Masks
 from mtprune.methods.voting.election import Alone, Election, merged, own
 from mtprune.selection import Best, Ranking, rank, select
 
-__all__ = ["alone_of", "keep_best", "keep_per_task"]
+__all__ = ["alone_of", "keep_best", "keep_per_task", "unless_all"]
 
 
 def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
@@ -34,7 +34,7 @@ def keep_best(election: Election, sparsity: float, progress: float) -> Masks:
         ballot.scores,
         election.vote,
         election.allocation.at(progress).quotas(budget),
-        eligible=_unless_all(ballot.masks),
+        eligible=unless_all(ballot.masks),
         rankings=election.rankings,
         census=ballot.census,
     )
@@ -66,6 +66,6 @@ def _alone(
     return Alone(rankings, ask)
 
 
-def _unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:
+def unless_all(masks: Sequence[Tensor]) -> Sequence[Tensor] | None:
     """Masks, or None if they are all True."""
     return None if all(bool(mask.all()) for mask in masks) else masks
