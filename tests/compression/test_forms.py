@@ -170,7 +170,8 @@ class Signed(Form):
 
 def test_a_new_form_is_one_class(monkeypatch, tmp_path):
     monkeypatch.setitem(FORMS, "signed", Signed)
-    monkeypatch.setattr("mtprune.compression.plan.CHOICES", (*CHOICES, "signed"))
+    for module in ("plan", "row"):
+        monkeypatch.setattr(f"mtprune.compression.{module}.CHOICES", (*CHOICES, "signed"))
     model = zero_(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0.5)
     model[2].weight.data.fill_(1.0)  # of rank one, and without zeros
     x = torch.randn(4, 6)
