@@ -41,7 +41,7 @@ from mtprune.allocation import ByComponent, Global, PerOutput, Uniform
 from mtprune.latency import Latency, Timetable
 from mtprune.methods import describe
 from mtprune.patterns import PATTERNS, Attention, FeedForward
-from mtprune.structure import Group, Member
+from mtprune.structure import Argument, Group, Member
 from mtprune.weighting import Noise, PruningSensitivity, Worst
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -51,6 +51,7 @@ GROUP = Group(
     3,
     (Member("up.weight", 0, (0, 1, -1)), Member("down.weight", 1, (0, 1, 2), "in")),
     between="act",
+    arguments=(Argument("attention", "slopes", 1, (0, 1, 2)),),
 )
 MINE = (
     Attention(
