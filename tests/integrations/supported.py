@@ -220,8 +220,8 @@ def table() -> str:
 
 
 def brief() -> str:
-    """The table of README."""
-    return SHORT + "".join(client.short for client in CLIENTS)
+    """The table of README: what trains."""
+    return SHORT + "".join(client.short for client in CLIENTS if client.trains)
 
 
 def written(page: str) -> str:
