@@ -135,7 +135,8 @@ def _bounds(
     Of a type in which they are compared fast: int16 if the vote picks a percentile, else float32.
     """
     like = next(iter(voters.values()))
-    size, order = chunk_size(like), votes.order_statistic(vote)
+    order = votes.order_statistic(vote)
+    size = chunk_size(like) if order is not None else max(1, chunk_size(like) // 4)
     chunks = []
     for start in range(0, like.numel(), size):
         pieces = {task: values[start : start + size] for task, values in voters.items()}
@@ -144,8 +145,11 @@ def _bounds(
             pairs = [rankings[task].cells(values) for task, values in pieces.items()]
             chunks.append(votes.pick(pairs, order(len(pairs))))
             continue
-        rows = zip(*(rankings[task].bounds(v) for task, v in pieces.items()), strict=True)
-        low, high = (votes.tally(vote, torch.stack(row)) for row in rows)
+        count = len(next(iter(pieces.values())))
+        rows = torch.empty(len(pieces), 2, count, dtype=torch.float64, device=like.device)
+        for row, (task, values) in zip(rows, pieces.items(), strict=True):
+            rankings[task].write_bounds(values, row)
+        low, high = votes.tally(vote, rows.flatten(1)).reshape(2, -1)
         if bool((low > high).any()):
             raise ValueError(NOT_A_VOTE)
         chunks.append(torch.stack([low.to(torch.float32), high.to(torch.float32)], 1))

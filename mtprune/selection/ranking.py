@@ -97,12 +97,21 @@ class Ranking:
 
     def bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and highest percentile each of ``values`` can have, float64, same shape."""
-        codes = _codes(values)
-        low, high = (
-            torch.index_select(table, 0, codes.view(-1)).view(codes.shape)
-            for table in (self._low_by_code, self._high_by_code)
-        )
+        both = self._low.new_empty(2, values.numel())
+        self.write_bounds(values.view(-1), both)
+        low, high = both.view(2, *values.shape)
         return low, high
+
+    def write_bounds(self, values: Tensor, out: Tensor) -> None:
+        """Write the lowest and highest percentile each of ``values``, ``[n]``, can have.
+
+        Args:
+            values: Saliencies.
+            out: float64 ``[2, n]``.
+        """
+        codes = _codes(values)
+        torch.index_select(self._low_by_code, 0, codes, out=out[0])
+        torch.index_select(self._high_by_code, 0, codes, out=out[1])
 
     def range(self) -> tuple[float, float]:
         """The lowest and the highest percentile there can be."""
