@@ -12,7 +12,7 @@ from mtprune.model.layout import Layout, is_stack, layout_of
 
 __all__ = ["OpenExperts", "can_open_experts"]
 
-_TOLD = ("has_gate", "has_bias", "is_transposed")
+_TOLD = ("has_bias", "is_transposed")
 _OWN = nn.Module().__dict__.keys()
 """What every module has: hooks, parameters, whether it is in training."""
 
@@ -40,8 +40,8 @@ class OpenExperts(nn.Module):
         self.__dict__.update({k: v for k, v in experts.__dict__.items() if k not in _OWN})
         for name, child in experts.named_children():
             self.add_module(name, child)
-        self.ups = _layers(experts, _stacks(experts)[0])
-        self.downs = _layers(experts, _stacks(experts)[1])
+        self.is_gated = _is_gated(experts)
+        self.ups, self.downs = (_layers(experts, name) for name in _stacks(self.is_gated))
         self.train(experts.training)
 
     @override
@@ -68,7 +68,7 @@ class OpenExperts(nn.Module):
     def _between(self, hidden: Tensor) -> Tensor:
         """What the experts' class does with the outputs of their first layers."""
         found: Tensor = (
-            self.kind._apply_gate(self, hidden) if self.has_gate else self.act_fn(hidden)  # type: ignore[operator]
+            self.kind._apply_gate(self, hidden) if self.is_gated else self.act_fn(hidden)  # type: ignore[operator]
         )
         return found
 
@@ -96,14 +96,14 @@ class OpenExperts(nn.Module):
         """The experts with their matrices in stacks again, if `is_dense`."""
         experts: nn.Module = self.kind.__new__(self.kind)
         nn.Module.__init__(experts)
-        own = {"kind", "site"}
+        own = {"kind", "site", "is_gated"}
         experts.__dict__.update(
             {k: v for k, v in self.__dict__.items() if k not in _OWN and k not in own}
         )
         for name, child in self.named_children():
             if name not in ("ups", "downs"):
                 experts.add_module(name, child)
-        for name, layers in zip(_stacks(self), (self.ups, self.downs), strict=True):
+        for name, layers in zip(_stacks(self.is_gated), (self.ups, self.downs), strict=True):
             layout = Layout(stacked=True, transposed=bool(self.is_transposed))
             weights = torch.stack([layer.weight.detach() for layer in layers])  # type: ignore[operator]
             stack = layout.weight(weights).contiguous()
@@ -116,7 +116,7 @@ class OpenExperts(nn.Module):
 
     def markers(self) -> Iterator[tuple[str, Tensor]]:
         """Stacks of nothing by name: code that expects stacks fails on their shape."""
-        for name in _stacks(self):
+        for name in _stacks(self.is_gated):
             yield name, torch.empty(len(self.ups), 2, 0)
 
     @override
@@ -134,14 +134,15 @@ def can_open_experts(module: nn.Module) -> bool:
     if not told or not hasattr(type(module).forward, "__wrapped__"):
         return False
     parameters = {k: p for k, p in module._parameters.items() if p is not None}
-    stacks = _stacks(module)
+    gated = _is_gated(module)
+    stacks = _stacks(gated)
     biases = [f"{name}_bias" for name in stacks] if module.has_bias else []
-    gate = "_apply_gate" if module.has_gate else "act_fn"
+    between = "_apply_gate" if gated else "act_fn"
     return (
         set(parameters) == {*stacks, *biases}
         and all(is_stack(module, parameters[name].shape) for name in stacks)
         and all(parameters[name].dim() == 2 for name in biases)
-        and callable(getattr(module, gate, None))
+        and callable(getattr(module, between, None))
         and not getattr(module, "_is_expert_parallel", False)
         and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules()
@@ -149,9 +150,14 @@ def can_open_experts(module: nn.Module) -> bool:
     )
 
 
-def _stacks(experts: nn.Module) -> tuple[str, str]:
+def _is_gated(experts: nn.Module) -> bool:
+    """Whether the first matrix of each expert makes gates too."""
+    return "gate_up_proj" in experts._parameters
+
+
+def _stacks(gated: bool) -> tuple[str, str]:
     """The names of the experts' first and last matrices."""
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    return "gate_up_proj" if gated else "up_proj", "down_proj"
 
 
 def _layers(experts: nn.Module, name: str) -> nn.ModuleList:

@@ -78,8 +78,7 @@ TOYS = (
 @torch.no_grad()
 def measured(mixture: Mixture, sparsity: float, length: int, repeats: int) -> Row:
     model = mixture.build()
-    stacks = [p for p in model.parameters() if p.dim() == 3]
-    for stack in stacks:
+    for stack in (p for p in model.parameters() if p.dim() == 3):
         stack.mul_(torch.rand_like(stack) >= sparsity)
     batch = {"input_ids": torch.randint(3, 64, (1, length))}
     fast = compress(model, batch, measure=prefer("sparse"))

@@ -291,7 +291,7 @@ def test_what_is_not_known_to_compute_what_it_must_stays_in_stacks():
     module.register_parameter("scale", nn.Parameter(torch.ones(4)))
     assert not can_open_experts(module)
     own = nn.Module()
-    own.num_experts, own.has_gate, own.has_bias, own.is_transposed = 4, True, False, False
+    own.num_experts, own.has_bias, own.is_transposed = 4, False, False
     own._apply_gate = own.forward = lambda x: x
     own.gate_up_proj, own.down_proj = (nn.Parameter(torch.ones(4, *s)) for s in ((8, 4), (4, 4)))
     assert not can_open_experts(own)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 import mtprune
 from mtprune import Grouped, LowRank, MultitaskPruner, Vote, patterns
+from mtprune.compression.mixtures import experts_in
 from mtprune.compression.running import call, named_tensors
 from mtprune.compression.verify import difference
 from mtprune.integrations.pretrained import save_pretrained
@@ -213,6 +214,9 @@ class Trial:
         fast = mtprune.compress(model, self.inputs, groups=(), measure=prefer("csr"))
         check_alike(model, fast, self.others, "sparse forms")
         self._check_form(fast, "csr")
+        stacked = experts_in(fast)
+        if stacked:
+            raise ValueError(f"the experts of '{stacked[0]}' stay in stacks")
         self.small["sparse"] = fast
         return ""
 
