@@ -210,6 +210,11 @@ class Timing:
     measured_ms: float | None = None
     correction: float = 1.0
 
+    @property
+    def share(self) -> float:
+        """The share of the dense model's time: measured, or else predicted."""
+        return (self.predicted_ms if self.measured_ms is None else self.measured_ms) / self.dense_ms
+
     @classmethod
     def read(cls, entry: Entry) -> "Timing":
         """From plain data, as a checkpoint holds it.

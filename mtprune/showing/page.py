@@ -125,6 +125,8 @@ def _head(report: "Report", beside: Beside) -> Element:
         cards.append(_card(f"{report.head_share:.1%}", "of the weights are private to one task"))
     if report.macs_sparsity is not None:
         cards.append(_card(f"{report.macs_sparsity:.1%}", "of the multiply-adds fall on zeros"))
+    if report.timing is not None:
+        cards.append(_card(f"{report.timing.share:.0%}", "of the dense model's time"))
     parts = [element("h1", f"{report.sparsity:.1%} pruned"), element("p", lead, class_="lead")]
     parts.append(element("div", *cards, class_="cards"))
     if beside.before and beside.after:

@@ -316,7 +316,8 @@ all the time, and no other runtime's threads look for work meanwhile.
   them, for one sentence of 32 tokens and for 16. **SceneNet**: DeepLab on ResNet-34 with three
   heads, one image of 256 x 256. Weights are random, and so is what is pruned: time does not depend
   on which.
-* **ours, 75 %**, **90 %** and **95 %**: that share of single weights is zero, `mtprune.compress(model, x)`.
+* **ours, 75 %**, **90 %** and **95 %**: that share of single weights is zero,
+  `mtprune.compress(model, x)`.
 * **half**: half of the heads and neurons, or of the channels, are gone. For **ours**,
   `mtprune.compress(model, x)` has taken them out; for the others `portable=True` has made an
   ordinary, smaller dense model, which any runtime takes, with int8 on top.

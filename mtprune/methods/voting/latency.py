@@ -1,9 +1,10 @@
 """Budgets in time: what is worth least per millisecond goes, layer by layer where that pays."""
 
+import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mtprune.allocation import Budget
 from mtprune.holding import Masks
-from mtprune.latency import Latency, Timetable, Timing
+from mtprune.latency import Latency, Pace, Timetable, Timing
 from mtprune.methods.voting.election import Election
 from mtprune.methods.voting.units import alone_among, electorate_of, of_weights
 from mtprune.methods.voting.weights import alone_of, unless_all
@@ -114,35 +115,69 @@ def keep_in_time(election: Election, latency: Latency, progress: float) -> Masks
     """
     ballot = election.ballot
     assert ballot.pace is not None
-    times, names = ballot.pace.times, ballot.names
+    times = ballot.pace.times
     choice: Choice = _Weights(election, times) if ballot.units is None else _Units(election, times)
     asked = latency.share * times.dense_ms
     known = ballot.memory.get("latency")
-    correction, measured, masks = known["correction"] if known else 1.0, None, None
+    best = _Trial(known["correction"] if known else 1.0)
     if ballot.pace.tried is not None and (progress == 1 or not known):
-        nearest = float("inf")
-        trial = correction
-        for _ in range(TRIALS):
-            found = choice.within(min(asked * trial, times.dense_ms), 1.0)
-            took = ballot.pace.tried(dict(zip(names, found.masks, strict=True))) * times.dense_ms
-            if abs(took - asked) < nearest:
-                nearest, correction, measured, masks = abs(took - asked), trial, took, found
-            if nearest <= NEAR * asked:
-                break
-            trial *= min(2.0, max(0.5, asked / took))
-    if progress < 1 or masks is None:
-        measured = None
-        masks = choice.within(min(asked * correction, times.dense_ms), progress)
-    if measured is not None and measured > (1 + OFF) * asked:
+        best = _nearest(choice, ballot.pace, ballot.names, asked, best)
+    if progress < 1 or best.masks is None:
+        best = replace(best, masks=choice.within(asked * best.correction, progress), ms=None)
+    assert best.masks is not None
+    if best.ms is not None and best.ms > (1 + OFF) * asked:
         warnings.warn(
             f"`latency` asks for {asked:.3g} ms of {times.dense_ms:.3g} ms, and the compressed "
-            f"model took {measured:.3g} ms with the masks that came nearest. Was the machine busy? "
+            f"model took {best.ms:.3g} ms with the masks that came nearest. Was the machine busy? "
             "Else ask for more, or cover more layers.",
             stacklevel=2,
         )
-    predicted = times.ms(_shares(names, masks.masks))
-    timing = Timing(times.dense_ms, asked, predicted, measured, correction)
-    return Masks(masks.masks, masks.alone, memory={"latency": asdict(timing)}, units=masks.units)
+    predicted = times.ms(_shares(ballot.names, best.masks.masks))
+    timing = Timing(times.dense_ms, asked, predicted, best.ms, best.correction)
+    return replace(best.masks, memory={"latency": asdict(timing)})
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Masks that were tried.
+
+    Attributes:
+        correction: By what the asked time was multiplied.
+        masks: The masks for that; None before the first.
+        ms: The milliseconds of the compressed model.
+    """
+
+    correction: float
+    masks: Masks | None = None
+    ms: float | None = None
+
+
+def _nearest(
+    choice: Choice, pace: Pace, names: Sequence[str], asked: float, start: _Trial
+) -> _Trial:
+    """The trial whose time is nearest to what was asked for.
+
+    Args:
+        choice: Masks for a time.
+        pace: The timetable, and the clock.
+        names: The layers.
+        asked: The milliseconds that were asked for.
+        start: The correction to begin with.
+    """
+    assert pace.tried is not None
+    trials, correction, before = [start], start.correction, -1.0
+    for _ in range(TRIALS):
+        masks = choice.within(asked * correction, 1.0)
+        predicted = pace.times.ms(_shares(names, masks.masks))
+        if predicted == before:  # no other masks are left
+            break
+        before = predicted
+        took = pace.tried(dict(zip(names, masks.masks, strict=True))) * pace.times.dense_ms
+        trials.append(_Trial(correction, masks, took))
+        if abs(took - asked) <= NEAR * asked:
+            break
+        correction *= min(2.0, max(0.5, asked / took))
+    return min(trials, key=lambda t: math.inf if t.ms is None else abs(t.ms - asked))
 
 
 def _shares(names: Sequence[str], masks: Sequence[Tensor]) -> dict[str, float]:
