@@ -33,6 +33,7 @@ def tried(name, columns=QUICK):
     return rows[-1]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers
 @pytest.mark.parametrize("name", SLICE)
 def test_a_slice(name):
     pytest.importorskip("transformers", exc_type=ImportError)

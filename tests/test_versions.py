@@ -13,7 +13,7 @@ from tests.versions import ROOT, Combination, Outcome
 def test_rows_of_the_workflow_are_those_of_the_command():
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     rows = re.findall(r"^          - (\S.*)$", workflow, re.MULTILINE)
-    assert rows == [each.name for each in versions.combinations()]
+    assert rows == [each.name for each in versions.combinations("3.11")]
 
 
 def test_pythons_and_torches_are_those_that_the_package_claims():

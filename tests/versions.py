@@ -62,17 +62,20 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def combinations() -> list[Combination]:
+def combinations(here: str = _HERE) -> list[Combination]:
     """All that are claimed, one axis at a time.
+
+    Args:
+        here: The Python of rows about something else.
 
     Example:
         >>> [each.name for each in combinations()][:2]
         ['torch 2.6', 'torch 2.9']
     """
     return [
-        *(Combination(f"torch {torch}", pins=(f"torch=={torch}.*",)) for torch in TORCHES),
-        *(Combination(f"Python {python}", python) for python in PYTHONS if python != _HERE),
-        Combination("lower bounds", pins=(f"torch=={_TORCH}.*", *lower_bounds())),
+        *(Combination(f"torch {torch}", here, (f"torch=={torch}.*",)) for torch in TORCHES),
+        *(Combination(f"Python {python}", python) for python in PYTHONS if python != here),
+        Combination("lower bounds", here, (f"torch=={_TORCH}.*", *lower_bounds())),
     ]
 
 
