@@ -70,6 +70,7 @@ PATTERNS: tuple[Pattern, ...] = (
         tables=(
             ("self.logit_scale", 0),  # Swin 2
             ("self.continuous_position_bias_mlp.2.weight", 0),
+            ("self.conv.weight", 0),  # Nystromformer
         ),
     ),
     _separate(
@@ -107,6 +108,22 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     _separate("ALBERT", "query", "key", "value", "dense"),
     _separate("DistilBERT", "q_lin", "k_lin", "v_lin", "out_lin", counts=("n_heads", "dim")),
+    _separate(
+        "Funnel",
+        "q_head",
+        "k_head",
+        "v_head",
+        "post_proj",
+        head_size="config.d_head",
+        counts=("config.n_head",),
+        tables=(
+            ("r_w_bias", 0),
+            ("r_r_bias", 0),
+            ("r_s_bias", 0),
+            ("r_kernel", 1),
+            ("seg_embed", 1),
+        ),
+    ),
     _packed("ModernBERT", "Wqkv", "Wo"),
     Attention(
         "torch.nn.MultiheadAttention",
@@ -168,7 +185,15 @@ PATTERNS: tuple[Pattern, ...] = (
         tables=(("relative_attention_bias.weight", 1),),
         stack="block",
     ),
-    _separate("MPNet", "q", "k", "v", "o", head_size="attention_head_size"),
+    _separate(
+        "MPNet",
+        "q",
+        "k",
+        "v",
+        "o",
+        head_size="attention_head_size",
+        arguments=(("position_bias", 1),),
+    ),
     _packed(
         "GPT-BigCode",
         "c_attn",
@@ -282,6 +307,7 @@ PATTERNS: tuple[Pattern, ...] = (
     _plain("GPT-J", "fc_in", "fc_out"),
     _plain("BLOOM, Falcon, GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),
     _plain("XLNet", "layer_1", "layer_2"),
+    _plain("Funnel", "linear_1", "linear_2", activation="activation_function"),
     FeedForward(
         "experts, interleaved",
         ("gate_up_proj", "gate_up_proj"),

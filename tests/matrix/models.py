@@ -198,18 +198,6 @@ FURTHER = {
         "XLNet", {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 24}
     ),
     "layoutlm": _text("LayoutLM"),
-    "funnel": _text(
-        "Funnel",
-        {
-            "vocab_size": 64,
-            "d_model": 32,
-            "n_head": 4,
-            "d_head": 8,
-            "d_inner": 24,
-            "block_sizes": [1, 1],
-            "num_decoder_layers": 1,
-        },
-    ),
     "pegasus": _pair("Pegasus"),
     "mbart": _pair("MBart"),
     "marian": Family("Marian", "MTModel", "Seq2SeqLM", PAIR),
