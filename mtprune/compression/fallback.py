@@ -43,8 +43,9 @@ def fall_back(model: nn.Module, stacklevel: int = 2) -> bool:
     if building.unavailable():
         separate_all(model, plan)
         plan = replace(plan, blocks=())
-    for form in lacking:
-        plan = plan.replace(form.site, "dense")
+    sites = {form.site for form in lacking}
+    rows = (replace(row, choice="dense") if row.layer in sites else row for row in plan.rows)
+    plan = replace(plan, rows=tuple(rows), dense_ms=None, ms=None, sizes=None)
     why = "; ".join(sorted({f"'{form.choice}': {reasons[form]}" for form in lacking}))
     note = f"{len(lacking)} layers are dense here, because this machine lacks their form {why}."
     warnings.warn(f"{note} They are as slow as before pruning.", stacklevel=stacklevel + 1)

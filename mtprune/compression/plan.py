@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from mtprune import checks
@@ -93,10 +94,16 @@ class Plan:
 
     def __getitem__(self, layer: str) -> Row:
         """The row of a layer."""
-        for row in self.rows:
-            if row.layer == layer:
-                return row
-        raise KeyError(f"The plan has no layer {layer!r}. It has {[r.layer for r in self.rows]}.")
+        row = self._by_layer.get(layer)
+        if row is None:
+            names = [r.layer for r in self.rows]
+            raise KeyError(f"The plan has no layer {layer!r}. It has {names}.")
+        return row
+
+    @cached_property
+    def _by_layer(self) -> dict[str, Row]:
+        """The rows by layer: experts make thousands of them."""
+        return {row.layer: row for row in self.rows}
 
     def replace(self, layer: str, choice: str) -> "Plan":
         """The plan with another form for one layer, or for all with the layer ``"*"``.

@@ -1,8 +1,9 @@
 """Experts of known widths with zeros: in stacks, as transformers multiplies them, and one by one.
 
-A block of each model, with random weights: as many tokens go to each expert as in the original,
-though not all experts fit into memory. `compress` measures which of both it takes; here its forms
-are taken in any case, so that the times say what there is to gain or to lose.
+The experts of one block of each model, with random weights and random routes: as many tokens go to
+each expert as in the original, though not all experts fit into memory. `compress` measures which of
+both it takes; here experts run one by one in sparse forms in any case, so that the times say what
+there is to gain or to lose.
 """
 
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 
-from mtprune import compress
-from mtprune.compression.running import call
+from mtprune.compression.experts import OpenExperts
+from mtprune.compression.forms import Sparse
 from tests.benchmarks.harness import Row, Settings, interleaved, main, threads
-from tests.compression.fakes import prefer
 
 SPARSITIES = (0.8, 0.9, 0.95)
 LENGTHS = (1, 128)
@@ -44,11 +45,19 @@ class Mixture:
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Any:
+    def build(self) -> tuple[nn.Module, int]:
+        """The experts, and how many of them a token is sent to."""
         transformers = import_module("transformers")
         torch.manual_seed(0)
         config = getattr(transformers, f"{self.family}Config")(**PLAIN, **self.settings)
-        return getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
+        with torch.device("meta"):
+            model = getattr(transformers, f"{self.family}ForCausalLM")(config)
+        config._experts_implementation = "grouped_mm"  # as transformers chooses
+        experts = next(m for n, m in model.named_modules() if n.endswith(".experts"))
+        experts.to_empty(device="cpu")
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        return experts.eval(), int(config.num_experts_per_tok)
 
 
 QWEN = {"hidden_size": 2048, "moe_intermediate_size": 768, "head_dim": 128}
@@ -76,28 +85,27 @@ TOYS = (
 
 
 @torch.no_grad()
+def sparse(experts: nn.Module) -> OpenExperts:
+    """Experts one by one, each matrix in the sparse form."""
+    own = OpenExperts(experts)
+    for layers in (own.ups, own.downs):
+        for number, layer in enumerate(layers):
+            layers[number] = Sparse.build(layer)
+    return own
+
+
+@torch.no_grad()
 def measured(mixture: Mixture, sparsity: float, length: int, repeats: int) -> Row:
-    model = mixture.build()
-    for stack in (p for p in model.parameters() if p.dim() == 3):
+    experts, each = mixture.build()
+    for stack in experts.parameters():
         stack.mul_(torch.rand_like(stack) >= sparsity)
-    batch = {"input_ids": torch.randint(3, 64, (1, length))}
-    fast = compress(model, batch, measure=prefer("sparse"))
-    calls: dict[str, Any] = {}
-    modules = {}
-    for key, net in (("stacks", model), ("apart", fast)):
-        modules[key] = next(m for n, m in net.named_modules() if n.endswith(".experts"))
-
-    def record(module: Any, args: Any) -> None:
-        calls["args"] = args
-
-    handle = modules["stacks"].register_forward_pre_hook(record)
-    call(model, batch)
-    handle.remove()
-    args = calls["args"]
-    times = interleaved(lambda: modules["apart"](*args), lambda: modules["stacks"](*args), repeats)
-    sizes = {
-        key: sum(t.nbytes for t in module.state_dict().values()) for key, module in modules.items()
-    }
+    own = sparse(experts)
+    x = torch.randn(length, mixture.settings["hidden_size"])
+    chosen = torch.rand(length, len(own.ups)).topk(each).indices
+    call = (x, chosen, torch.full((length, each), 1 / each))
+    times = interleaved(lambda: own(*call), lambda: experts(*call), repeats)
+    torch.testing.assert_close(own(*call), experts(*call), rtol=1e-3, atol=1e-5)
+    sizes = [sum(t.nbytes for t in module.state_dict().values()) for module in (experts, own)]
     return Row(
         f"{mixture.name}, {sparsity:.0%} zeros, {length} tokens: one by one",
         "stacks",
@@ -105,8 +113,8 @@ def measured(mixture: Mixture, sparsity: float, length: int, repeats: int) -> Ro
         detail={
             "stacks_ms": 1e3 * times["cpu"]["second_s"],
             "ms": 1e3 * times["cpu"]["first_s"],
-            "stacks_bytes": sizes["stacks"],
-            "bytes": sizes["apart"],
+            "stacks_bytes": sizes[0],
+            "bytes": sizes[1],
             "times": times,
         },
     )
