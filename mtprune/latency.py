@@ -26,13 +26,15 @@ from mtprune.reading import Entry
 if TYPE_CHECKING:  # all of them look at this module
     from torch import nn
 
-    from mtprune.compression.timing import Measure
     from mtprune.granularity import Granularity
 
 __all__ = ["SHARES", "Latency", "Pace", "Timetable", "Timing", "timetable"]
 
 SHARES = (1.0, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02)
 """The shares of weights, or of units, at which a model is timed."""
+
+Measure = Callable[[Sequence[Callable[[], object]]], Sequence[float]]
+"""How functions are timed: from functions to the milliseconds of each."""
 
 Points = Sequence[Sequence[float]]
 """Pairs: a share of what there is, and its milliseconds."""
@@ -158,7 +160,7 @@ class Latency:
 
     share: float
     times: Timetable | None = field(default=None, repr=False)
-    measure: "Measure | None" = field(default=None, repr=False)
+    measure: Measure | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -243,7 +245,7 @@ def timetable(
     *,
     exclude: Any = (),
     shares: Sequence[float] = SHARES,
-    measure: "Measure | None" = None,
+    measure: Measure | None = None,
 ) -> Timetable:
     """Measure a timetable on this machine, with the threads that torch uses now.
 

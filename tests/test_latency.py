@@ -273,6 +273,16 @@ class TestTrials:
         assert len(tries) == 1
         assert report.timing.correction == 1.0
 
+    def test_a_time_that_rises_steeply_is_found(self, monkeypatch):
+        report, tries = self.tried(monkeypatch, self.OF, lambda share: max(0.1, 3 * share - 0.85))
+        assert report.timing.measured_ms == pytest.approx(report.timing.asked_ms, rel=0.02)
+        assert len(tries) <= 4
+
+    def test_of_a_time_that_jumps_the_nearest_stays(self, monkeypatch):
+        report, tries = self.tried(monkeypatch, self.OF, lambda s: s if s > 0.7 else 0.6 * s)
+        assert len(tries) == 6
+        assert 0.36 < report.timing.share <= 0.42
+
     def test_what_cannot_be_reached_is_told(self, monkeypatch):
         with pytest.warns(UserWarning, match="asks for 13 ms of 26 ms, and the compressed model"):
             self.tried(monkeypatch, self.OF, lambda share: max(0.7, share))

@@ -33,7 +33,7 @@ from mtprune.selection import (
 
 __all__ = ["check_in_time", "keep_in_time"]
 
-TRIALS = 4
+TRIALS = 6
 """So often a choice is measured, each time corrected by what was found."""
 
 NEAR = 0.02
@@ -165,18 +165,25 @@ def _nearest(
         start: The correction to begin with.
     """
     assert pace.tried is not None
-    trials, correction, before = [start], start.correction, -1.0
+    trials, correction = [start], start.correction
+    seen: set[float] = set()
+    sides: dict[bool, tuple[float, float]] = {}  # the last that was too fast, and too slow
     for _ in range(TRIALS):
         masks = choice.within(asked * correction, 1.0)
         predicted = pace.times.ms(_shares(names, masks.masks))
-        if predicted == before:  # no other masks are left
+        if predicted in seen:  # no other masks are left
             break
-        before = predicted
+        seen.add(predicted)
         took = pace.tried(dict(zip(names, masks.masks, strict=True))) * pace.times.dense_ms
         trials.append(_Trial(correction, masks, took))
         if abs(took - asked) <= NEAR * asked:
             break
-        correction *= min(2.0, max(0.5, asked / took))
+        sides[took > asked] = correction, took
+        if len(sides) == 2:  # the time may jump, where layers join for instance
+            (low, fast), (high, slow) = sides[False], sides[True]
+            correction = low + (high - low) * min(0.8, max(0.2, (asked - fast) / (slow - fast)))
+        else:
+            correction *= min(2.0, max(0.5, asked / took))
     return min(trials, key=lambda t: math.inf if t.ms is None else abs(t.ms - asked))
 
 
