@@ -12,6 +12,7 @@ from mtprune import NM, Block, Cubic, LowRank, MultitaskPruner, Vote, testing
 from mtprune.allocation import PerOutput
 from mtprune.model.layers import find_layers
 from mtprune.model.layout import Layout, layout_of
+from mtprune.model.macs import macs_per_weight
 from tests import families
 
 EXPERTS, WIDTH, HIDDEN = 3, 8, 12
@@ -320,3 +321,25 @@ def test_the_checks_of_methods_know_stacks():
 
     for method in (LowRank(0.5), Vote(0.5, granularity=Block(2, 2))):
         testing.check_exact_count(method, nets={"stacks": made})
+
+
+def test_a_budget_of_multiply_adds_knows_experts():
+    """Each token is sent to two of four, so their weights cost half of what others do."""
+    model = families.build("mixtral")
+    inputs = families.inputs(model)
+    layers = find_layers(model)
+    costs = dict(zip((x.name for x in layers), macs_per_weight(model, layers, inputs), strict=True))
+    tokens = inputs["input_ids"].numel()
+    assert costs["model.layers.0.mlp.experts.down_proj"] == tokens / 2
+    assert costs["model.layers.0.self_attn.q_proj.weight"] == tokens
+    for method in (
+        LowRank(0.3, budget_unit="macs", example_inputs=inputs),
+        Vote(macs=0.5, granularity=Block(4, 4), example_inputs=inputs),
+    ):
+        model = families.build("mixtral")
+        pruner = MultitaskPruner(model, TASKS, model, method=method)
+        logits = model(**inputs).logits
+        pruner.observe_losses({"a": logits.sin().mean(), "b": logits.square().mean()})
+        pruner.step()
+        share = 0.3 if isinstance(method, LowRank) else 0.5
+        assert share <= pruner.report().macs_sparsity < share + 0.05
