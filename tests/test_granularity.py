@@ -141,7 +141,7 @@ def test_what_no_pattern_fits_is_told_apart():
         (
             lambda: Vote(0.5, macs=0.5, granularity=Block(2, 2)),
             ValueError,
-            "One of `sparsity`, `macs` and `speedup` says .* Got sparsity and macs",
+            "One of `sparsity`, `macs`, `speedup` and `latency` says .* Got sparsity and macs",
         ),
         (lambda: Vote(macs=0), ValueError, r"`macs` is what stays, in \(0, 1\]. Got 0"),
         (lambda: Vote(macs=50), ValueError, r"`macs` is .* Got 50. Did you mean 0\.5\?"),
