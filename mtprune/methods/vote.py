@@ -385,8 +385,10 @@ class Vote(Method[Masks]):
 
     @override
     def recall(self, memory: Entry, layers: Sequence[Layer]) -> Mapping[str, Any]:
-        parts = memory.fields([], optional=["latency"])
-        return {name: asdict(Timing.read(part)) for name, part in parts.items()}
+        told = dict(super().recall(memory, layers))
+        if "latency" in told:
+            told["latency"] = asdict(Timing.read(memory["latency"]))
+        return told
 
     @property
     @override
