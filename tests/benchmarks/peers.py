@@ -40,6 +40,9 @@ DENSE: dict[str, tuple[str, runtimes.Runtime]] = {
 _QUIET = 0.02
 """Seconds in which threads of a runtime go to sleep."""
 
+_LONG, _LEAST = 60.0, 7
+"""Seconds after which there are no further rounds, and how many there are at least."""
+
 SMALLER = ("torch, eager", "torch.compile, freezing", "ONNX Runtime", "OpenVINO")
 SMALLER_INT8 = "ONNX Runtime, dynamic int8"
 
@@ -210,13 +213,16 @@ def in_turns(ready: Mapping[str, runtimes.Call], rounds: int) -> dict[str, list[
     model's first call, which is not timed, brings its own weights into the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= _LEAST and time.perf_counter() - start > _LONG:
+            break
         for name, call in ready.items():
             time.sleep(_QUIET)
             call()
-            start = time.perf_counter()
+            before = time.perf_counter()
             call()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - before))
     return times
 
 
