@@ -286,7 +286,8 @@ class Trial:
             names, given, net = ["x"], (inputs,), _Tensors(fast)
         file = Path(tempfile.mkdtemp()) / "model.onnx"
         expected = [t.detach() for t in net(*given)]
-        if not all(torch.equal(a, b) for a, b in zip(expected, net(*given), strict=True)):
+        others = [t for _ in range(9) for t in net(*given)]
+        if not all(map(torch.equal, others, expected * 9)):
             raise ValueError("it draws random numbers, and a runtime would draw others")
         torch.onnx.export(net, given, str(file), input_names=names, dynamo=True, verbose=False)
         session = runtime.InferenceSession(str(file))
