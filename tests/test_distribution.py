@@ -178,3 +178,6 @@ def test_issue_forms_and_citation_are_what_their_readers_take():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
     assert cited["license"] == config()["metadata"]["license"]
+    assert cited["version"] == config()["metadata"]["version"]
+    dated = f"## [{cited['version']}] - {cited['date-released']}\n"
+    assert dated in (ROOT / "CHANGELOG.md").read_text()
