@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import mtprune
@@ -35,6 +36,8 @@ class Name:
     @property
     def kind(self) -> str:
         """The directive that documents it."""
+        if isinstance(self.value, GenericAlias):  # which Python 3.10 takes for a class
+            return "data"
         if inspect.isclass(self.value):
             return "autoexception" if issubclass(self.value, BaseException) else "autoclass"
         return "autofunction" if inspect.isroutine(self.value) else "data"
