@@ -131,10 +131,12 @@ ALWAYS void cell_times_panel(const uint8_t *line, const uint8_t *end, const uint
     }
 }
 
-ALWAYS void sparse_tile(const Product *w, int64_t tile, const float *x, const int P, float *out)
+/* Inputs [low, high): of the groups that they lie in, all that x has. */
+ALWAYS void sparse_tile(const Product *w, int64_t tile, int64_t low, int64_t high, const float *x,
+                        const int P, float *out)
 {
     const int64_t groups = rounded(w->inputs, GROUP);
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = low / GROUP; g < rounded(high, GROUP); g++) {
         const int32_t *cell = w->cell + 2 * (tile * groups + g);
         cell_times_panel(w->line + 2 * cell[0], w->line + 2 * cell[2], w->column + cell[1],
                          w->value + cell[1], x + g * GROUP * P, P, out);
@@ -180,8 +182,8 @@ ALWAYS int64_t tile_rows(const Product *w) { return w->dense ? DENSE * BUNDLES :
 enum { STORED, ADDED };
 
 /* One tile of a product, which is stored, or added to what is there: `out` is the tile's. */
-ALWAYS void tile_of(const Product *w, int64_t tile, const float *x, const int P, float *out,
-                    int how, int64_t activation)
+ALWAYS void tile_of(const Product *w, int64_t tile, int64_t low, int64_t high, const float *x,
+                    const int P, float *out, int how, int64_t activation)
 {
     const int64_t first = tile * tile_rows(w), rows = smaller(tile_rows(w), w->outputs - first);
     for (int64_t r = 0; r < rows; r++) {
@@ -197,24 +199,31 @@ ALWAYS void tile_of(const Product *w, int64_t tile, const float *x, const int P,
     if (w->dense)
         dense_tile(w, first, rows, x, P, out);
     else
-        sparse_tile(w, tile, x, P, out);
+        sparse_tile(w, tile, low, high, x, P, out);
     if (activation >= 0)
         activate(activation, out, rows * P);
+}
+
+/* The same without the groups in which a sparse product has no input from [low, high). */
+static void part_of_product(const Product *w, int64_t tile, int64_t low, int64_t high,
+                            const float *x, int P, float *out, int how, int64_t activation)
+{
+    if (P == 16)
+        tile_of(w, tile, low, high, x, 16, out, how, activation);
+#if SPAN >= 32
+    else if (P == 32)
+        tile_of(w, tile, low, high, x, 32, out, how, activation);
+#endif
+#if SPAN >= 64
+    else
+        tile_of(w, tile, low, high, x, 64, out, how, activation);
+#endif
 }
 
 static void tile_of_product(const Product *w, int64_t tile, const float *x, int P, float *out,
                             int how, int64_t activation)
 {
-    if (P == 16)
-        tile_of(w, tile, x, 16, out, how, activation);
-#if SPAN >= 32
-    else if (P == 32)
-        tile_of(w, tile, x, 32, out, how, activation);
-#endif
-#if SPAN >= 64
-    else
-        tile_of(w, tile, x, 64, out, how, activation);
-#endif
+    part_of_product(w, tile, 0, w->inputs, x, P, out, how, activation);
 }
 
 /* Whether the parts of a weight fit each other, and nothing outside of a panel is read. */

@@ -130,6 +130,29 @@ ALWAYS void copy(const float *in, int64_t stride, int64_t count, float *to)
         to[i] = in[i * stride];
 }
 
+/* Taps and inputs that pixels read, without rows of the kernel that see nothing but padding. */
+typedef struct {
+    int64_t low, high; /* inputs */
+    int64_t first, last; /* taps: all that the groups of these inputs have */
+} Live;
+
+static Live live_part(const Shape *s, int64_t inputs, int64_t from, int64_t count)
+{
+    const int64_t top = from / s->wide * s->stride[0] - s->padding[0];
+    const int64_t bottom = (from + count - 1) / s->wide * s->stride[0] - s->padding[0];
+    const int64_t low = smaller(larger(quotient_up(-bottom, s->dilation[0]), 0), s->kernel[0]);
+    const int64_t high =
+        smaller(larger(quotient_up(s->height - top, s->dilation[0]), low), s->kernel[0]);
+    const int64_t each = s->kernel[1] * s->channels;
+    Live live = {low * each, high * each, 0, 0};
+    const int64_t end = smaller(rounded(live.high, GROUP) * GROUP, inputs);
+    if (s->channels) {
+        live.first = live.low / GROUP * GROUP / s->channels;
+        live.last = rounded(end, s->channels);
+    }
+    return live;
+}
+
 /* The rows of the panel for one tap and channels [first, last). */
 static void conv_pack(const Shape *s, const float *image, int64_t tap, int64_t first, int64_t last,
                       int64_t from, int64_t count, int P, float *panel)
@@ -150,12 +173,12 @@ static void conv_pack(const Shape *s, const float *image, int64_t tap, int64_t f
 }
 
 /* One tile of outputs of pixels [from, from + count) of one image. */
-static void conv_tile(const Product *w, int64_t tile, const float *panel, int P, int64_t pixels,
-                      int64_t from, int64_t count, float *y)
+static void conv_tile(const Product *w, int64_t tile, Live live, const float *panel, int P,
+                      int64_t pixels, int64_t from, int64_t count, float *y)
 {
     float sums[LINES * SPAN] __attribute__((aligned(64)));
     const int64_t first = tile * LINES, rows = smaller(LINES, w->outputs - first);
-    tile_of_product(w, tile, panel, P, sums, STORED, -1);
+    part_of_product(w, tile, live.low, live.high, panel, P, sums, STORED, -1);
     for (int64_t r = 0; r < rows; r++)
         copy(sums + r * P, 1, count, y + (first + r) * pixels + from);
 }
@@ -164,7 +187,7 @@ static int convolution(const Product *w, const Shape *s, const float *x, float *
 {
     const int64_t pixels = s->high * s->wide, image = s->channels * s->height * s->width;
     const int64_t each = rounded(pixels, SPAN), panels = s->count * each;
-    const int64_t taps = s->kernel[0] * s->kernel[1], tiles = rounded(w->outputs, LINES);
+    const int64_t tiles = rounded(w->outputs, LINES);
     int failed = 0;
     if (panels >= threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -175,12 +198,13 @@ static int convolution(const Product *w, const Shape *s, const float *x, float *
             for (int64_t i = 0; i < panels; i++) {
                 const int64_t from = i % each * SPAN, count = smaller(pixels - from, SPAN);
                 const int P = panel_width(count);
+                const Live live = live_part(s, w->inputs, from, count);
                 if (!panel)
                     continue;
-                for (int64_t tap = 0; tap < taps; tap++)
+                for (int64_t tap = live.first; tap < live.last; tap++)
                     conv_pack(s, x + i / each * image, tap, 0, s->channels, from, count, P, panel);
                 for (int64_t tile = 0; tile < tiles; tile++)
-                    conv_tile(w, tile, panel, P, pixels, from, count,
+                    conv_tile(w, tile, live, panel, P, pixels, from, count,
                               y + i / each * w->outputs * pixels);
             }
             free(panel);
@@ -194,17 +218,18 @@ static int convolution(const Product *w, const Shape *s, const float *x, float *
     for (int64_t i = 0; i < panels; i++) {
         const int64_t from = i % each * SPAN, count = smaller(pixels - from, SPAN);
         const int P = panel_width(count);
+        const Live live = live_part(s, w->inputs, from, count);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
-            for (int64_t c = 0; c < chunks * taps; c++) {
+            for (int64_t c = 0; c < chunks * (live.last - live.first); c++) {
                 const int64_t first = c % chunks * CHUNK;
-                conv_pack(s, x + i / each * image, c / chunks, first,
+                conv_pack(s, x + i / each * image, live.first + c / chunks, first,
                           smaller(first + CHUNK, s->channels), from, count, P, panel);
             }
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < tiles; tile++)
-                conv_tile(w, tile, panel, P, pixels, from, count,
+                conv_tile(w, tile, live, panel, P, pixels, from, count,
                           y + i / each * w->outputs * pixels);
         }
     }
