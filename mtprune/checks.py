@@ -103,7 +103,7 @@ def share(name: str, value: Any, interval: str, must: str) -> None:
         ValueError: If it is outside.
     """
     if not _is_inside(value, interval):
-        hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
+        hint = f" Did you mean {value / 100:g}?" if 2.0 <= value < 100.0 else ""
         raise ValueError(message(name, value, must) + hint)
 
 

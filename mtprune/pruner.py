@@ -365,6 +365,7 @@ class MultitaskPruner:
         Masks, sparsity and report stay readable.
         """
         if not self._finalized:
+            self._warn_of_the_rest()
             for tracker in self._trackers:
                 tracker.flush()
             if self._task_masks is not None:
@@ -644,6 +645,19 @@ class MultitaskPruner:
                 "pruner.prune(batches). At initialisation on purpose: recipes.disparse_static.",
                 stacklevel=3,
             )
+
+    def _warn_of_the_rest(self) -> None:
+        """Warn if less is pruned than was asked for, because the schedule is not at its end."""
+        final, done = self._clock.final, self._clock.done
+        if final is None or (done >= 0 and self._method.schedule.progress(done) >= 1):
+            return
+        warnings.warn(
+            f"finalize() was called at step {self._clock.step}, before the last update of the "
+            f"schedule at step {final}: {self.report().sparsity:.2%} of the weights are zero. "
+            "Train until then, or ask for fewer steps. Was pruner.step() called after every "
+            "optimizer step, or pruner.prune(batches) without a loop?",
+            stacklevel=3,
+        )
 
     def _check_loops(self) -> None:
         if not self._clock.loops:

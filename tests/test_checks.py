@@ -50,7 +50,7 @@ def test_true_is_no_number():
 
 @pytest.mark.parametrize(
     ("value", "hint"),
-    [(90, " Did you mean 0.9?"), (1.5, " Did you mean 0.015?"), (1, ""), (-1, "")],
+    [(90, " Did you mean 0.9?"), (2, " Did you mean 0.02?"), (1.5, ""), (1, ""), (-1, "")],
 )
 def test_a_percentage_is_answered_with_the_share(value, hint):
     with pytest.raises(ValueError, match="must be in") as caught:

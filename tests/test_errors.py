@@ -841,7 +841,8 @@ def test_a_due_step_before_any_observe(backend, device):
     run = Run(device, backend=backend)
     match = (
         r"^Step 0 is due but nothing has been observed\. Call pruner\.observe\(outputs, batch\) "
-        r"after the forward pass, before pruner\.step\(\)\.$"
+        r"after the forward pass, before pruner\.step\(\)\. A loss counts if it carries a "
+        r"gradient: hand it over before \.item\(\) or \.detach\(\)\.$"
     )
     run.refuses(RuntimeError, match, run.pruner.step)
     run.goes_on()

@@ -104,3 +104,46 @@ def test_prune_does_not_warn(method):
         warnings.simplefilter("error")
         batches = [net.make_batch(i) for i in range(2)]
         pruner.prune(batches, forward=lambda model, b: model(b["x"]), progress=False)
+
+
+REST = r"finalize\(\) was called at step 3, before the last update of the schedule at step 5"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 6])
+def test_what_was_not_pruned_yet_is_told_at_the_end(steps):
+    """A run that ends early, and one in which `step` was left out."""
+    net = nets.build("plain")
+    optimizer = nets.sgd(net.model)
+    method = Vote(0.5, schedule=Cubic(begin=0, end=5, every=1))
+    pruner = pruner_of(net, method=method, optimizer=optimizer)
+    for at in range(max(3, steps)):
+        batch = net.make_batch(at)
+        optimizer.zero_grad()
+        sum(pruner.observe(net.model(batch["x"]), batch).values()).backward()
+        optimizer.step()
+        if steps:
+            pruner.step()
+    if steps == 6:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pruner.finalize()
+        return
+    with pytest.warns(UserWarning, match=REST) as told:
+        pruner.finalize()
+    share = f"{pruner.report().sparsity:.2%} of the weights are zero"
+    assert share in str(told[0].message)
+    assert ("0.00%" in share) == (not steps)
+
+
+def test_sparse_training_may_end_at_any_step():
+    net = nets.build("plain")
+    optimizer = nets.sgd(net.model)
+    method = recipes.disparse_dynamic(0.5, every=2, end=100)
+    pruner = pruner_of(net, method=method, optimizer=optimizer)
+    batch = net.make_batch(0)
+    sum(pruner.observe(net.model(batch["x"]), batch).values()).backward()
+    optimizer.step()
+    pruner.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.finalize()

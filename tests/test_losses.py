@@ -201,3 +201,12 @@ def test_a_loss_elsewhere_than_the_model_is_refused():
     check_devices(losses, {here, meta})
     with pytest.raises(ValueError, match=r"Loss of task 'depth' is on meta, the model on cpu\."):
         check_devices(losses, {here})
+
+
+def test_a_task_that_is_misspelt_is_no_task_that_sits_out():
+    with pytest.raises(ValueError, match=r"'sge', which is no task\. Did you mean 'seg'"):
+        given(("seg", "depth"), {"sge": 1, "depth": 2})
+    assert given(("seg", "depth"), {"seg": 1, "segs": 3, "depth": 2}) == {
+        "seg": 1,
+        "depth": 2,
+    }

@@ -15,6 +15,7 @@ from mtprune import checks
 from mtprune.compression.forms import Form
 from mtprune.compression.running import call, check_devices, parse, run, unnested
 from mtprune.compression.timing import sampled
+from mtprune.compression.together import Together, separate
 from mtprune.model.macs import MacCounter
 from mtprune.model.names import unwrap
 from mtprune.model.running import untouched
@@ -278,13 +279,19 @@ def _macs(model: nn.Module, batches: Sequence[Any]) -> tuple[int, int]:
         if isinstance(module, Form):
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
+    joined = [module for module in model.modules() if isinstance(module, Together)]
+    classes = [type(layer) for layer in joined]
     try:
+        for layer in joined:  # native code is not seen, so its parts are called
+            separate(layer)
         # With gradients only where torch's fast paths without gradients would hide products:
         # elsewhere gradients would only keep activations in memory.
         fused = any(isinstance(module, _FUSED) for module in model.modules())
         with untouched(model), torch.set_grad_enabled(fused), counter:
             _pass(model, batches)
     finally:
+        for layer, cls in zip(joined, classes, strict=True):
+            layer.__class__ = cls
         for handle in handles:
             handle.remove()
     return counter.macs, counter.kept

@@ -1,6 +1,7 @@
 """Tasks: a name and a loss, and the forms in which losses arrive."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def given(tasks: Collection[str], losses: object) -> dict[str, Any]:
             raise ValueError(
                 f"`losses` has none of the declared tasks {list(tasks)}. Got keys {list(losses)}."
             )
+        _check_spelling([key for key in losses if key not in tasks], set(tasks) - set(chosen))
         return chosen
     if isinstance(losses, Tensor) and losses.dim() == 1:
         losses = losses.unbind()
@@ -95,6 +97,18 @@ def given(tasks: Collection[str], losses: object) -> dict[str, Any]:
         "`losses` must be a mapping task -> loss, or a sequence or 1-D tensor in the order "
         f"{list(tasks)}. Got {_what(losses)}."
     )
+
+
+def _check_spelling(others: Collection[object], missing: Collection[str]) -> None:
+    """Refuse a key that is no task where one that is spelled much like it is missing.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for key in others:
+        meant = get_close_matches(str(key), missing, n=1, cutoff=0.66)
+        if meant:
+            raise ValueError(f"`losses` has '{key}', which is no task. Did you mean '{meant[0]}'?")
 
 
 def scalar(name: str, loss: object) -> Tensor | None:

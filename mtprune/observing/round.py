@@ -208,7 +208,8 @@ class Round(Generic[D]):
         if not (self.evidence.counts or self.evidence.discarded):
             raise RuntimeError(
                 f"Step {step} is due but nothing has been observed. Call "
-                "pruner.observe(outputs, batch) after the forward pass, before pruner.step()."
+                "pruner.observe(outputs, batch) after the forward pass, before pruner.step(). A "
+                "loss counts if it carries a gradient: hand it over before .item() or .detach()."
             )
 
     def check_late(self, step: int, since: int) -> None:

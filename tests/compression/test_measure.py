@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import mtprune
+from mtprune.compression.forms import building
 from mtprune.compression.measure import sizes_of
+from mtprune.compression.together import join
 from mtprune.model.macs import MacCounter
 from tests import nets
 from tests.compression.fakes import prefer, zero_
@@ -100,6 +102,30 @@ def test_what_is_stored_is_no_more_and_what_counts_is_the_same(name):
     assert sizes.macs_kept == sizes.against.macs_kept > 0
     assert sizes.macs <= sizes.against.macs
     assert sizes.macs_kept <= sizes.macs
+
+
+@pytest.mark.skipif(bool(building.unavailable()), reason=building.unavailable())
+@pytest.mark.parametrize("trained", [True, False])
+def test_layers_that_run_as_one_block_count_what_their_parts_do(trained):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=48,
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False).eval().requires_grad_(trained)
+    x = {"input_ids": torch.randint(0, 50, (2, 7))}
+    before = mtprune.measure(model, x)
+    for layer in model.encoder.layer:
+        join(layer)
+    after = mtprune.measure(model, x)
+    assert (after.macs, after.macs_kept) == (before.macs, before.macs_kept)
+    assert before.macs > 2 * 14 * (4 * 24 * 24 + 2 * 24 * 48)
+    with torch.no_grad():
+        model(**x)
+    assert all(layer._packed.block is not None for layer in model.encoder.layer)
 
 
 def test_errors():
