@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
 from mtprune.compression.anatomy import Anatomy, Family, family_of
@@ -18,6 +19,14 @@ from mtprune.compression.forms.packed import Matrix, dense_matrix, norm_of, spar
 from mtprune.compression.forms.sparse import Sparse
 
 __all__ = ["Together", "can_join", "join", "separate", "unpack"]
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+"""Where torch keeps hooks of all modules, in all its versions."""
 
 SPARSE_BELOW = 0.35
 """The share of weights that are not zero below which a block multiplies them as a sparse matrix."""
@@ -209,7 +218,7 @@ def _is_free() -> bool:
     """Whether native code may run now, and nobody looks on."""
     return not (
         torch.is_autocast_enabled("cpu")
-        or torch.nn.modules.module._has_any_global_hook()
+        or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
         or building.unavailable()
     )
 
