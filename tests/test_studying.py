@@ -203,6 +203,10 @@ def test_with_a_trainer_that_trains():
         ({"train": 3}, "`train` must be a function"),
         ({"methods": {}}, "`methods` must be a mapping name -> function of sparsity"),
         ({"methods": {"vote": Vote(0.5)}}, r"`methods` 'vote' must be a function of sparsity"),
+        (
+            {"methods": {"vote": METHODS["vote"]}},
+            r"one of METHODS, which want a number of steps too\. Take functools\.partial",
+        ),
         ({"methods": {"dense": recipes.lamp}}, "`methods` names 'dense', which is trained anyway"),
         ({"methods": {"x": lambda s: s}}, "`method` must be a method such as"),
         ({"sparsities": []}, "`sparsities` must be different shares of zeros"),
