@@ -14,9 +14,8 @@ from mtprune import checks, distributed
 from mtprune.files import read_json, write_text
 from mtprune.methods import Method, describe
 from mtprune.methods.base import check_method
-from mtprune.named import METHODS
 from mtprune.metrics import delta_t
-from mtprune.named import dense
+from mtprune.named import METHODS, dense
 from mtprune.paired import Difference, spread
 from mtprune.progress import bar
 from mtprune.reading import Entry
@@ -320,7 +319,7 @@ def _cells(
         if hasattr(make, "decide") or not callable(make):
             must = "must be a function of sparsity -> method, such as recipes.magnitude"
             raise TypeError(checks.message("methods", make, must, f" '{name}'"))
-        if make in METHODS.values():
+        if any(make is known for known in METHODS.values()):
             raise TypeError(
                 f"`methods` '{name}' is one of METHODS, which want a number of steps too. Take "
                 f"functools.partial(mtprune.METHODS['{name}'], steps=...)."
