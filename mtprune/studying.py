@@ -319,7 +319,7 @@ def _cells(
         if hasattr(make, "decide") or not callable(make):
             must = "must be a function of sparsity -> method, such as recipes.magnitude"
             raise TypeError(checks.message("methods", make, must, f" '{name}'"))
-        if any(make is known for known in METHODS.values()):
+        if id(make) in map(id, METHODS.values()):
             raise TypeError(
                 f"`methods` '{name}' is one of METHODS, which want a number of steps too. Take "
                 f"functools.partial(mtprune.METHODS['{name}'], steps=...)."
