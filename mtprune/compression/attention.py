@@ -57,6 +57,8 @@ def _attend(
     q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in parts)
     causal = causal and padding is None and not need_weights
     bias = None if causal else _mask(mask, padding, q)
+    if not need_weights and not heads[0]:
+        return parts[0], None  # where torch 2.9 divides by the number of heads, and crashes
     if not need_weights:
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal)
         return out.transpose(1, 2).flatten(2), None
