@@ -52,7 +52,7 @@ def _exchange(steps: int) -> dict[str, int]:
 
 
 METHODS: Mapping[str, Maker] = {
-    "dense": lambda sparsity, steps: Vote(0.0, schedule=OneShot(steps + 1)),  # never due
+    "dense": lambda sparsity, steps: dense(),
     "best": _rounds,
     "best_without_voters": lambda sparsity, steps: _rounds(sparsity, steps, voters=()),
     "best_with_refit": lambda sparsity, steps: _rounds(sparsity, steps, refit=Refit()),

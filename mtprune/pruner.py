@@ -649,6 +649,8 @@ class MultitaskPruner:
     def _warn_of_the_rest(self) -> None:
         """Warn if less is pruned than was asked for, because the schedule is not at its end."""
         final, done = self._clock.final, self._clock.done
+        if self._method.sparsity == 0:
+            return
         if final is None or (done >= 0 and self._method.schedule.progress(done) >= 1):
             return
         warnings.warn(

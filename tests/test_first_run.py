@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from mtprune import Cubic, MultitaskPruner, OneShot, Rounds, Vote, recipes, saliency
+from mtprune import METHODS, Cubic, MultitaskPruner, OneShot, Rounds, Vote, recipes, saliency
 from mtprune.methods import describe
 from tests import nets
 
@@ -133,6 +133,18 @@ def test_what_was_not_pruned_yet_is_told_at_the_end(steps):
     share = f"{pruner.report().sparsity:.2%} of the weights are zero"
     assert share in str(told[0].message)
     assert ("0.00%" in share) == (not steps)
+
+
+def test_who_asks_for_no_zeros_is_not_told_that_there_are_none():
+    net = nets.build("plain")
+    pruner = pruner_of(net, method=METHODS["dense"](0.9, 100), optimizer=None)
+    batch = net.make_batch(0)
+    sum(pruner.observe(net.model(batch["x"]), batch).values()).backward()
+    pruner.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.finalize()
+    assert pruner.report().sparsity == 0.0
 
 
 def test_sparse_training_may_end_at_any_step():

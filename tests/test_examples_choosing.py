@@ -1,0 +1,59 @@
+"""Choices for the dense nets of a study, held against the study."""
+
+import json
+
+import choosing
+import compare
+import pytest
+from common import fixture, results
+from matplotlib.figure import Figure
+
+import mtprune
+
+pytestmark = pytest.mark.slow
+
+TRAINER = ["--width", "0.02", "--batch", "8", "--observations", "2", "--save-every", "4"]
+FEW = ["--seeds", "2", "--steps", "4", "--tune-steps", "8", "--rounds", "2", "--sparsities", "0.8"]
+METHODS = ["best", "joint", "lamp:gradual", "imp", "random:init"]
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    monkeypatch.setattr(results, "draw", lambda found: Figure())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("census")
+    fixture.write("census", root)
+    out = tmp_path_factory.mktemp("out")
+    arguments = ["census", "--data", str(root), "--out", str(out), "--methods", *METHODS]
+    return [*arguments, *FEW, *TRAINER], out
+
+
+def test_choices_are_worth_what_the_study_has_for_them(study, monkeypatch, capsys):
+    arguments, out = study
+    ours = [*arguments, "--trial-rate", "1e-3"]
+    with pytest.raises(SystemExit, match="choosing: "):
+        choosing.main(ours)  # there is no study yet
+    rows = {row["method"]: row for row in compare.main(arguments)}
+    (row,) = choosing.main(ours)
+    candidates = ("best", "joint", "lamp:gradual")
+    picked = [one["picked"] for one in row["choices"]]
+    assert set(picked) <= set(candidates)
+    assert row["delta"] == [rows[name]["delta"][seed] for seed, name in enumerate(picked)]
+    means = {name: sum(rows[name]["delta"]) for name in candidates}
+    assert row["leader"] == max(means, key=means.__getitem__)
+    theirs = rows[row["leader"]]["delta"]
+    assert row["behind"]["delta"] == [a - b for a, b in zip(row["delta"], theirs, strict=True)]
+    for one in row["choices"]:
+        first = [trial["method"] for trial in one["trials"]][: len(candidates)]
+        assert sorted(first) == sorted(candidates)
+        assert not any(trial["error"] for trial in one["trials"])
+    monkeypatch.setattr(mtprune, "choose", None)  # what was chosen is not chosen again
+    assert choosing.main(ours) == [row]
+    assert json.loads((out / "choosing.json").read_text()) == json.loads(json.dumps([row]))
+    told = (out / "choosing.md").read_text()
+    assert told.startswith("`python choosing.py census")
+    assert picked[0] in told
+    assert "| 80% | 2 |" in capsys.readouterr().out
