@@ -2,10 +2,11 @@ r"""One picture and one table of several comparisons: who leads where, and who i
 
     python overview.py --of census=DIR/compare.json camvid=DIR/compare.json --out DIR
 
-Each file is what ``compare.py`` wrote. For every data set and sparsity the table names the method
-with the best mean change over tasks, and those that are not behind it: whose paired difference,
-mean over tasks, has a 95 % interval that reaches zero, the interval held wide enough for all
-differences of the table at once.
+Each file is what ``compare.py`` or ``encoder_recipes.py`` wrote. ``NAME.md`` has all its methods,
+the best first, each with its difference to ``--method``. For every data set and sparsity the table
+in ``overview.md`` names the method with the best mean change over tasks, and those that are not
+behind it: whose paired difference, mean over tasks, has a 95 % interval that reaches zero, the
+interval held wide enough for all differences of the table at once.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from mtprune.files import write_text
-from mtprune.paired import Difference, interval
+from mtprune.paired import Difference, interval, spread
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -74,6 +75,31 @@ def table(studies: Mapping[str, Rows], method: str) -> str:
             told = str(Difference(tuple(pairs(mine, rival, "delta")), comparisons))
             line += [*_means(mine), f"{rival['method']}: {told}"]
         lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def details(rows: Rows, method: str) -> str:
+    """Markdown: a line for each method and sparsity, the best mean of a sparsity first.
+
+    Args:
+        rows: Of one comparison.
+        method: Whom the others are held against; the bracketed intervals hold for all of its
+            differences in mean at once, and for all of those of the worst task.
+    """
+    found = [row for sparsity in (0.0, *sparsities(rows)) for row in at(rows, sparsity)]
+    references = {row["sparsity"]: row for row in found if row["method"] == method}
+    behind = [row for row in found if row["method"] != method and row["sparsity"] in references]
+    head = ["zeros", "method", "rate", "seeds", "mean", f"minus `{method}`"]
+    head += ["worst task", f"minus `{method}`"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found:
+        cells = [f"{row['sparsity']:.0%}", f"`{row['method']}`", f"{row['rate']:g}"]
+        cells += [f"{len(row['seeds'])}"]
+        for what in ("delta", "worst"):
+            values = pairs(row, references[row["sparsity"]], what) if row in behind else []
+            told = str(Difference(tuple(values), len(behind))) if values else ""
+            cells += [spread(row[what]), told]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -159,9 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> str:
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "overview.md", text + "\n")
+    for name, rows in studies.items():
+        write_text(options.out / f"{name}.md", details(rows, options.method) + "\n")
     picture = options.out / "overview.png"
     draw(studies, options.draw or list(every)).savefig(picture, dpi=110)
-    print(f"\nWrote overview.md and overview.png to {options.out}.")
+    print(f"\nWrote overview.md, overview.png and a page for each study to {options.out}.")
     return text
 
 

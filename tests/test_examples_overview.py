@@ -6,11 +6,19 @@ import overview
 import pytest
 from matplotlib.image import imread
 
+from mtprune.paired import Difference
+
 
 def row(method, sparsity, delta, scaled=False):
     worst = [value - 1 for value in delta]
     seeds = list(range(len(delta)))
-    about = {"method": method, "sparsity": sparsity, "scaled": scaled, "seeds": seeds}
+    about = {
+        "method": method,
+        "sparsity": sparsity,
+        "scaled": scaled,
+        "seeds": seeds,
+        "rate": 0.004,
+    }
     return {**about, "delta": delta, "worst": worst}
 
 
@@ -39,6 +47,21 @@ def test_the_leader_and_those_that_are_not_behind():
     assert cells[9].endswith("*")
 
 
+def test_details_have_every_method_the_best_first():
+    lines = overview.details(ROWS, "best").splitlines()
+    assert lines[0].startswith("| zeros | method | rate | seeds | mean | minus `best` | worst task")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [(c[0], c[1]) for c in cells] == [
+        ("0%", "`dense_tuned`"),
+        *(("90%", "`best`"), ("90%", "`joint`"), ("90%", "`magnitude`")),
+        *(("95%", "`imp`"), ("95%", "`best`")),
+    ]
+    assert cells[0][2:] == ["0.004", "3", "1.00 ± 0.00", "", "0.00 ± 0.00", ""]
+    assert cells[1][5] == cells[5][5] == ""
+    assert cells[3][4:6] == ["-9.00 ± 0.10", str(Difference((-8.0, -7.9, -8.0), 3))]
+    assert cells[3][7] == str(Difference((-8.0, -7.9, -8.0), 3))
+
+
 def test_pairs_are_of_seeds_that_both_have():
     other = {"seeds": [2, 1], "delta": [10.0, 20.0]}
     assert overview.pairs(ROWS[0], other, "delta") == [-21.2, -10.9]
@@ -52,6 +75,7 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
     text = overview.main(["--of", *of, "--draw", "best", "joint", "--out", str(tmp_path / "out")])
     assert text in capsys.readouterr().out
     assert (tmp_path / "out" / "overview.md").read_text() == text + "\n"
+    assert (tmp_path / "out" / "b.md").read_text() == overview.details(ROWS[:3], "best") + "\n"
     assert imread(tmp_path / "out" / "overview.png").std() > 0.01
 
 
