@@ -7,6 +7,7 @@ A method is ``name[:when[:allocation]]`` with the trainer's names, for instance
 ``vote:trained:global``; ``when`` may be empty. For every seed a dense net is trained first.
 
 * ``init`` methods and sparse training start from scratch and train for --scratch-steps;
+* so do ``loop`` ones, which prune in about ten updates over the first half of that one training;
 * ``trained``, ``gradual`` and ``rounds`` ones start from the dense net and train for --tune-steps;
   so does ``dense_tuned``, the dense net with the same extra training;
 * ``imp`` prunes the dense net by magnitude in --rounds, which share --tune-steps;
@@ -61,6 +62,7 @@ from mtprune.saliency import asks
 TRAINERS = ("nyuv2", "cityscapes", "taskonomy", "camvid", "census", "digits", "multimnist")
 CHAINS = ("imp", "lth")
 TUNED = "dense_tuned"
+LOOP = "loop"
 RATE_SEEDS = 1000
 """Seeds from here on choose learning rates, and are not reported."""
 
@@ -146,7 +148,10 @@ def jobs(entry: Entry, seed: int, options: Options, rate: float | None = None) -
             chain.append(Job((*arguments, "--pretrained", str(start)), folder))
             start = folder / "model.pt"
         return chain
-    common += ["--when", when] if when else []
+    if when == LOOP:
+        common += ["--when", "gradual", "--dense-steps", "0"]
+    elif when:
+        common += ["--when", when]
     start_from = [*tuned, "--pretrained", str(dense)] if is_tuned(entry.spec) else scratch
     return [Job(("--method", name, *common, *start_from), out)]
 

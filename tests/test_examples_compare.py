@@ -27,6 +27,21 @@ def _no_curves(monkeypatch):
     monkeypatch.setattr(results, "draw", lambda found: Figure())
 
 
+def test_a_method_in_the_loop_of_one_training_from_scratch(census, tmp_path):
+    arguments = ["census", "--data", census, "--out", str(tmp_path), "--methods", "best:loop"]
+    [row] = compare.main([*arguments, "--scratch-steps", "12", *FEW, *TRAINER])
+    assert row["zeros"] == [round(0.8 * row["weights"])]
+    path = tmp_path / "best-loop-0.8" / "seed1" / "results.json"
+    told = json.loads(path.read_text())
+    options = told["options"]
+    assert (options["steps"], options["pretrained"]) == (12, None)
+    sparsities = [line["sparsity"] for line in told["history"]["train"]]
+    assert sparsities[0] == 0.0
+    assert sorted(sparsities) == sparsities
+    assert sparsities[6:] == [pytest.approx(0.8, abs=1e-3)] * 6
+    assert 2 < len(set(sparsities)) < 7
+
+
 def test_compares_and_does_nothing_twice(census, tmp_path, monkeypatch, capsys):
     methods = ["vote", "joint:init", "random:init:erk", "imp", "lth", "dense_tuned"]
     arguments = ["census", "--data", census, "--out", str(tmp_path), "--methods", *methods]

@@ -60,13 +60,16 @@ _WHEN = {
 METHODS: dict[str, str | None] = {
     name: _WHEN.get(name) for name in NAMED if name != "best_from_scratch"
 }
-"""When each method prunes. ``best`` is the one from scratch where there is nothing pretrained."""
+"""When each method prunes.
+
+``best`` is the one from scratch where nothing is pretrained, unless it shall prune gradually.
+"""
 
 
 def build(options: Options) -> Any:
     """The method of that name, with its own schedule."""
     name = options.method
-    if name == "best" and options.pretrained is None:
+    if name == "best" and options.pretrained is None and options.when != "gradual":
         name = "best_from_scratch"
     method = NAMED[name](options.sparsity, options.steps)
     if isinstance(method.schedule, Regrow):
