@@ -29,7 +29,7 @@ from analyses.bench import Bench, State
 from common import checkpoints, judging, losses
 from common.loop import batches_from, evaluate, forward, open_or_exit
 from common.options import ROUNDS, Options, Problem, make_method, parse, positive_float
-from compare import CHAINS, TUNED, dense_job, is_tuned, place
+from compare import CHAINS, TUNED, Entry, dense_job, is_tuned, jobs, place
 from torch import nn
 
 import mtprune
@@ -57,12 +57,12 @@ class Chooser:
     sparsity: float
 
     def candidate(self, spec: str, steps: int) -> Method[Any]:
-        """A method for so many steps."""
-        name, when, allocation = (*spec.split(":"), "", "")[:3]
-        options = copy.copy(self.bench.trainer)
-        options.method, options.when, options.allocation = name, when or None, allocation or None
-        options.sparsity, options.steps = self.sparsity, steps
-        method: Method[Any] = make_method(options)
+        """A method as the study has it, for so many steps."""
+        study = copy.copy(self.bench.options)
+        study.tune_steps = steps
+        [job] = jobs(Entry(spec, self.sparsity), 0, study, study.trial_rate)
+        arguments = [*study.rest, *job.arguments, *place(study)]
+        method: Method[Any] = make_method(parse(self.bench.problem, arguments))
         return method
 
     def choose(self, seed: int, dense: State) -> Found:

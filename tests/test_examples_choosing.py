@@ -1,14 +1,17 @@
 """Choices for the dense nets of a study, held against the study."""
 
+import argparse
 import json
 
 import choosing
 import compare
 import pytest
 from common import fixture, results
+from common.options import make_method
 from matplotlib.figure import Figure
 
 import mtprune
+from mtprune import Rounds
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +34,13 @@ def study(tmp_path_factory):
     return [*arguments, *FEW, *TRAINER], out
 
 
+def method_of(study, name):
+    """That of a run of the study."""
+    path = next((study[1] / f"{name.replace(':', '-')}-0.8").glob("**/seed1/results.json"))
+    options = argparse.Namespace(**json.loads(path.read_text())["options"])
+    return make_method(options)
+
+
 def test_choices_are_worth_what_the_study_has_for_them(study, monkeypatch, capsys):
     arguments, out = study
     ours = [*arguments, "--trial-rate", "1e-3"]
@@ -46,6 +56,18 @@ def test_choices_are_worth_what_the_study_has_for_them(study, monkeypatch, capsy
     assert row["leader"] == max(means, key=means.__getitem__)
     theirs = rows[row["leader"]]["delta"]
     assert row["behind"]["delta"] == [a - b for a, b in zip(row["delta"], theirs, strict=True)]
+    asked = []
+    plain = mtprune.choose
+
+    def heard(*args, **options):
+        asked.append({name: make(8) for name, make in options["candidates"].items()})
+        return plain(*args, **options)
+
+    (out / "choosing" / "0.8-seed1.json").unlink()
+    monkeypatch.setattr(mtprune, "choose", heard)
+    assert choosing.main(ours) == [row]
+    assert asked == [{name: method_of(study, name) for name in candidates}]
+    assert isinstance(asked[0]["best"].schedule, Rounds)
     for one in row["choices"]:
         first = [trial["method"] for trial in one["trials"]][: len(candidates)]
         assert sorted(first) == sorted(candidates)
