@@ -174,21 +174,28 @@ def main(arguments: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--of", nargs="+", type=study, required=True, metavar="NAME=FILE")
     parser.add_argument("--method", default="best", help="whose differences are told")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="METHOD", help="not in picture and overview.md"
+    )
     parser.add_argument("--draw", nargs="+", metavar="METHOD", help="lines; all unless given")
     parser.add_argument("--out", type=Path, default=Path("overview_out"), help="folder")
     options = parser.parse_args(arguments)
     studies: dict[str, Rows] = {
         name: json.loads(path.read_text()) for name, path in dict(options.of).items()
     }
-    every = dict.fromkeys(row["method"] for rows in studies.values() for row in rows)
-    text = table(studies, options.method)
+    shown = {
+        name: [row for row in rows if row["method"] not in options.without]
+        for name, rows in studies.items()
+    }
+    every = dict.fromkeys(row["method"] for rows in shown.values() for row in rows)
+    text = table(shown, options.method)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "overview.md", text + "\n")
     for name, rows in studies.items():
         write_text(options.out / f"{name}.md", details(rows, options.method) + "\n")
     picture = options.out / "overview.png"
-    draw(studies, options.draw or list(every)).savefig(picture, dpi=110)
+    draw(shown, options.draw or list(every)).savefig(picture, dpi=110)
     print(f"\nWrote overview.md, overview.png and a page for each study to {options.out}.")
     return text
 

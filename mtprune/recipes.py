@@ -51,13 +51,13 @@ def best(
     before fine-tuning: four rounds, each scored anew.
 
     For a trained network it rests on the comparisons of docs/results/recipe.md, where rounds were
-    ahead of the gradual vote, and both of joint saliency, ``|w * g|`` by vote, LAMP and magnitude.
-    The score does that more than the vote: where losses are well scaled, a voter for each task is
-    hardly better than one for their sum. For a pretrained encoder it rests
+    ahead of the same vote made while fine-tuning, and both of joint saliency, ``|w * g|`` by vote,
+    LAMP and magnitude. The score does that more than the vote: where losses are well scaled, a
+    voter for each task is hardly better than one for their sum. For a pretrained encoder it rests
     on the same page: rounds of ``|w * g|`` lost less than half of what gradual pruning does, the
     score for trained networks was clearly worse, and joint saliency (``disentangled=False``) was
-    level. Where it loses: a small network
-    that overfits may do far better from scratch than pruned and fine-tuned for a short time.
+    level. Where it loses: at equal steps in all, one training in which weights go may end ahead of
+    dense training, rounds and a short fine-tuning.
 
     Args:
         sparsity: Share of zeros in the end.

@@ -72,9 +72,12 @@ def test_the_command_draws_and_writes(tmp_path, capsys):
     for path, rows in zip(files, (ROWS, ROWS[:3]), strict=True):  # two sparsities, and one
         path.write_text(json.dumps(rows))
     of = [f"{path.stem}={path}" for path in files]
-    text = overview.main(["--of", *of, "--draw", "best", "joint", "--out", str(tmp_path / "out")])
+    arguments = ["--of", *of, "--draw", "best", "joint", "--without", "imp"]
+    text = overview.main([*arguments, "--out", str(tmp_path / "out")])
+    assert "imp" not in text
     assert text in capsys.readouterr().out
     assert (tmp_path / "out" / "overview.md").read_text() == text + "\n"
+    assert (tmp_path / "out" / "a.md").read_text() == overview.details(ROWS, "best") + "\n"
     assert (tmp_path / "out" / "b.md").read_text() == overview.details(ROWS[:3], "best") + "\n"
     assert imread(tmp_path / "out" / "overview.png").std() > 0.01
 
