@@ -120,9 +120,14 @@ def make(bench: Bench, options: Options, sparsity: float) -> list[Found]:
     for seed in range(options.seeds):
         path = options.out / "choosing" / f"{sparsity:g}-seed{seed}.json"
         if not path.exists():
-            dense = checkpoints.read(dense_job(seed, options).out / "model.pt")
+            net = dense_job(seed, options).out / "model.pt"
+            if not net.exists():
+                raise checkpoints.UnusableError(
+                    f"There is no {net}. Run compare.py with these arguments first."
+                )
+            told = chooser.choose(seed, checkpoints.read(net))
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(chooser.choose(seed, dense), indent=1) + "\n")
+            write_text(path, json.dumps(told, indent=1) + "\n")
         found.append(json.loads(path.read_text()))
     return found
 
@@ -167,9 +172,15 @@ def table(rows: Sequence[Found]) -> str:
 
 def read(arguments: Sequence[str] | None) -> Options:
     """The options; all but one are those of `compare.py`."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--trial-rate", type=positive_float, metavar="LR", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Other options are those of the study: python compare.py --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--trial-rate", type=positive_float, metavar="LR", required=True, help="of every trial"
+    )
     own, others = parser.parse_known_args(arguments)
     options = compare.read(others)
     options.trial_rate, options.tell = own.trial_rate, True

@@ -44,8 +44,8 @@ def method_of(study, name):
 def test_choices_are_worth_what_the_study_has_for_them(study, monkeypatch, capsys):
     arguments, out = study
     ours = [*arguments, "--trial-rate", "1e-3"]
-    with pytest.raises(SystemExit, match="choosing: "):
-        choosing.main(ours)  # there is no study yet
+    with pytest.raises(SystemExit, match=r"choosing: There is no .*model\.pt\. Run compare\.py"):
+        choosing.main(ours)
     rows = {row["method"]: row for row in compare.main(arguments)}
     (row,) = choosing.main(ours)
     candidates = ("best", "joint", "lamp:gradual")
@@ -79,3 +79,12 @@ def test_choices_are_worth_what_the_study_has_for_them(study, monkeypatch, capsy
     assert told.startswith("`python choosing.py census")
     assert picked[0] in told
     assert "| 80% | 2 |" in capsys.readouterr().out
+
+
+def test_help_says_what_it_is_for(capsys):
+    with pytest.raises(SystemExit) as left:
+        choosing.main(["--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert "--trial-rate LR" in told
+    assert "compare.py --help" in told
