@@ -537,8 +537,9 @@ def finished(
 
 def comparable(options: Options) -> Results:
     """The options that every run hangs on, as plain values."""
-    names = ("encoder", "layers", "random", "length", "held_out", "batch", "lr", "head_lr", "sampling")
-    return {name: getattr(options, name) for name in (*names, "updates", "allocation", "distil")}
+    names = ("encoder", "random", "length", "held_out", "batch", "lr", "head_lr", "sampling")
+    names += ("updates", "allocation", "distil", "layers")
+    return {name: getattr(options, name) for name in names}
 
 
 def export(job: Job, run: Run, world: World, folder: Path) -> Results:

@@ -9,10 +9,11 @@ pytest.importorskip("transformers", exc_type=ImportError)
 for _package in ("matplotlib", "safetensors", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(_package)
 
+import encoder_multitask  # noqa: E402
 import encoder_recipes as example  # noqa: E402
 import overview  # noqa: E402
 
-from mtprune import Cubic, Rounds, saliency  # noqa: E402
+from mtprune import Cubic, Hold, Rounds, saliency  # noqa: E402
 from tests import sentences  # noqa: E402
 
 pytestmark = [
@@ -36,6 +37,7 @@ def run(data, out, *arguments):
 
 def test_every_method_ends_as_sparse_as_asked(data, tmp_path, capsys):
     names = [f"{name}:{how}" for name in example.methods(0.5) for how in ("rounds", "gradual")]
+    names += [f"{name}:gradual" for name in example.MOVEMENT]
     rows = run(data, tmp_path, "--seeds", "1", "--methods", *names, "tuned")
     assert [row["method"] for row in rows] == ["tuned", *names]
     for row in rows:
@@ -50,6 +52,20 @@ def test_every_method_ends_as_sparse_as_asked(data, tmp_path, capsys):
     assert "| 80.0% | here:rounds | 0.0003 | 1 |" in capsys.readouterr().out
     told = json.loads((tmp_path / "compare.json").read_text())
     assert "80%" in overview.table({"text": told}, "here:rounds")
+
+
+def test_fewer_layers_are_the_first_ones(data, tmp_path):
+    [row] = run(data, tmp_path, "--seeds", "1", "--methods", "joint:rounds", "--layers", "1")
+    assert row["weights"] == WEIGHTS // 2
+    encoder_multitask.random_encoder().save_pretrained(tmp_path / "whole")
+    whole, first = (
+        encoder_multitask.prepared(
+            encoder_multitask.quietly_loaded(tmp_path / "whole", **config)
+        ).state_dict()
+        for config in ({}, {"num_hidden_layers": 1})
+    )
+    assert {name for name in whole if "layer.1." not in name} == set(first)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in first.items())
 
 
 def test_seeds_are_paired_and_nothing_is_done_twice(data, tmp_path, monkeypatch):
@@ -79,6 +95,13 @@ def test_schedules():
     method = example.scheduled("here:gradual", 0.9, 80, 4)
     assert method.schedule == Cubic(begin=8, end=48, every=5)
     assert method.saliency is saliency.taylor_magnitude
+    apart, together = (
+        example.scheduled(f"{name}:gradual", 0.9, 80, 4) for name in example.MOVEMENT
+    )
+    assert apart.schedule == Hold(Cubic(begin=8, end=48, every=4), until=80, every=4)
+    assert apart.straight_through
+    assert apart.disentangled
+    assert not together.disentangled
 
 
 def test_batches_go_on_where_training_stopped(data, tmp_path):
@@ -98,6 +121,7 @@ def test_batches_go_on_where_training_stopped(data, tmp_path):
     [
         (["--reference", "vote:rounds"], "--reference vote:rounds is none of --methods"),
         (["--methods", "vote"], "invalid choice: 'vote'"),
+        (["--methods", "movement:rounds"], "invalid choice: 'movement:rounds'"),
         (["--seeds", "0"], "must be at least 1"),
     ],
 )
