@@ -45,6 +45,7 @@ def best(
       ``|w * g|`` alone. There size tells what the other training needed.
     * From scratch (``False``): `adapmtl` with uniform thresholds, which rise while the network
       trains. Learned ones were ahead where heads are far too wide, and behind or level elsewhere.
+      On census they lost 4 to 24 % at 98 % zeros, where ``True`` with ``steps`` lost .1.
 
     The votes have a floor under every layer. With ``steps`` they prune in about ten updates over
     the first half of them, in your training loop. Without, they are for ``pruner.prune(batches)``
