@@ -318,7 +318,7 @@ def movement(
     are summed as by gradient descent with a constant rate; the original's Adam orders them anew.
 
     In a run that is too short for its net the score is the noise of its gradients, and what goes
-    are the weights that matter most, all in one direction: docs/results/encoder.md has a net of
+    are the weights that matter most, all in one direction: docs/results/movement.md has a net of
     one layer where 240 steps do, and deeper ones where they do not.
 
     Args:
