@@ -148,13 +148,13 @@ def load_encoder(where: str, layers: int | None = None) -> tuple[nn.Module, Any]
     elif where.startswith((".", "/")) and not Path(where).exists():
         raise FileNotFoundError(f"--encoder: there is no folder {where}.")
     try:
-        fewer = {}
-        if layers is not None:
+        if layers is None:
+            encoder = transformers.AutoModel.from_pretrained(where)
+        else:
             there = transformers.AutoConfig.from_pretrained(where).num_hidden_layers
             if layers > there:  # transformers would make the rest up
                 raise ValueError(f"--layers {layers} is more than the {there} that it has.")
-            fewer = {"num_hidden_layers": layers}
-        encoder = quietly_loaded(where, **fewer)
+            encoder = quietly_loaded(where, num_hidden_layers=layers)
         return prepared(encoder), transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise OSError(f"--encoder {where} could not be loaded. {error}") from None
